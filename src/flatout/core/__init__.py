@@ -1,0 +1,1 @@
+"""Shared types and files. Imports nothing of flatout but `errors`."""

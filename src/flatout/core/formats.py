@@ -1,0 +1,164 @@
+"""Formats and recipes: how numbers are stored and multiplied, layer by layer.
+
+Grammar of a format name (docs/formats.md has the table):
+
+    fp32 | bf16                              floats, multiplied as floats
+    w{8,4}a8[-g{32,64,128}][-asym]           integer codes times int8 activations, exact int32 sums
+    w{8,4}a16[-g{32,64,128}][-asym]          integer codes, dequantised, times float activations
+    q4_0 | q4_1 | q8_0                       the GGUF blocks as stored (32 wide), times int8 activations
+
+Every integer weight is   w[n, k] = scale[n, k // group] * (code[n, k] - zero[n, k // group])
+or, for q4_1,             w[n, k] = scale[n, k // group] * code[n, k] + minimum[n, k // group].
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from flatout.core.spec import ModelSpec
+from flatout.errors import ConfigError
+
+_GRAMMAR = re.compile(r"w(?P<bits>[48])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
+_NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmetric")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """One number format.
+
+    bits: 4 or 8 for integer codes, 16 or 32 for floats. group: weights sharing a scale along K, 0 = the whole row.
+    zero: "symmetric" (codes are signed around zero), "asymmetric" (integer zero point a group) or
+    "minimum" (float minimum a group). activation: "int8" (dynamic), "bf16" or "fp32".
+    activation_group: activations sharing one dynamic scale along K, 0 = the whole token.
+    """
+
+    name: str
+    bits: int
+    group: int = 0
+    zero: str = "symmetric"
+    activation: str = "int8"
+    activation_group: int = 0
+
+    @property
+    def is_integer(self) -> bool:
+        return self.bits <= 8
+
+    @property
+    def is_native(self) -> bool:
+        """Taken from the GGUF file without re-rounding."""
+        return self.name in _NATIVE
+
+    def groups(self, k: int) -> int:
+        """Scales a row of length k holds."""
+        return k // self.group if self.group else 1
+
+    def weight_bytes(self, n: int, k: int) -> int:
+        """Bytes streamed to multiply by an (n, k) weight once: codes, 16-bit scales and minima."""
+        codes = n * k * self.bits // 8
+        if not self.is_integer:
+            return codes
+        per_group = 2 if self.zero == "symmetric" else 4
+        return codes + n * self.groups(k) * per_group
+
+
+def parse_format(name: str) -> Format:
+    """The format called `name`. Raises ConfigError with the grammar for anything else."""
+    if name == "fp32":
+        return Format(name=name, bits=32, activation="fp32")
+    if name == "bf16":
+        return Format(name=name, bits=16, activation="bf16")
+    if name in _NATIVE:
+        bits, zero = _NATIVE[name]
+        return Format(name=name, bits=bits, group=32, zero=zero, activation_group=32)
+    match = _GRAMMAR.fullmatch(name)
+    if match is None:
+        raise ConfigError(
+            "a format is fp32, bf16, q4_0, q4_1, q8_0 or w{8,4}a{8,16}[-g{32,64,128}][-asym]",
+            repr(name),
+            "w8a8-g64",
+        )
+    group = int(match["group"] or 0)
+    if group not in (0, 32, 64, 128) or (match["bits"] == "4" and group == 0):
+        raise ConfigError(
+            "groups are 32, 64 or 128 wide, and 4-bit weights need one", repr(name), "w4a8-g64"
+        )
+    integer_activation = match["act"] == "8"
+    return Format(
+        name=name,
+        bits=int(match["bits"]),
+        group=group,
+        zero="asymmetric" if match["asym"] else "symmetric",
+        activation="int8" if integer_activation else "fp32",
+        activation_group=group if integer_activation else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A format for every fused linear, the embedding, the head and the KV cache.
+
+    `layers` applies to every fused linear of every layer unless `overrides` names it:
+    "layers.7.down" (one), "layers.*.down" (that linear everywhere) or "layers.7" (the whole layer);
+    the last matching override wins. method: "rtn", "gptq" or "native" (codes come from the file).
+    kv_cache: "int8" or "bf16". A tied head is stored once for look-up and once for multiplication,
+    so `embedding` and `head` may differ.
+    """
+
+    name: str
+    layers: str = "bf16"
+    embedding: str = "bf16"
+    head: str = "bf16"
+    kv_cache: str = "bf16"
+    method: str = "rtn"
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (self.layers, self.embedding, self.head, *(f for _, f in self.overrides)):
+            parse_format(name)
+        for pattern, _ in self.overrides:
+            if not re.fullmatch(r"layers\.(\*|\d+)(\.(qkv|o|gate_up|down))?", pattern):
+                raise ConfigError(
+                    "an override names layers.I, layers.I.{qkv,o,gate_up,down} or layers.*.{...}",
+                    repr(pattern),
+                    "layers.0.down",
+                )
+        if self.kv_cache not in ("int8", "bf16"):
+            raise ConfigError("the KV cache is int8 or bf16", repr(self.kv_cache), "int8")
+        if self.method not in ("rtn", "gptq", "native"):
+            raise ConfigError("the method is rtn, gptq or native", repr(self.method), "rtn")
+
+    def format_of(self, layer: int, linear: str) -> Format:
+        """Format of fused linear `linear` (qkv, o, gate_up, down) of layer `layer`."""
+        chosen = self.layers
+        for pattern, name in self.overrides:
+            _, which, *rest = pattern.split(".")
+            if which in ("*", str(layer)) and (not rest or rest[0] == linear):
+                chosen = name
+        return parse_format(chosen)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise ConfigError listing every place where a group does not divide the width."""
+        wrong = []
+        for i in range(spec.num_layers):
+            for linear, (_, k) in spec.linears().items():
+                fmt = self.format_of(i, linear)
+                if fmt.group and k % fmt.group:
+                    wrong.append(f"layers.{i}.{linear}: {fmt.name} on width {k}")
+        for place, name in (("embedding", self.embedding), ("head", self.head)):
+            fmt = parse_format(name)
+            if fmt.group and spec.hidden_size % fmt.group:
+                wrong.append(f"{place}: {fmt.name} on width {spec.hidden_size}")
+        if wrong:
+            shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+            raise ConfigError("groups must divide the width", shown, "a group of 32 or 64")
+
+    def renamed(self, name: str) -> Recipe:
+        return replace(self, name=name)
+
+
+def uniform(name: str, kv_cache: str = "int8", head: str | None = None, method: str = "rtn") -> Recipe:
+    """The recipe that uses one format everywhere; head and embedding stay at 8 bits for 4-bit formats."""
+    fmt = parse_format(name)
+    head = head or ("w8a8-g64" if fmt.bits == 4 and not fmt.is_native else name)
+    return Recipe(name=name, layers=name, embedding=head, head=head, kv_cache=kv_cache, method=method)

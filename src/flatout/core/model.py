@@ -1,0 +1,69 @@
+"""Model: the weights of one spec under one recipe. What `compress` makes, the artifact stores and runners load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from flatout.core.formats import Format, Recipe, parse_format
+from flatout.core.quantized import QuantizedTensor
+from flatout.core.spec import ModelSpec
+from flatout.errors import ModelFileError
+
+Weight = np.ndarray | QuantizedTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model:
+    """Weights by fused name; see `expected_weights` for the names, shapes and formats.
+
+    Float weights (fp32 and bf16 formats, norms, biases) are float32 arrays; a runner rounds to bf16 itself.
+    """
+
+    spec: ModelSpec
+    recipe: Recipe
+    weights: Mapping[str, Weight]
+
+    def __post_init__(self) -> None:
+        for name, shape, fmt in expected_weights(self.spec, self.recipe):
+            weight = self.weights.get(name)
+            if weight is None:
+                raise ModelFileError("every weight of the spec must be there", f"no {name}", "re-create the model")
+            if weight.shape != shape:
+                raise ModelFileError(
+                    f"{name} must have shape {shape}", str(weight.shape), "check config.json against the weights"
+                )
+            quantized = isinstance(weight, QuantizedTensor)
+            if quantized != fmt.is_integer or (quantized and weight.format != fmt):
+                raise ModelFileError(
+                    f"{name} must be in format {fmt.name}",
+                    weight.format.name if isinstance(weight, QuantizedTensor) else str(weight.dtype),
+                    "re-create the model",
+                )
+
+
+def expected_weights(spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], Format]]:
+    """(name, shape, format) of every weight of a Model.
+
+    embedding (V, D), layers.I.{input_norm (D), qkv (N, D), o, post_norm (D), gate_up (2F, D), down (D, F)}, optional
+    layers.I.qkv_bias (N) and layers.I.{q_norm, k_norm} (E), norm (D), head (V, D). Rows of qkv are q, k, v; rows of
+    gate_up are gate, up. RoPE pairs dimension e with e + E/2 (the Hugging Face order).
+    """
+    fp32 = parse_format("fp32")
+    D = spec.hidden_size
+    yield "embedding", (spec.vocab_size, D), parse_format(recipe.embedding)
+    for i in range(spec.num_layers):
+        p = f"layers.{i}."
+        yield p + "input_norm", (D,), fp32
+        for linear, shape in spec.linears().items():
+            yield p + linear, shape, recipe.format_of(i, linear)
+        yield p + "post_norm", (D,), fp32
+        if spec.qkv_bias:
+            yield p + "qkv_bias", (spec.qkv_size,), fp32
+        if spec.qk_norm:
+            yield p + "q_norm", (spec.head_dim,), fp32
+            yield p + "k_norm", (spec.head_dim,), fp32
+    yield "norm", (D,), fp32
+    yield "head", (spec.vocab_size, D), parse_format(recipe.head)
