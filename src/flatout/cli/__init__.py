@@ -1,0 +1,1 @@
+"""One file a command: parse, build a config, call, print. Nothing else lives here."""

@@ -1,0 +1,135 @@
+"""Round to nearest: the scale of each group from its extremes (or from a search), the codes by rounding.
+
+Symmetric 8-bit codes span [-127, 127] with scale amax / 127; symmetric 4-bit codes span -8..7 around the
+zero 8 with scale amax / 7.5, which leaves no error above half a step; asymmetric codes span min(w,
+0)..max(w, 0) with an integer zero. Scales are float16 (float32 where a scale exceeds float16's range) and
+codes are rounded against the scale as stored, so the rounding of scales costs nothing extra.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flatout.core.formats import Format
+from flatout.core.quantized import QuantizedTensor
+from flatout.errors import ConfigError
+
+_CLIP_RATIOS = tuple(float(r) for r in np.linspace(1.0, 0.6, 21))
+_SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
+_SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Grid:
+    """The levels scale * (code - zero) of each group, code in [low, high]. Both arrays are float32 (N,
+    groups)."""
+
+    scales: np.ndarray
+    zeros: np.ndarray
+    low: int
+    high: int
+
+    def codes(self, grouped: np.ndarray) -> np.ndarray:
+        """Nearest codes of `grouped` (N, groups, width), as float32 integers."""
+        levels = np.rint(grouped / self.scales[:, :, None]) + self.zeros[:, :, None]
+        codes: np.ndarray = np.clip(levels, self.low, self.high)
+        return codes
+
+    def values(self, codes: np.ndarray) -> np.ndarray:
+        values: np.ndarray = self.scales[:, :, None] * (codes - self.zeros[:, :, None])
+        return values
+
+
+def check_roundable(fmt: Format) -> None:
+    """Raise ConfigError unless rounding can produce `fmt`."""
+    if not fmt.is_integer or fmt.is_native:
+        raise ConfigError(
+            "rounding makes w{8,4}a{8,16} formats; GGUF blocks are only taken from a file that has them",
+            fmt.name,
+            "w8a8-g64",
+        )
+
+
+def _storable(scales: np.ndarray) -> np.ndarray:
+    """Scales as they will be stored, widened back to float32; never zero, so division is safe.
+
+    Below float16's normal range they are rounded up: there a scale rounded down would clip the group's
+    extremes.
+    """
+    scales = np.maximum(scales, np.float32(_SMALLEST))
+    if scales.size and float(scales.max()) > _LARGEST:
+        return scales
+    rounded_up = np.ceil(scales / np.float32(_SMALLEST)) * np.float32(_SMALLEST)
+    return np.where(scales < _SMALLEST_NORMAL, rounded_up, scales.astype(np.float16).astype(np.float32))
+
+
+def make_grid(grouped: np.ndarray, fmt: Format, clip: float = 1.0) -> Grid:
+    """The grid of `grouped` float32 (N, groups, width) whose range is its own times `clip`."""
+    if fmt.zero == "symmetric":
+        amax = np.abs(grouped).max(axis=2) * np.float32(clip)
+        half_range, zero, low, high = (127.0, 0, -127, 127) if fmt.bits == 8 else (7.5, 8, 0, 15)
+        scales = _storable(amax / np.float32(half_range))
+        return Grid(scales=scales, zeros=np.full_like(scales, zero), low=low, high=high)
+    top = (1 << fmt.bits) - 1
+    minimum = np.minimum(grouped.min(axis=2), 0) * np.float32(clip)
+    maximum = np.maximum(grouped.max(axis=2), 0) * np.float32(clip)
+    scales = _storable((maximum - minimum) / np.float32(top))
+    zeros = np.clip(np.rint(-minimum / scales), 0, top)
+    return Grid(scales=scales, zeros=zeros, low=0, high=top)
+
+
+def search_grid(grouped: np.ndarray, fmt: Format, importance: np.ndarray | None = None) -> Grid:
+    """For every group the clip ratio with the least squared error, weighted by `importance` (groups, width)
+    if given.
+
+    A narrower range clips a few extremes and rounds everything else finer.
+    """
+    best = make_grid(grouped, fmt)
+    least = np.full(best.scales.shape, np.inf, dtype=np.float32)
+    for clip in _CLIP_RATIOS:
+        grid = make_grid(grouped, fmt, clip)
+        squared = np.square(grid.values(grid.codes(grouped)) - grouped)
+        error = (squared if importance is None else squared * importance).sum(axis=2)
+        better = error < least
+        least = np.where(better, error, least)
+        best = Grid(
+            scales=np.where(better, grid.scales, best.scales),
+            zeros=np.where(better, grid.zeros, best.zeros),
+            low=grid.low,
+            high=grid.high,
+        )
+    return best
+
+
+def pack(codes: np.ndarray, grid: Grid, fmt: Format) -> QuantizedTensor:
+    """A QuantizedTensor of integer-valued `codes` (N, K) on `grid`."""
+    with np.errstate(over="ignore"):
+        fits = bool((grid.scales.astype(np.float16) == grid.scales).all())
+    return QuantizedTensor(
+        format=fmt,
+        codes=codes.astype(np.int8 if grid.low < 0 else np.uint8),
+        scales=grid.scales.astype(np.float16 if fits else np.float32),
+        zeros=grid.zeros.astype(np.uint8) if fmt.zero == "asymmetric" else None,
+    )
+
+
+def group_rows(weight: np.ndarray, fmt: Format) -> np.ndarray:
+    """float32 (N, K) as (N, groups, width). Raises ConfigError when the group does not divide K or values
+    are not finite."""
+    n, k = weight.shape
+    if fmt.group and k % fmt.group:
+        raise ConfigError("groups must divide the width", f"{fmt.name} on width {k}", "a group of 32 or 64")
+    if not np.isfinite(weight).all():
+        raise ConfigError("weights must be finite", "infinity or NaN", "another checkpoint")
+    return np.asarray(weight, dtype=np.float32).reshape(n, fmt.groups(k), -1)
+
+
+def round_to_nearest(weight: np.ndarray, fmt: Format, search_clip: bool = False) -> QuantizedTensor:
+    """`weight` float32 (N, K) in `fmt`. search_clip: pick each group's range by least squared error."""
+    check_roundable(fmt)
+    grouped = group_rows(weight, fmt)
+    grid = search_grid(grouped, fmt) if search_clip else make_grid(grouped, fmt)
+    return pack(grid.codes(grouped).reshape(weight.shape), grid, fmt)

@@ -1,0 +1,1 @@
+"""Text that ships with flatout: public-domain passages for calibration, validation and hold-out."""

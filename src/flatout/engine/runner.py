@@ -1,0 +1,116 @@
+"""The small protocol between the engine's front and whatever executes a forward step.
+
+A step advances S sequences by one or more tokens each. There is no prefill or decode phase: a sequence that has
+`starts` tokens in its pages gets `lengths` more, attends to all of them, and the runner writes the new tokens' keys and
+values into the pages before it reads them. Legend: T tokens of the step, S sequences, P pages a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from flatout.core.spec import ModelSpec
+from flatout.errors import ConfigError
+
+MAX_STEP_TOKENS = 512
+"""Tokens of one step unless the caller says otherwise; enough to reach the arithmetic peak, short enough to interleave."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInput:
+    """One step. Arrays are int32, C-contiguous, and may be reused by the caller once the call returns.
+
+    tokens (T,): the new tokens of all sequences, one after the other.
+    starts (S,): position of each sequence's first new token, which is the number of tokens already in its pages.
+    lengths (S,): new tokens of each sequence, at least 1; they sum to T.
+    pages (S, P): page table; entry j holds positions j * page_size to (j + 1) * page_size - 1; -1 after the last page.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    pages: np.ndarray
+
+
+class Runner(Protocol):
+    """Executes steps over num_pages pages of page_size tokens each."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def name(self) -> str:
+        """What runs, for people: "cpu (avx512, 2 threads)"."""
+        ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def num_pages(self) -> int: ...
+
+    def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:
+        """float32 logits: (S, V) of each sequence's last new token, or (T, V) of every new token."""
+        ...
+
+    def score(self, batch: StepInput, targets: np.ndarray) -> np.ndarray:
+        """float32 (T,): log-probability of targets[t] (int32) as the token after new token t."""
+        ...
+
+    def sample(
+        self,
+        batch: StepInput,
+        temperature: np.ndarray,
+        top_k: np.ndarray,
+        top_p: np.ndarray,
+        seeds: np.ndarray,
+    ) -> np.ndarray:
+        """int32 (S,): the next token of each sequence, drawn as `sampler.sample` does from its last logits.
+
+        temperature and top_p are float32 (S,), top_k int32 (S,), seeds uint64 (S,); the RNG's position is that of the
+        new token, starts + lengths.
+        """
+        ...
+
+
+def check_step(batch: StepInput, spec: ModelSpec, page_size: int, num_pages: int) -> None:
+    """Raise ConfigError unless `batch` is well formed. For runners that would otherwise read or write out of bounds."""
+    sequences = len(batch.lengths)
+    ends = batch.starts.astype(np.int64) + batch.lengths
+    sound = (
+        sequences > 0
+        and batch.starts.shape == batch.lengths.shape
+        and batch.pages.shape[0] == sequences
+        and bool((batch.lengths > 0).all() and (batch.starts >= 0).all())
+        and int(batch.lengths.sum()) == len(batch.tokens)
+    )
+    if not sound:
+        raise ConfigError(
+            "a step needs starts >= 0 and lengths >= 1 that sum to its tokens, one row a sequence",
+            f"tokens {batch.tokens.shape}, starts {batch.starts.shape}, lengths {batch.lengths.shape}, "
+            f"pages {batch.pages.shape}",
+            "build steps through flatout.engine",
+        )
+    if int(ends.max()) > min(spec.max_positions, batch.pages.shape[1] * page_size):
+        raise ConfigError(
+            f"positions must lie below {spec.max_positions} and inside the page table",
+            str(int(ends.max())),
+            "a shorter sequence",
+        )
+    if int(batch.tokens.min()) < 0 or int(batch.tokens.max()) >= spec.vocab_size:
+        raise ConfigError(
+            f"token ids lie between 0 and {spec.vocab_size - 1}",
+            f"{int(batch.tokens.min())} to {int(batch.tokens.max())}",
+            "the model's own tokenizer",
+        )
+    used = np.arange(batch.pages.shape[1])[None, :] * page_size < ends[:, None]
+    entries = batch.pages[used]
+    if int(entries.min()) < 0 or int(entries.max()) >= num_pages:
+        raise ConfigError(
+            f"pages in use lie between 0 and {num_pages - 1}",
+            f"{int(entries.min())} to {int(entries.max())}",
+            "build steps through flatout.engine",
+        )

@@ -1,0 +1,305 @@
+"""Continuous batching: which sequences advance by how many tokens in the next step, and in which pages.
+
+Rules, in order of importance:
+  1. First come, first served. `running` and `waiting` are both in order of arrival, and everything in `running` arrived
+     before everything in `waiting`.
+  2. Every step advances each caught-up sequence by one token (decode) and fills the rest of the token budget with
+     prompt chunks in order of arrival. So a long prompt delays others by one bounded step at a time.
+  3. A sequence is admitted when there are pages for all the tokens it has, after taking over cached pages of the same
+     prefix, and one page of growth is left for every running sequence. So only decoding can run out of pages.
+  4. When it does, the sequence that arrived last gives up its pages and waits at the head of the queue with its tokens;
+     it is recomputed later. The first to arrive is never the victim while another runs, so the queue always moves.
+
+Whether a sequence was batched, chunked, preempted or had its prefix reused changes what is computed when, never which
+tokens and positions it attends to. Pure Python over a page pool: no weights, and tests need none. vLLM's scheduler
+(v1) treats prefill and decode alike in the same way; this one keeps first-come order and allocates prompts whole.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flatout.engine.cache import PagePool, extend_digests
+from flatout.engine.runner import MAX_STEP_TOKENS, StepInput
+from flatout.errors import ConfigError
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """One sequence's state. tokens is prompt and output; computed counts those whose keys and values are in pages.
+
+    limit is the number of tokens at which it ends. row is its row in the scheduler's tables, -1 while it waits.
+    reused counts prompt tokens that were taken over from cached pages when it was first admitted.
+    """
+
+    id: int
+    tokens: list[int]
+    limit: int
+    stop_ids: frozenset[int] = frozenset()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    prompt_length: int = 0
+    computed: int = 0
+    reused: int = 0
+    preemptions: int = 0
+    row: int = -1
+    finish_reason: str | None = None
+    pages: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Step:
+    """A step to run: the batch, the sampling parameters of its sequences, and who takes part with how many tokens."""
+
+    batch: StepInput
+    temperature: np.ndarray  # float32 (S,)
+    top_k: np.ndarray  # int32 (S,)
+    top_p: np.ndarray  # float32 (S,)
+    seeds: np.ndarray  # uint64 (S,)
+    sequences: list[Sequence]
+    counts: list[int]
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class SchedulerStats:
+    """Counters since the start, and the state now."""
+
+    running: int
+    waiting: int
+    pages_held: int
+    pages_total: int
+    steps: int
+    tokens_computed: int
+    tokens_reused: int
+    preemptions: int
+
+
+class Scheduler:
+    """Owns the page pool and every live sequence. Not thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_positions: int,
+        max_batch: int = 32,
+        max_step_tokens: int = MAX_STEP_TOKENS,
+        prefix_reuse: bool = True,
+    ) -> None:
+        if not 1 <= max_batch <= max_step_tokens:
+            raise ConfigError(
+                "max_batch lies between 1 and the tokens of a step, because every sequence may decode in each step",
+                f"max_batch {max_batch}, max_step_tokens {max_step_tokens}",
+                f"max_batch={max(1, max_step_tokens)}",
+            )
+        self.pool = PagePool(num_pages)
+        self.page_size = page_size
+        self.capacity = min(max_positions, num_pages * page_size)
+        self.max_batch = max_batch
+        self.max_step_tokens = max_step_tokens
+        self.prefix_reuse = prefix_reuse
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self._steps = self._computed = self._reused = self._preemptions = 0
+        self._tables = np.full((max_batch, -(-self.capacity // page_size)), -1, dtype=np.int32)
+        self._temperature = np.zeros(max_batch, dtype=np.float32)
+        self._top_k = np.zeros(max_batch, dtype=np.int32)
+        self._top_p = np.ones(max_batch, dtype=np.float32)
+        self._seeds = np.zeros(max_batch, dtype=np.uint64)
+        self._free_rows = list(range(max_batch - 1, -1, -1))
+        self._ones = np.ones(max_batch, dtype=np.int32)
+        # Sampling parameters gathered for the rows of the last step; None when a row has changed hands since.
+        self._gathered: tuple[list[int], np.ndarray, tuple[np.ndarray, ...]] | None = None
+
+    def check_prompt(self, length: int) -> None:
+        """Raise ConfigError when a prompt of `length` tokens could never run: none, or no room for one new token."""
+        if length == 0:
+            raise ConfigError("a prompt must hold at least one token", "none", "a longer prompt")
+        if length >= self.capacity:
+            raise ConfigError(
+                f"prompt and answer must fit into {self.capacity} tokens (the model's positions or the KV cache, "
+                "whichever is smaller), so the prompt must be shorter than that",
+                f"a prompt of {length} tokens",
+                "a shorter prompt, or a larger cache (max_tokens of flatout.load) if the model's context allows",
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises ConfigError as check_prompt does."""
+        length = len(sequence.tokens)
+        self.check_prompt(length)
+        sequence.prompt_length = length
+        sequence.limit = min(max(sequence.limit, length + 1), self.capacity)
+        self.waiting.append(sequence)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence and give back its pages; their contents stay known for later prompts."""
+        if sequence.finish_reason is not None:
+            return
+        sequence.finish_reason = reason
+        if sequence.row >= 0:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when nothing is left to do. Each step must be committed before the next is asked for;
+        a step whose execution failed may be dropped instead and is scheduled again."""
+        preempted = self._grow()
+        sequences: list[Sequence] = []
+        counts: list[int] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            if len(sequence.tokens) - sequence.computed == 1:
+                sequences.append(sequence)
+                counts.append(1)
+            else:
+                prompts.append(sequence)
+        budget = self.max_step_tokens - len(sequences)
+        for sequence in prompts:
+            if budget == 0:
+                break
+            budget -= self._advance(sequence, budget, sequences, counts)
+        while self.waiting and budget and not preempted and len(self.running) < self.max_batch:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            budget -= self._advance(sequence, budget, sequences, counts)
+        return self._step(sequences, counts) if sequences else None
+
+    def commit(self, step: Step, sampled: np.ndarray) -> list[Sequence]:
+        """Take in the tokens a step sampled (S,). Returns the sequences that have a new last token, in step order;
+        those at a stop token or at their limit are finished."""
+        page_size = self.page_size
+        advanced: list[Sequence] = []
+        for sequence, count, token in zip(step.sequences, step.counts, sampled.tolist(), strict=True):
+            before = sequence.computed
+            after = sequence.computed = before + count
+            self._computed += count
+            if after // page_size > before // page_size and self.prefix_reuse:
+                extend_digests(sequence.digests, sequence.tokens, page_size)
+                for j in range(before // page_size, after // page_size):
+                    self.pool.name(sequence.pages[j], sequence.digests[j])
+            if after < len(sequence.tokens):
+                continue  # a chunk that does not end the prompt: its sample means nothing
+            sequence.tokens.append(token)
+            advanced.append(sequence)
+            if token in sequence.stop_ids:
+                self.finish(sequence, "stop")
+            elif len(sequence.tokens) >= sequence.limit:
+                self.finish(sequence, "length")
+        self._steps += 1
+        return advanced
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            pages_held=self.pool.held,
+            pages_total=self.pool.num_pages,
+            steps=self._steps,
+            tokens_computed=self._computed,
+            tokens_reused=self._reused,
+            preemptions=self._preemptions,
+        )
+
+    def _grow(self) -> bool:
+        """Give each running sequence the page its next token goes to. True when one had to give up its pages."""
+        preempted = False
+        i = 0
+        while i < len(self.running):
+            sequence = self.running[i]
+            i += 1
+            if sequence.computed < len(sequence.pages) * self.page_size:
+                continue
+            while self.pool.free == 0 and sequence.row >= 0:
+                self._preempt(self.running.pop())
+                preempted = True
+            if sequence.row >= 0:
+                page = self.pool.take()
+                self._tables[sequence.row, len(sequence.pages)] = page
+                sequence.pages.append(page)
+        return preempted
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.computed = 0
+        sequence.preemptions += 1
+        self._preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        self._tables[sequence.row, : len(sequence.pages)] = -1
+        self._free_rows.append(sequence.row)
+        sequence.row = -1
+        sequence.pages.clear()
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give the head of the queue its pages and a row, or return False and change nothing."""
+        length = len(sequence.tokens)
+        matched: list[int] = []
+        if self.prefix_reuse:
+            extend_digests(sequence.digests, sequence.tokens, self.page_size)
+            # The last token is always computed, because its logits are needed.
+            matched = self.pool.match(sequence.digests[: (length - 1) // self.page_size])
+        needed = -(-length // self.page_size) - len(matched)
+        if needed + len(self.running) > self.pool.free - self.pool.idle(matched):
+            return False
+        self.pool.hold(matched)
+        sequence.pages.extend(matched)
+        sequence.pages.extend(self.pool.take() for _ in range(needed))
+        sequence.computed = len(matched) * self.page_size
+        self._reused += sequence.computed
+        if sequence.preemptions == 0:
+            sequence.reused = sequence.computed
+        row = sequence.row = self._free_rows.pop()
+        self._tables[row, : len(sequence.pages)] = sequence.pages
+        self._temperature[row] = sequence.temperature
+        self._top_k[row] = sequence.top_k
+        self._top_p[row] = sequence.top_p
+        self._seeds[row] = sequence.seed
+        self._gathered = None
+        return True
+
+    def _advance(
+        self, sequence: Sequence, budget: int, sequences: list[Sequence], counts: list[int]
+    ) -> int:
+        count = min(len(sequence.tokens) - sequence.computed, budget)
+        sequences.append(sequence)
+        counts.append(count)
+        return count
+
+    def _step(self, sequences: list[Sequence], counts: list[int]) -> Step:
+        size = len(sequences)
+        rows = [s.row for s in sequences]
+        if self._gathered is None or self._gathered[0] != rows:
+            index = np.array(rows)
+            parameters = (self._temperature, self._top_k, self._top_p, self._seeds)
+            self._gathered = rows, index, tuple(p[index] for p in parameters)
+        _, index, (temperature, top_k, top_p, seeds) = self._gathered
+        width = max(len(s.pages) for s in sequences)
+        # One row is a contiguous view of the table; several are gathered into a fresh contiguous array.
+        pages = self._tables[rows[0] : rows[0] + 1, :width] if size == 1 else self._tables[index, :width]
+        if sum(counts) == size:
+            tokens = np.array([s.tokens[s.computed] for s in sequences], dtype=np.int32)
+            lengths = self._ones[:size]
+        else:
+            flat: list[int] = []
+            for s, count in zip(sequences, counts, strict=True):
+                flat += s.tokens[s.computed : s.computed + count]
+            tokens = np.array(flat, dtype=np.int32)
+            lengths = np.array(counts, dtype=np.int32)
+        starts = np.array([s.computed for s in sequences], dtype=np.int32)
+        return Step(
+            StepInput(tokens, starts, lengths, pages), temperature, top_k, top_p, seeds, sequences, counts
+        )

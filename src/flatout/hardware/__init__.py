@@ -1,0 +1,1 @@
+"""The machine: what it has (detect), how fast it is at best (ceilings), what is missing on it (checks)."""

@@ -1,0 +1,212 @@
+// Python bindings of the CPU engine. Arrays are checked here; the model checks what they mean.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "features.h"
+#include "model.h"
+
+namespace nb = nanobind;
+using namespace flatout;
+
+void bind_ceilings(nb::module_& m);
+
+namespace {
+
+template <class T>
+using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using AnyMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Result = nb::ndarray<nb::numpy, T>;
+
+template <class T>
+T get(const nb::dict& d, const char* key) {
+  if (!d.contains(key)) throw std::invalid_argument(std::string("config lacks ") + key);
+  return nb::cast<T>(d[key]);
+}
+
+Config parse_config(const nb::dict& d) {
+  Config c{};
+  c.vocab_size = get<int>(d, "vocab_size");
+  c.hidden_size = get<int>(d, "hidden_size");
+  c.intermediate_size = get<int>(d, "intermediate_size");
+  c.num_layers = get<int>(d, "num_layers");
+  c.num_heads = get<int>(d, "num_heads");
+  c.num_kv_heads = get<int>(d, "num_kv_heads");
+  c.head_dim = get<int>(d, "head_dim");
+  c.max_positions = get<int>(d, "max_positions");
+  c.rope_theta = get<float>(d, "rope_theta");
+  c.rms_norm_eps = get<float>(d, "rms_norm_eps");
+  c.norm_offset = get<float>(d, "norm_offset");
+  c.embedding_scale = get<float>(d, "embedding_scale");
+  c.qkv_bias = get<bool>(d, "qkv_bias");
+  c.qk_norm = get<bool>(d, "qk_norm");
+  c.gelu = get<std::string>(d, "activation") == "gelu_tanh";
+  c.int8_cache = get<std::string>(d, "kv_cache") == "int8";
+  c.sliding_window = d["sliding_window"].is_none() ? 0 : get<int>(d, "sliding_window");
+  c.has_rope_scaling = !d["rope_scaling"].is_none();
+  if (c.has_rope_scaling) {
+    const nb::dict s = nb::cast<nb::dict>(d["rope_scaling"]);
+    c.rope_scaling = {get<float>(s, "factor"), get<float>(s, "low_freq_factor"), get<float>(s, "high_freq_factor"),
+                      get<float>(s, "original_max_positions")};
+  }
+  return c;
+}
+
+Batch make_batch(const Array<int32_t>& tokens, const Array<int32_t>& starts, const Array<int32_t>& lengths,
+                 const Matrix<int32_t>& pages) {
+  if (starts.shape(0) != lengths.shape(0) || starts.shape(0) != pages.shape(0))
+    throw std::invalid_argument("starts, lengths and pages must have one row a sequence");
+  return {tokens.data(), starts.data(), lengths.data(), pages.data(), (int)tokens.shape(0), (int)starts.shape(0),
+          (int)pages.shape(1)};
+}
+
+template <class T>
+Result<T> result(std::initializer_list<size_t> shape, T** data) {
+  size_t count = 1;
+  for (size_t n : shape) count *= n;
+  *data = new T[count];
+  nb::capsule owner(*data, [](void* p) noexcept { delete[] (T*)p; });
+  return Result<T>(*data, shape, owner);
+}
+
+bool is_half(const AnyMatrix& a) {
+  if (a.dtype() == nb::dtype<float>()) return false;
+  if (a.dtype().code == (uint8_t)nb::dlpack::dtype_code::Float && a.dtype().bits == 16) return true;
+  throw std::invalid_argument("scales and minima must be float16 or float32");
+}
+
+void check_rows(const AnyMatrix& a, const Source& s, const char* what) {
+  const size_t groups = s.group ? s.k / s.group : 1;
+  if (a.shape(0) != (size_t)s.n || a.shape(1) != groups)
+    throw std::invalid_argument(std::string(what) + " must have one value a row and group");
+}
+
+void set_quantized(Model& model, const std::string& name, const AnyMatrix& codes, const AnyMatrix& scales,
+                   const nb::object& zeros_object, const nb::object& minima_object, int bits, int group,
+                   const std::string& zero, const std::string& activation, int activation_group) {
+  Source s;
+  s.kind = WeightKind::kInteger;
+  s.n = (int)codes.shape(0);
+  s.k = (int)codes.shape(1);
+  s.bits = bits;
+  s.group = group;
+  if (bits != 4 && bits != 8) throw std::invalid_argument("codes have 4 or 8 bits");
+  if (codes.itemsize() != 1) throw std::invalid_argument("codes must be bytes");
+  if (group < 0 || (group && (s.k % group || group % 32)) || (bits == 4 && group == 0))
+    throw std::invalid_argument("the group must be a multiple of 32 that divides the width");
+  if (activation_group != 0 && activation_group != group)
+    throw std::invalid_argument("the activation group is 0 or the weight group");
+  s.zero = zero == "minimum" ? Zero::kMinimum : zero == "asymmetric" ? Zero::kAsymmetric : Zero::kSymmetric;
+  s.half_scales = is_half(scales);
+  s.integer_activation = activation == "int8";
+  s.activation_group = activation_group;
+  s.codes = (const uint8_t*)codes.data();
+  s.scales = scales.data();
+  check_rows(scales, s, "scales");
+  AnyMatrix zeros, minima;
+  if (s.zero == Zero::kAsymmetric) {
+    zeros = nb::cast<AnyMatrix>(zeros_object);
+    check_rows(zeros, s, "zeros");
+    if (zeros.itemsize() != 1) throw std::invalid_argument("zeros must be bytes");
+    s.zeros = (const uint8_t*)zeros.data();
+  }
+  if (s.zero == Zero::kMinimum) {
+    minima = nb::cast<AnyMatrix>(minima_object);
+    check_rows(minima, s, "minima");
+    if (is_half(minima) != s.half_scales) throw std::invalid_argument("minima must have the type of the scales");
+    s.minima = minima.data();
+  }
+  nb::gil_scoped_release release;
+  model.set_weight(name, s);
+}
+
+void set_float(Model& model, const std::string& name, nb::ndarray<const float, nb::c_contig, nb::device::cpu> values,
+               const std::string& format) {
+  if (values.ndim() == 1) return model.set_vector(name, values.data(), (int)values.shape(0));
+  if (values.ndim() != 2) throw std::invalid_argument("a weight has one or two dimensions");
+  Source s;
+  s.kind = format == "bf16" ? WeightKind::kBFloat16 : WeightKind::kFloat32;
+  s.bits = format == "bf16" ? 16 : 32;
+  s.n = (int)values.shape(0);
+  s.k = (int)values.shape(1);
+  s.values = values.data();
+  nb::gil_scoped_release release;
+  model.set_weight(name, s);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "The flatout CPU engine: packed weights, paged KV cache, forward steps.";
+  m.attr("max_step_tokens") = kMaxStepTokens;
+  m.attr("page_size") = kPage;
+  m.def("features", &cpu_features);
+  m.def("isas", &usable_isas);
+  bind_ceilings(m);
+  nb::class_<Model>(m, "Model")
+      .def("__init__",
+           [](Model* self, const nb::dict& config, int threads, const std::string& isa, int num_pages) {
+             if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
+             new (self) Model(parse_config(config), threads, isa, num_pages);
+           })
+      .def("set_float", &set_float)
+      .def("set_quantized", &set_quantized, nb::arg("name"), nb::arg("codes"), nb::arg("scales"),
+           nb::arg("zeros").none(), nb::arg("minima").none(), nb::arg("bits"), nb::arg("group"), nb::arg("zero"),
+           nb::arg("activation"), nb::arg("activation_group"))
+      .def("finalize", &Model::finalize)
+      .def_prop_ro("isa", &Model::isa)
+      .def_prop_ro("num_pages", &Model::num_pages)
+      .def_prop_ro("page_size", [](const Model&) { return kPage; })
+      .def_prop_ro("weight_bytes", &Model::weight_bytes)
+      .def("forward",
+           [](Model& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
+              Matrix<int32_t> pages, bool all) {
+             const Batch b = make_batch(tokens, starts, lengths, pages);
+             float* out;
+             auto logits = result<float>(
+                 {(size_t)(all ? b.total : b.sequences), (size_t)self.config().vocab_size}, &out);
+             nb::gil_scoped_release release;
+             self.forward(b, all, out);
+             return logits;
+           })
+      .def("score",
+           [](Model& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
+              Matrix<int32_t> pages, Array<int32_t> targets) {
+             const Batch b = make_batch(tokens, starts, lengths, pages);
+             if (targets.shape(0) != tokens.shape(0)) throw std::invalid_argument("one target a token");
+             float* out;
+             auto scores = result<float>({(size_t)b.total}, &out);
+             nb::gil_scoped_release release;
+             self.score(b, targets.data(), out);
+             return scores;
+           })
+      .def("sample",
+           [](Model& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
+              Matrix<int32_t> pages, Array<float> temperature, Array<int32_t> top_k, Array<float> top_p,
+              Array<uint64_t> seeds) {
+             const Batch b = make_batch(tokens, starts, lengths, pages);
+             const size_t n = b.sequences;
+             if (temperature.shape(0) != n || top_k.shape(0) != n || top_p.shape(0) != n || seeds.shape(0) != n)
+               throw std::invalid_argument("sampling parameters must have one value a sequence");
+             int32_t* out;
+             auto tokens_out = result<int32_t>({n}, &out);
+             const Sampling s{temperature.data(), top_p.data(), top_k.data(), seeds.data()};
+             nb::gil_scoped_release release;
+             self.sample(b, s, out);
+             return tokens_out;
+           })
+      .def("profile", &Model::set_profiling)
+      .def("timings", [](Model& self) {
+        const std::vector<double> t = self.take_timings();
+        nb::dict d;
+        for (int i = 0; i < kPhases; ++i) d[kPhaseNames[i]] = t[i];
+        return d;
+      });
+}

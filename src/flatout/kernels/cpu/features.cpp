@@ -1,0 +1,93 @@
+#include "features.h"
+
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define FLATOUT_ISA portable
+#include "kernels.h"
+#undef FLATOUT_ISA
+#if defined(__x86_64__)
+#define FLATOUT_ISA avx2
+#include "kernels.h"
+#undef FLATOUT_ISA
+#define FLATOUT_ISA avx512
+#include "kernels.h"
+#undef FLATOUT_ISA
+#endif
+
+namespace flatout {
+
+namespace {
+
+#if defined(__x86_64__)
+// Linux hands out the tile registers on request (arch_prctl ARCH_REQ_XCOMP_PERM, feature 18 = tile data).
+bool amx_usable() {
+  static const bool usable = __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-tile") &&
+                             syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return usable;
+}
+bool avx512_usable() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+bool avx2_usable() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+}  // namespace
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) found.push_back("avx2");
+  if (__builtin_cpu_supports("fma")) found.push_back("fma");
+  if (__builtin_cpu_supports("f16c")) found.push_back("f16c");
+  if (__builtin_cpu_supports("avx512f")) found.push_back("avx512f");
+  if (__builtin_cpu_supports("avx512bw")) found.push_back("avx512bw");
+  if (__builtin_cpu_supports("avx512vnni")) found.push_back("avx512_vnni");
+  if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512_bf16");
+  if (amx_usable()) found.push_back("amx_int8");
+#endif
+  return found;
+}
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> isas;
+#if defined(__x86_64__)
+  if (avx512_usable() && __builtin_cpu_supports("avx512bf16") && amx_usable()) isas.push_back("amx");
+  if (avx512_usable()) isas.push_back("avx512");
+  if (avx2_usable()) isas.push_back("avx2");
+#endif
+  isas.push_back("portable");
+  return isas;
+}
+
+// One table: names of the kernels in namespace `isa`, with the linear and attention that differ.
+#define FLATOUT_TABLE(table, isa, prepare, linear, attention)                                                \
+  static const Ops table = {#table,     isa::rms_norm, isa::quantize, isa::round_bf16, prepare,          linear, \
+                            isa::gated, isa::rope,     isa::write_kv, attention,       isa::log_sum_exp}
+
+const Ops* ops_for(const std::string& isa) {
+  bool usable = false;
+  for (const std::string& name : usable_isas()) usable |= name == isa;
+  if (!usable) throw std::invalid_argument("this processor cannot run instruction set '" + isa + "'");
+#if defined(__x86_64__)
+  FLATOUT_TABLE(amx_ops, avx512, avx512::prepare_panel, avx512::linear_panel_amx, avx512::attend_amx);
+  FLATOUT_TABLE(avx512_ops, avx512, nullptr, avx512::linear_panel, avx512::attend);
+  FLATOUT_TABLE(avx512_bf16_ops, avx512, nullptr, avx512::linear_panel_bf16, avx512::attend);
+  FLATOUT_TABLE(avx2_ops, avx2, nullptr, avx2::linear_panel, avx2::attend);
+  if (isa == "amx") return &amx_ops;
+  if (isa == "avx512") return __builtin_cpu_supports("avx512bf16") ? &avx512_bf16_ops : &avx512_ops;
+  if (isa == "avx2") return &avx2_ops;
+#endif
+  FLATOUT_TABLE(portable_ops, portable, nullptr, portable::linear_panel, portable::attend);
+  return &portable_ops;
+}
+
+}  // namespace flatout

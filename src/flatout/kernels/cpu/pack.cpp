@@ -1,0 +1,135 @@
+#include "pack.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+namespace flatout {
+
+Buffer::Buffer(size_t size) : bytes(size) {
+  if (size == 0) return;
+  const size_t page = size >= (1 << 21) ? 1 << 21 : 64;
+  const size_t padded = (size + kPrefetchBytes + page - 1) / page * page;
+  data = (uint8_t*)std::aligned_alloc(page, padded);
+  if (data == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (page > 64) madvise(data, padded, MADV_HUGEPAGE);  // advice only: without it the buffer is merely slower
+#endif
+  std::memset(data, 0, padded);
+}
+Buffer::Buffer(Buffer&& other) noexcept : data(std::exchange(other.data, nullptr)), bytes(other.bytes) {}
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  std::swap(data, other.data);
+  std::swap(bytes, other.bytes);
+  return *this;
+}
+Buffer::~Buffer() { std::free(data); }
+
+uint16_t round_to_bf16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+namespace {
+
+int round_up(int v, int to) { return (v + to - 1) / to * to; }
+
+// Row of the source that lane `lane` of panel `panel` holds, or -1 for padding.
+int source_row(const Source& s, bool interleaved, int panel, int lane) {
+  if (!interleaved) {
+    const int row = panel * kLanes + lane;
+    return row < s.n ? row : -1;
+  }
+  const int half = s.n / 2, row = panel / 2 * kLanes + lane;
+  return row < half ? row + panel % 2 * half : -1;
+}
+
+void pack_floats(const Source& s, const Linear& w, int lane, int row, uint8_t* panel) {
+  const float* in = s.values + (size_t)row * s.k;
+  if (w.kind == WeightKind::kFloat32) {
+    float* out = (float*)panel;
+    for (int k = 0; k < s.k; ++k) out[(size_t)k * kLanes + lane] = in[k];
+  } else {
+    uint16_t* out = (uint16_t*)panel;
+    for (int k = 0; k < s.k; ++k) out[((size_t)(k / 2) * kLanes + lane) * 2 + k % 2] = round_to_bf16(in[k]);
+  }
+}
+
+void pack_codes(const Source& s, const Linear& w, int lane, int row, uint8_t* panel) {
+  const uint8_t* in = s.codes + (size_t)row * s.k;
+  const uint8_t flip = s.bits == 8 && s.zero == Zero::kSymmetric ? 128 : 0;  // signed -> unsigned around 128
+  for (int k = 0; k < w.k_padded; ++k) {
+    const uint8_t code = k < s.k ? (uint8_t)(in[k] ^ flip) : (uint8_t)w.integer_zero;
+    const int quad = k / 4;
+    if (s.bits == 8) {
+      panel[((size_t)quad * kLanes + lane) * 4 + k % 4] = code;
+    } else {
+      uint8_t* byte = panel + ((size_t)(quad / 2) * kLanes + lane) * 4 + k % 4;
+      *byte = (uint8_t)(*byte | (quad % 2 ? code << 4 : code & 15));
+    }
+  }
+}
+
+void pack_scales(const Linear& w, const void* in, int lane, int row, uint8_t* out) {
+  const size_t width = w.half_scales ? 2 : 4;
+  for (int g = 0; g < w.groups; ++g)
+    std::memcpy(out + ((size_t)g * kLanes + lane) * width,
+                (const uint8_t*)in + ((size_t)row * w.groups + g) * width, width);
+}
+
+}  // namespace
+
+PackedLinear pack_linear(const Source& s, bool interleaved) {
+  Linear w;
+  w.kind = s.kind;
+  w.n = s.n;
+  w.k = s.k;
+  w.bits = s.bits;
+  w.zero = s.zero;
+  w.half_scales = s.half_scales;
+  w.integer_activation = s.integer_activation;
+  w.activation_group = s.activation_group;
+  w.panels = interleaved ? 2 * round_up(s.n / 2, kLanes) / kLanes : round_up(s.n, kLanes) / kLanes;
+  w.k_padded = s.group ? s.k : round_up(s.k, 64);
+  w.group = s.group ? s.group : w.k_padded;
+  w.groups = w.k_padded / w.group;
+  if (s.kind == WeightKind::kInteger) {
+    w.integer_zero = s.zero != Zero::kSymmetric ? 0 : (s.bits == 8 ? 128 : 8);
+    const size_t scale_bytes = (size_t)w.groups * kLanes * (s.half_scales ? 2 : 4);
+    w.scales_offset = (size_t)w.k_padded * kLanes * s.bits / 8;
+    w.extra_offset = w.scales_offset + scale_bytes;
+    w.panel_bytes = w.extra_offset;
+    if (s.zero == Zero::kMinimum) w.panel_bytes += scale_bytes;
+    if (s.zero == Zero::kAsymmetric) w.panel_bytes += (size_t)w.groups * kLanes;
+    w.panel_bytes = (w.panel_bytes + 63) / 64 * 64;
+  } else {
+    w.panel_bytes = (size_t)w.k_padded * kLanes * s.bits / 8;
+  }
+  PackedLinear packed{w, Buffer((size_t)w.panels * w.panel_bytes)};
+  packed.view.data = packed.memory.data;
+  for (int p = 0; p < w.panels; ++p) {
+    uint8_t* panel = packed.memory.data + (size_t)p * w.panel_bytes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int row = source_row(s, interleaved, p, lane);
+      if (row < 0) continue;  // zero scales: a padded row yields zero
+      if (s.kind != WeightKind::kInteger) {
+        pack_floats(s, w, lane, row, panel);
+        continue;
+      }
+      pack_codes(s, w, lane, row, panel);
+      pack_scales(w, s.scales, lane, row, panel + w.scales_offset);
+      if (s.zero == Zero::kMinimum) pack_scales(w, s.minima, lane, row, panel + w.extra_offset);
+      if (s.zero == Zero::kAsymmetric)
+        for (int g = 0; g < w.groups; ++g)
+          panel[w.extra_offset + (size_t)g * kLanes + lane] = s.zeros[(size_t)row * w.groups + g];
+    }
+  }
+  return packed;
+}
+
+}  // namespace flatout

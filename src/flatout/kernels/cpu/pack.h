@@ -1,0 +1,45 @@
+// Weights in the order the kernels stream them.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "ops.h"
+
+namespace flatout {
+
+// Memory aligned to 2 MiB pages where it is large, so that the weight stream misses the TLB rarely.
+struct Buffer {
+  explicit Buffer(size_t bytes = 0);
+  Buffer(Buffer&&) noexcept;
+  Buffer& operator=(Buffer&&) noexcept;
+  ~Buffer();
+  uint8_t* data = nullptr;
+  size_t bytes = 0;
+};
+
+// An (n, k) weight as the caller has it. Integer: codes signed (8-bit symmetric) or unsigned, scales and minima either
+// half or float. Float: values.
+struct Source {
+  WeightKind kind = WeightKind::kFloat32;
+  int n = 0, k = 0, bits = 32, group = 0;  // group 0: one scale a row
+  Zero zero = Zero::kSymmetric;
+  bool half_scales = false, integer_activation = false;
+  int activation_group = 0;
+  const uint8_t* codes = nullptr;
+  const void *scales = nullptr, *minima = nullptr;
+  const uint8_t* zeros = nullptr;
+  const float* values = nullptr;
+};
+
+struct PackedLinear {
+  Linear view;
+  Buffer memory;
+};
+
+// `interleaved` weights hold two halves of n / 2 rows (gate, up): their panels alternate, each half padded to 16 rows.
+PackedLinear pack_linear(const Source&, bool interleaved);
+
+uint16_t round_to_bf16(float);
+
+}  // namespace flatout

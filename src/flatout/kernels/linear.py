@@ -1,0 +1,105 @@
+"""Linear layers of every format: the PyTorch reference that fast kernels must match.
+
+    y[t, n] = sum over k of x[t, k] * w[n, k]
+
+Integer formats ("int8" activations) round each token's activations by group to int8, form exact int32 sums
+a group, and join the groups in order in float32 with one fused multiply-add each:
+
+    acc = fmaf(float(idot[g]), a_scale[g] * w_scale[n, g], acc)                   every format
+    acc = fmaf(a_scale[g] * float(asum[g]), minimum[n, g], acc)                   after it, "minimum" formats
+
+where idot[g] = sum of a[k] * (code[n, k] - zero[n, g]) and asum[g] = sum of a[k]. The result of a token
+therefore does not depend on batch, chunk or thread count, and a kernel can be compared bit by bit. Float
+formats ("bf16", "fp32") are plain matrix products accumulated in float32, whose summation order is free.
+
+Legend: T tokens, K input width, N output width, g index of a group along K.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatout.core.formats import Format
+from flatout.core.quantized import QuantizedTensor
+from flatout.errors import ConfigError
+
+_EXACT_FLOAT32_WIDTH = 512  # 512 * 127 * 255 < 2**24: float32 holds every partial sum of a group exactly
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """`array` as a tensor, shared where it is writable and copied where it is not (memory-mapped files)."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def quantize_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Round float32 x (T, K) to (codes int8 (T, K), scales float32 (T, K // group)); group 0 is the whole
+    token.
+
+    scale = amax / 127 and code = clamp(round_to_even(x * (127 / amax)), -127, 127), all in float32.
+    """
+    tokens, k = x.shape
+    grouped = x.float().reshape(tokens, -1, group or k)
+    amax = grouped.abs().amax(dim=2)
+    inverse = torch.where(amax > 0, 127.0 / amax, torch.zeros_like(amax))
+    codes = torch.clamp(torch.round(grouped * inverse[:, :, None]), -127, 127).to(torch.int8)
+    return codes.reshape(tokens, k), amax / 127.0
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """float32 a * b + c rounded once, as C's fmaf: the product is exact in float64, and the sum is rounded
+    to odd before it is rounded to float32, which makes the second rounding harmless (Boldo and Melquiond,
+    2008)."""
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    bits = total.contiguous().view(torch.int64)
+    step = torch.where((error > 0) == (total > 0), 1, -1)
+    inexact_and_even = (error != 0) & (bits & 1 == 0)
+    return torch.where(inexact_and_even, bits + step, bits).view(torch.float64).float()
+
+
+def integer_linear(codes: Tensor, scales: Tensor, weight: QuantizedTensor) -> Tensor:
+    """y (T, N) of int8 activation codes (T, K) and scales (T, 1 or groups) times `weight`, as the kernels
+    round it."""
+    n, k = weight.shape
+    groups = weight.format.groups(k)
+    width = k // groups
+    exact = torch.float32 if width <= _EXACT_FLOAT32_WIDTH else torch.float64
+    w_scales = as_tensor(weight.scales).float()
+    y = torch.zeros(codes.shape[0], n)
+    for g in range(groups):
+        a = codes[:, g * width : (g + 1) * width].to(exact)
+        w = as_tensor(weight.codes[:, g * width : (g + 1) * width]).to(exact)
+        if weight.zeros is not None:
+            w = w - as_tensor(weight.zeros)[:, g, None].to(exact)
+        w = w - weight.integer_zero
+        a_scale = scales[:, min(g, scales.shape[1] - 1), None]
+        y = fused_multiply_add((a @ w.T).float(), a_scale * w_scales[None, :, g], y)
+        if weight.minima is not None:
+            minimum = as_tensor(weight.minima)[None, :, g].float()
+            y = fused_multiply_add(a_scale * a.sum(dim=1, keepdim=True).float(), minimum, y)
+    return y
+
+
+def linear_reference(x: Tensor, weight: QuantizedTensor | np.ndarray | Tensor, fmt: Format) -> Tensor:
+    """y (T, N) = x (T, K) times weight (N, K) transposed, in the numerics of `fmt`; float32 in and out.
+
+    Raises ConfigError when the weight is not in `fmt`.
+    """
+    if isinstance(weight, QuantizedTensor) != fmt.is_integer or (
+        isinstance(weight, QuantizedTensor) and weight.format != fmt
+    ):
+        found = weight.format.name if isinstance(weight, QuantizedTensor) else "a float array"
+        raise ConfigError(f"the weight must be in format {fmt.name}", found, "the recipe's own format")
+    if isinstance(weight, QuantizedTensor):
+        if fmt.activation == "int8":
+            codes, scales = quantize_activations(x, fmt.activation_group)
+            return integer_linear(codes, scales, weight)
+        return x.float() @ torch.from_numpy(weight.dequantize()).T
+    w = weight if isinstance(weight, Tensor) else as_tensor(weight)
+    if fmt.activation == "bf16":
+        return x.bfloat16().float() @ w.bfloat16().float().T
+    return x.float() @ w.float().T

@@ -1,0 +1,1 @@
+"""Model families as plain PyTorch: the specification every runner is compared with. Loads PyTorch on use."""

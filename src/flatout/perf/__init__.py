@@ -1,0 +1,1 @@
+"""Time: floors (roofline), measured steps beside them (profile), and steps not yet measured (predict)."""

@@ -1,0 +1,222 @@
+"""profile_model(): what each op of a runner takes, beside its floor.
+
+A fraction of floor above 1.05 cannot be: the ceilings were too low, for example because another tenant of the machine was
+busy while they were measured. They are then measured again, once, and if the fraction stays the profile says so.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flatout.core.costs import kv_bytes_per_token, weight_bytes
+from flatout.core.formats import Recipe
+from flatout.core.spec import ModelSpec
+from flatout.core.types import Hardware, Measurement, Workload, measurement
+from flatout.engine.load import load
+from flatout.engine.runner import Runner
+from flatout.errors import BackendError
+from flatout.hardware.ceilings import measure_ceilings
+from flatout.perf.roofline import Floor, Part, op_floors, step_floor, step_parts
+from flatout.perf.timing import PhaseSamples, Progress, TimedRunner, chunks, run_workload
+
+_IMPOSSIBLE = 1.05  # fraction of floor; a few per cent of noise are no contradiction
+_PAGE_TOKENS = 64
+_NOTABLE_SHARE = 0.05  # ops below this share of a step are too short to blame the ceilings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpTime:
+    """One op in one phase. seconds: median over whole prefills or over decode steps. fraction: floor / seconds.
+
+    Ops without a floor are those the cost model does not count: "other" (norms, activation functions, sampling) and
+    "outside" (the step's time beyond the runner's ops: the call, Python).
+    """
+
+    phase: str  # prefill | decode
+    op: str
+    seconds: float
+    share: float  # of the phase's time
+    floor: Floor | None
+    fraction: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTime:
+    """A whole prefill (all prompts), or one decode step (one token of each sequence). parts: its floor by op and format."""
+
+    phase: str
+    measured: Measurement
+    floor: Floor
+    fraction: float
+    tokens_per_s: float
+    read_bytes_per_s: float
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Everything measured, and what it was measured on."""
+
+    runner: str
+    spec: ModelSpec
+    recipe: Recipe
+    workload: Workload
+    threads: int
+    hardware: Hardware
+    phases: tuple[PhaseTime, ...]
+    ops: tuple[OpTime, ...]
+    weight_bytes: int
+    kv_bytes_per_token: float  # of all layers
+    peak_resident_bytes: int  # of this process so far, Python and loading included
+    warnings: tuple[str, ...]
+
+    def phase(self, name: str) -> PhaseTime:
+        """The phase called "prefill" or "decode"."""
+        return next(p for p in self.phases if p.phase == name)
+
+
+def profile(
+    model: str | Path,
+    workload: Workload | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Load `model` (anything that flatout.load takes), measure the machine unless done before, and profile the steps.
+
+    threads: default all cores. Raises the errors of flatout.load, measure_ceilings and profile_model.
+    """
+    workload = workload or Workload()
+    hardware = measure_ceilings(progress)
+    # A page a sequence more than the tokens need, whatever the page size.
+    room = workload.batch * (workload.prompt + workload.output + _PAGE_TOKENS)
+    engine = load(model, runner="cpu", threads=threads, max_tokens=room)
+    return profile_model(
+        engine.runner,
+        hardware,
+        workload,
+        threads=threads,
+        remeasure=lambda: measure_ceilings(progress, fresh=True),
+        progress=progress,
+    )
+
+
+def profile_model(
+    runner: Runner,
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    threads: int | None = None,
+    max_seconds: float = 10.0,
+    remeasure: Callable[[], Hardware] | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Run the workload on `runner` for about max_seconds (at least 3 repetitions) and relate every op to its floor.
+
+    threads: those of the runner, default all cores. remeasure: renews the ceilings when a fraction of floor comes out above
+    1.05. Raises BackendError for a runner without timers, ConfigError and ResourceError for a workload that does not fit.
+    """
+    if not isinstance(runner, TimedRunner):
+        raise BackendError("a profile needs a runner that times its ops", runner.name, "the cpu runner")
+    samples = run_workload(runner, workload, max_seconds, progress or (lambda what, done, of: None))
+    threads = threads or hardware.cores
+    result = _assess(runner, hardware, workload, threads, samples)
+    if result.warnings and remeasure is not None:
+        result = _assess(runner, remeasure(), workload, threads, samples)
+    return result
+
+
+def phase_parts(
+    spec: ModelSpec, recipe: Recipe, hardware: Hardware, workload: Workload, threads: int
+) -> dict[str, tuple[Part, ...]]:
+    """Parts of a whole prefill (all prompts, chunk by chunk) and of the decode step in the middle of the output."""
+    prefill: list[Part] = []
+    for start, length in chunks(workload.prompt):
+        prefill += step_parts(spec, recipe, hardware, batch=1, tokens=length, context=start, threads=threads)
+    middle = workload.prompt + (workload.output - 1) // 2
+    decode = step_parts(spec, recipe, hardware, batch=workload.batch, tokens=1, context=middle, threads=threads)
+    return {"prefill": tuple(prefill * workload.batch), "decode": decode}
+
+
+def _assess(
+    runner: TimedRunner,
+    hardware: Hardware,
+    workload: Workload,
+    threads: int,
+    samples: dict[str, PhaseSamples],
+) -> Profile:
+    """Measured seconds beside floors."""
+    phases: list[PhaseTime] = []
+    ops: list[OpTime] = []
+    recipe = runner.recipe
+    for phase, parts in phase_parts(runner.spec, recipe, hardware, workload, threads).items():
+        phases.append(_phase_time(phase, parts, samples[phase].whole, workload))
+        ops += _op_times(phase, parts, samples[phase].ops)
+    return Profile(
+        runner=runner.name,
+        spec=runner.spec,
+        recipe=recipe,
+        workload=workload,
+        threads=threads,
+        hardware=hardware,
+        phases=tuple(phases),
+        ops=tuple(ops),
+        weight_bytes=weight_bytes(runner.spec, recipe),
+        kv_bytes_per_token=runner.spec.num_layers * kv_bytes_per_token(runner.spec, recipe.kv_cache),
+        peak_resident_bytes=_peak_resident_bytes(),
+        warnings=_warnings(phases, ops),
+    )
+
+
+def _peak_resident_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage's unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _phase_time(phase: str, parts: tuple[Part, ...], seconds: list[float], workload: Workload) -> PhaseTime:
+    measured = measurement(f"{phase} time", "s", seconds)
+    floor = step_floor(parts)
+    tokens = workload.batch * (workload.prompt if phase == "prefill" else 1)
+    return PhaseTime(
+        phase=phase,
+        measured=measured,
+        floor=floor,
+        fraction=floor.floor_s / measured.median,
+        tokens_per_s=tokens / measured.median,
+        read_bytes_per_s=floor.bytes / measured.median,
+        parts=parts,
+    )
+
+
+def _op_times(
+    phase: str, parts: tuple[Part, ...], samples: list[tuple[dict[str, float], float]]
+) -> list[OpTime]:
+    rows = [ops | {"outside": max(0.0, whole - sum(ops.values()))} for ops, whole in samples]
+    whole = statistics.median(whole for _, whole in samples)
+    floors = op_floors(parts)
+    times = []
+    for op in dict.fromkeys(name for row in rows for name in row):
+        seconds = statistics.median(row.get(op, 0.0) for row in rows)
+        floor = floors.get(op)
+        fraction = floor.floor_s / seconds if floor is not None and seconds > 0 else None
+        share = seconds / whole if whole > 0 else 0.0
+        times.append(OpTime(phase=phase, op=op, seconds=seconds, share=share, floor=floor, fraction=fraction))
+    return times
+
+
+def _warnings(phases: list[PhaseTime], ops: list[OpTime]) -> tuple[str, ...]:
+    rows = [(p.phase, "step", p.fraction, p.floor.bound) for p in phases]
+    for op in ops:
+        if op.floor is not None and op.fraction is not None and op.share >= _NOTABLE_SHARE:
+            rows.append((op.phase, op.op, op.fraction, op.floor.bound))
+    return tuple(
+        f"{phase} {op} ran at {fraction:.2f} of its floor, which cannot be: the {bound} ceiling is too low "
+        "(the machine was busy while it was measured, or data stayed in a nearer cache)"
+        for phase, op, fraction, bound in rows
+        if fraction > _IMPOSSIBLE
+    )

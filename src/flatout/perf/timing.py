@@ -1,0 +1,142 @@
+"""Running a workload on a runner, step by step, with and without the runner's own timers.
+
+The workload runs as the engine would run it: every prompt in chunks of at most MAX_STEP_TOKENS tokens, then one token for all
+sequences at a time, sampled greedily. Each repetition runs it twice: with the timers off, for the seconds of whole phases, and
+with them on, for the shares of the ops.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from flatout.core.formats import Recipe
+from flatout.core.types import Workload
+from flatout.engine.runner import MAX_STEP_TOKENS, Runner, StepInput
+from flatout.errors import ConfigError, ResourceError
+
+Progress = Callable[[str, int, int], None]
+
+PHASES = ("prefill", "decode")
+_MIN_REPEATS, _MAX_REPEATS = 3, 15
+
+
+@runtime_checkable
+class TimedRunner(Runner, Protocol):
+    """A runner that knows its formats and can tell where a step's time went."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    def profile(self, enable: bool) -> None: ...
+
+    def timings(self) -> dict[str, float]:
+        """Op -> seconds since the last call."""
+        ...
+
+
+@dataclass(slots=True)
+class PhaseSamples:
+    """Seconds of one phase: a whole prefill of all prompts, or one decode step of all sequences.
+
+    whole: one entry a run with the timers off. ops: (op -> seconds, seconds of the whole) a run with the timers on.
+    """
+
+    whole: list[float] = field(default_factory=list)
+    ops: list[tuple[dict[str, float], float]] = field(default_factory=list)
+
+
+def chunks(prompt: int) -> list[tuple[int, int]]:
+    """(start, length) of the steps that a prompt is prefilled in."""
+    return [(start, min(MAX_STEP_TOKENS, prompt - start)) for start in range(0, prompt, MAX_STEP_TOKENS)]
+
+
+def run_workload(
+    runner: TimedRunner, workload: Workload, max_seconds: float, progress: Progress
+) -> dict[str, PhaseSamples]:
+    """Samples of "prefill" and "decode" for about max_seconds, at least 3 repetitions after a warm-up.
+
+    Raises ConfigError for a workload longer than the model allows, ResourceError when its pages do not fit.
+    """
+    pages = _page_table(runner, workload)
+    shape = (workload.batch, workload.prompt + workload.output)
+    tokens = np.random.default_rng(0).integers(0, runner.spec.vocab_size, shape, dtype=np.int32)
+    samples = {phase: PhaseSamples() for phase in PHASES}
+    start = time.perf_counter()
+    for repeat in range(-1, _MAX_REPEATS):
+        if repeat == 0:  # -1 was the warm-up
+            samples = {phase: PhaseSamples() for phase in PHASES}
+            start = time.perf_counter()
+        elapsed = time.perf_counter() - start
+        if repeat >= _MIN_REPEATS and elapsed * (repeat + 1) / repeat > max_seconds:
+            break
+        progress("steps", max(0, repeat), _MAX_REPEATS)
+        for timed in (False, True):
+            runner.profile(timed)
+            _repetition(runner, tokens, pages, workload.prompt, samples, timed)
+    runner.profile(False)
+    progress("steps", _MAX_REPEATS, _MAX_REPEATS)
+    return samples
+
+
+def _page_table(runner: Runner, workload: Workload) -> np.ndarray:
+    tokens = workload.prompt + workload.output
+    if tokens > runner.spec.max_positions:
+        raise ConfigError(
+            f"prompt and output must fit {runner.spec.max_positions} positions", str(tokens), "a shorter prompt"
+        )
+    pages_each = -(-tokens // runner.page_size)
+    needed = workload.batch * pages_each
+    if needed > runner.num_pages:
+        raise ResourceError(
+            f"the workload needs {needed} pages of {runner.page_size} tokens",
+            str(runner.num_pages),
+            "a smaller batch or a larger max_tokens",
+        )
+    return np.arange(needed, dtype=np.int32).reshape(workload.batch, pages_each)
+
+
+def _repetition(
+    runner: TimedRunner,
+    tokens: np.ndarray,
+    pages: np.ndarray,
+    prompt: int,
+    samples: dict[str, PhaseSamples],
+    timed: bool,
+) -> None:
+    """All prefills, then all decode steps."""
+
+    def record(phase: str, seconds: float) -> None:
+        if timed:
+            samples[phase].ops.append((runner.timings(), seconds))
+        else:
+            samples[phase].whole.append(seconds)
+
+    runner.timings()  # forget what was counted before
+    seconds = 0.0
+    for row in range(len(tokens)):
+        for start, length in chunks(prompt):
+            chunk = np.ascontiguousarray(tokens[row, start : start + length])
+            seconds += _step(runner, chunk, np.array([start]), np.array([length]), pages[row : row + 1])
+    record("prefill", seconds)
+    ones = np.ones(len(tokens))
+    for position in range(prompt, tokens.shape[1]):
+        column = np.ascontiguousarray(tokens[:, position])
+        record("decode", _step(runner, column, ones * position, ones, pages))
+
+
+def _step(
+    runner: Runner, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, pages: np.ndarray
+) -> float:
+    """Seconds of one step with greedy sampling."""
+    batch = StepInput(tokens, starts.astype(np.int32), lengths.astype(np.int32), pages)
+    sequences = len(lengths)
+    temperature, top_k = np.zeros(sequences, np.float32), np.zeros(sequences, np.int32)
+    top_p, seeds = np.ones(sequences, np.float32), np.zeros(sequences, np.uint64)
+    begin = time.perf_counter()
+    runner.sample(batch, temperature, top_k, top_p, seeds)
+    return time.perf_counter() - begin

@@ -1,0 +1,134 @@
+"""Candidate recipes of a model, and the grammar in which a recipe is named.
+
+    BODY[/gptq][,PLACE=FORMAT]...
+
+BODY is a format for all layers or `native` (the blocks of a GGUF file as they are); PLACE is head, embedding,
+kv or an override such as layers.*.down. Every recipe that the search prints can be given back to `--recipe`:
+
+    native      w8a8-g64      w8a8,layers.*.down=w8a8-g32      w4a8-g64/gptq,head=w8a8
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from flatout.core.formats import Recipe, parse_format
+from flatout.core.fuse import Source, float_recipe, native_recipe
+from flatout.core.spec import ModelSpec
+from flatout.errors import ConfigError
+
+ORIGINAL = float_recipe("bf16")
+"""The model at original precision as the cpu runner holds it: bf16 weights and cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A recipe worth a look, with the reason it is one. `relative` names the cheaper recipe it refines, if
+    any.
+    """
+
+    recipe: Recipe
+    why: str
+    relative: str | None = None
+
+
+def eight_bit(width: int, group: int = 64) -> str:
+    """The 8-bit format with groups of at most `group` that divides `width`."""
+    for size in (group, 32):
+        if width % size == 0:
+            return f"w8a8-g{size}"
+    return "w8a8"
+
+
+def recipe_from_name(name: str, source: Source) -> Recipe:
+    """The recipe called `name` in the grammar above, checked against the model. Raises ConfigError otherwise."""
+    body, *changes = [part.strip() for part in name.split(",")]
+    body, _, method = body.partition("/")
+    if method not in ("", "gptq", "rtn"):
+        raise ConfigError("after the slash stands gptq or rtn", repr(method), f"{body}/gptq")
+    if body == "native":
+        recipe = _native(source)
+        if recipe is None:
+            raise ConfigError(
+                "native takes the blocks q4_0, q4_1 and q8_0 of a GGUF file", "none in this model", "w8a8-g64"
+            )
+    else:
+        recipe = _uniform(body, source.spec, method or "rtn")
+    if method == "gptq":
+        recipe = replace(recipe, method="gptq")
+    for change in changes:
+        recipe = _changed(recipe, change)
+    recipe.check(source.spec)
+    return recipe.renamed(name)
+
+
+def _changed(recipe: Recipe, change: str) -> Recipe:
+    place, equals, value = change.partition("=")
+    if not equals or not value:
+        raise ConfigError("a change is PLACE=FORMAT", repr(change), "layers.*.down=w8a8-g32")
+    if place == "kv":
+        return replace(recipe, kv_cache=value)
+    fmt = parse_format(value)
+    if fmt.is_integer and not fmt.is_native and recipe.method == "native":
+        recipe = replace(recipe, method="rtn")
+    if place == "head":
+        return replace(recipe, head=value)
+    if place == "embedding":
+        return replace(recipe, embedding=value)
+    return replace(recipe, overrides=(*recipe.overrides, (place, value)))
+
+
+def _uniform(body: str, spec: ModelSpec, method: str) -> Recipe:
+    fmt = parse_format(body)
+    if not fmt.is_integer:
+        return float_recipe(body)
+    head = eight_bit(spec.hidden_size) if fmt.bits == 4 and not fmt.is_native else body
+    if fmt.is_native:
+        method = "native"
+    return Recipe(name=body, layers=body, embedding=head, head=head, kv_cache="int8", method=method)
+
+
+def _native(source: Source) -> Recipe | None:
+    """The file's own blocks, and 8 bits for what is stored otherwise; None when no layer has blocks."""
+    recipe = native_recipe(source, fallback=eight_bit(source.spec.hidden_size, group=32))
+    formats = {
+        recipe.format_of(i, linear) for i in range(source.spec.num_layers) for linear in source.spec.linears()
+    }
+    if not any(fmt.is_native for fmt in formats):
+        return None
+    places = {*formats, parse_format(recipe.head), parse_format(recipe.embedding)}
+    return recipe if all(fmt.is_native for fmt in places) else replace(recipe, method="rtn")
+
+
+def candidates(source: Source) -> list[Candidate]:
+    """Uniform and simple per-layer recipes that fit the model; the original is always the last."""
+    found: list[Candidate] = []
+    native = _native(source)
+    if native is not None:
+        found.append(Candidate(recipe=native, why="the file's own blocks: no weight is rounded again"))
+    for name, why, relative in (
+        ("w8a8-g64", "8-bit codes, a scale for 64 weights", None),
+        ("w8a8-g32", "8-bit codes, a scale for 32 weights", None),
+        ("w8a8", "8-bit codes, a scale a row", None),
+        ("w8a8,layers.*.down=w8a8-g32", "as w8a8, finer where outliers gather", None),
+        ("w4a8-g32", "4-bit codes rounded to nearest, a scale for 32 weights", None),
+        ("w4a8-g64", "4-bit codes rounded to nearest, a scale for 64 weights", None),
+        ("w4a8-g32/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g32"),
+        ("w4a8-g64/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g64"),
+    ):
+        try:
+            recipe = recipe_from_name(name, source)
+        except ConfigError:
+            continue  # a group does not divide a width: this recipe does not fit the model
+        found.append(Candidate(recipe=recipe, why=why, relative=relative))
+    found.append(Candidate(recipe=ORIGINAL, why="original precision"))
+    return found
+
+
+def layer_map(spec: ModelSpec, recipe: Recipe) -> dict[str, list[str]]:
+    """Format name of every place, for reports: fused linear -> one name a layer, and the single places."""
+    rows = {
+        linear: [recipe.format_of(i, linear).name for i in range(spec.num_layers)]
+        for linear in spec.linears()
+    }
+    return {"embedding": [recipe.embedding], **rows, "head": [recipe.head], "kv_cache": [recipe.kv_cache]}
