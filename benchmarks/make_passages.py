@@ -2,12 +2,13 @@
 
     python benchmarks/make_passages.py BOOKS OUT
 
-BOOKS holds train.txt.gz, heldout.txt.gz (UTF-8 text, an empty line between paragraphs) and index.tsv with the columns
-split, ebook_no, title, author, byte_offset, byte_length, words. OUT receives passages.jsonl.gz and SOURCES.md.
+BOOKS holds train.txt.gz, heldout.txt.gz (UTF-8 text, an empty line between paragraphs) and index.tsv with
+the columns split, ebook_no, title, author, byte_offset, byte_length, words. OUT receives passages.jsonl.gz
+and SOURCES.md.
 
-Each book belongs to one of three splits, and so does each author. A book is cut into equal stretches without its first
-and last 3 % (contents, notes); each stretch gives one passage, which starts at a paragraph and ends at the first
-sentence end after 1,800 characters. The same input gives the same bytes.
+Each book belongs to one of three splits, and so does each author. A book is cut into equal stretches
+without its first and last 3 % (contents, notes); each stretch gives one passage, which starts at a
+paragraph and ends at the first sentence end after 1,800 characters. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ def main() -> None:
     parser.add_argument("books", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    texts = {name: gzip.decompress((arguments.books / f"{name}.txt.gz").read_bytes()) for name in ("train", "heldout")}
+    texts = {
+        name: gzip.decompress((arguments.books / f"{name}.txt.gz").read_bytes())
+        for name in ("train", "heldout")
+    }
     with open(arguments.books / "index.tsv", encoding="utf-8", newline="") as file:
         rows = {row["ebook_no"]: row for row in csv.DictReader(file, delimiter="\t")}
 
@@ -109,9 +113,9 @@ def main() -> None:
     (arguments.out / "passages.jsonl.gz").write_bytes(packed.getvalue())
     (arguments.out / "SOURCES.md").write_text(
         "# Sources of the passages\n\n"
-        "`passages.jsonl.gz` holds short passages of the books below, all public domain in the USA, from the plain-text\n"
-        "editions of Project Gutenberg (their header, licence text and name are removed). No book and no author is in\n"
-        "two splits. `benchmarks/make_passages.py` writes both files.\n\n"
+        "`passages.jsonl.gz` holds short passages of the books below, all public domain in the USA, from\n"
+        "the plain-text editions of Project Gutenberg (header, licence text and name removed). No book and\n"
+        "no author is in two splits. `benchmarks/make_passages.py` writes both files.\n\n"
         "| split | passages | title | author | Project Gutenberg number |\n|---|---|---|---|---|\n"
         + "\n".join(sources)
         + "\n",

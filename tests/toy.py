@@ -1,8 +1,8 @@
 """A toy runner and tokenizer for engine tests: no weights, but a paging mistake changes the answer.
 
-The toy's "keys and values" of a token are its position and a running hash of all tokens up to it, kept in the pages the
-engine names. Its logits hash everything a sequence can see through its page table. So a page that is shared wrongly,
-overwritten, lost or stale gives other tokens than `toy_generate`, which knows no pages.
+The toy's "keys and values" of a token are its position and a running hash of all tokens up to it, kept in the
+pages the engine names. Its logits hash everything a sequence can see through its page table. So a page that
+is shared wrongly, overwritten, lost or stale gives other tokens than `toy_generate`, which knows no pages.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class ToyRunner:
     def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:
         check_step(batch, self.spec, self.page_size, self.num_pages)
         for array in (batch.tokens, batch.starts, batch.lengths, batch.pages):
-            assert array.dtype == np.int32 and array.flags.c_contiguous
+            assert array.dtype == np.int32
+            assert array.flags.c_contiguous
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("the toy runner was told to fail")
@@ -178,20 +179,24 @@ class ByteStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self._decoder.decode(bytes([token]))
+        return "" if token >= EOS else self._decoder.decode(bytes([token]))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
 
 
 class ByteTokenizer:
-    """A token a byte."""
+    """A token a byte; ids past the bytes have no text."""
 
-    def encode(self, text: str) -> list[int]:
+    eos: int | None = EOS
+    adds_bos = False
+    chat_template: str | None = "<role>content"
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]:
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(t for t in tokens if t != EOS).decode(errors="replace")
+        return bytes(t for t in tokens if t < EOS).decode(errors="replace")
 
     def stream(self) -> ByteStream:
         return ByteStream()

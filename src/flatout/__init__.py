@@ -17,13 +17,13 @@ from flatout._version import __version__
 
 if TYPE_CHECKING:
     from flatout.engine.load import load
-    from flatout.search.loop import optimize
+    from flatout.report.optimize import optimize
 
 __all__ = ["__version__", "load", "optimize", "profile", "verify"]
 
 _LAZY = {
     "load": ("flatout.engine.load", "load"),
-    "optimize": ("flatout.search.loop", "optimize"),
+    "optimize": ("flatout.report.optimize", "optimize"),
     "profile": ("flatout.perf.profile", "profile"),
     # `flatout.verify` is also a room; its package object is callable and runs the verification.
     "verify": ("flatout.verify", ""),

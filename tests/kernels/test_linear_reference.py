@@ -10,30 +10,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import native_blocks
 
 from flatout.compress.rtn import round_to_nearest
 from flatout.core.formats import Format, parse_format
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
-from flatout.kernels.linear import fused_multiply_add, linear_reference, quantize_activations
-from tests.tiny import native_blocks
+from flatout.kernels.linear import (
+    FIFTEEN_BITS,
+    fused_multiply_add,
+    linear_reference,
+    quantize_activations,
+    split_planes,
+)
 
 _libm = ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6")
 _libm.fmaf.restype = ctypes.c_float
 _libm.fmaf.argtypes = [ctypes.c_float] * 3
 
-INTEGER = [
-    "w8a8",
-    "w8a8-g32",
-    "w8a8-g64-asym",
-    "w4a8-g32",
-    "w4a8-g64",
-    "w4a8-g32-asym",
-    "q4_0",
-    "q4_1",
-    "q8_0",
-]
-FLOAT = ["w8a16", "w8a16-g32", "w4a16-g64", "w4a16-g32-asym", "bf16", "fp32"]
+BYTES = ["w8a8", "w8a8-g32", "w8a8-g64-asym", "w4a8-g32", "w4a8-g64", "w4a8-g32-asym", "q4_0", "q4_1", "q8_0"]
+WIDE = ["w8a16", "w8a16-g32", "w8a16-asym", "w4a16-g64", "w4a16-g32-asym"]
+INTEGER = [*BYTES, *WIDE]
+FLOAT = ["bf16", "fp32"]
 
 
 def make_weight(name: str, n: int, k: int, seed: int = 0) -> QuantizedTensor | np.ndarray:
@@ -44,6 +42,20 @@ def make_weight(name: str, n: int, k: int, seed: int = 0) -> QuantizedTensor | n
     return round_to_nearest(array, fmt) if fmt.is_integer else array
 
 
+def scalar_codes(row: np.ndarray, groups: int, fmt: Format) -> tuple[list[np.float32], list[int]]:
+    """Scale of each weight group and the code of each activation."""
+    f32 = np.float32
+    limit = 127 if fmt.activation == "int8" else 16256
+    parts = row.reshape(groups if fmt.activation_group else 1, -1)
+    scales, codes = [], []
+    for part in parts:
+        amax = np.abs(part).max()
+        inverse = f32(limit) / amax if amax > 0 else f32(0)
+        scales += [f32(amax / f32(limit))] * (groups // len(parts))
+        codes += [int(np.clip(np.rint(v * inverse), -limit, limit)) for v in part]
+    return scales, codes
+
+
 def scalar_linear(x: np.ndarray, weight: QuantizedTensor) -> np.ndarray:
     """The definition in the module's docstring, one output at a time."""
     f32 = np.float32
@@ -52,22 +64,23 @@ def scalar_linear(x: np.ndarray, weight: QuantizedTensor) -> np.ndarray:
     width = k // groups
     y = np.zeros((len(x), n), dtype=f32)
     for t, row in enumerate(x):
-        a_scales, codes = [], []
-        for part in row.reshape(groups, width):
-            amax = np.abs(part).max()
-            inverse = f32(127) / amax if amax > 0 else f32(0)
-            a_scales.append(f32(amax / f32(127)))
-            codes.append([int(np.clip(np.rint(v * inverse), -127, 127)) for v in part])
+        a_scales, codes = scalar_codes(row, groups, weight.format)
+        planes = [(codes, 1)]
+        if weight.format.activation == "int16":
+            high = [(c + 64) // 128 for c in codes]
+            planes = [(high, 128), ([c - 128 * h for c, h in zip(codes, high, strict=True)], 1)]
         for row_n in range(n):
             acc = f32(0)
             for g in range(groups):
                 zero = weight.integer_zero if weight.zeros is None else int(weight.zeros[row_n, g])
-                w = weight.codes[row_n, g * width : (g + 1) * width]
-                dot = sum(a * (int(c) - zero) for a, c in zip(codes[g], w, strict=True))
-                c = f32(a_scales[g] * f32(weight.scales[row_n, g]))
-                acc = f32(_libm.fmaf(f32(dot), c, acc))
+                columns = slice(g * width, (g + 1) * width)
+                for plane, factor in planes:
+                    pairs = zip(plane[columns], weight.codes[row_n, columns], strict=True)
+                    dot = sum(a * (int(c) - zero) for a, c in pairs)
+                    c = f32(f32(a_scales[g] * f32(weight.scales[row_n, g])) * f32(factor))
+                    acc = f32(_libm.fmaf(f32(dot), c, acc))
                 if weight.minima is not None:
-                    factor = f32(a_scales[g] * f32(sum(codes[g])))
+                    factor = f32(a_scales[g] * f32(sum(codes[columns])))
                     acc = f32(_libm.fmaf(factor, f32(weight.minima[row_n, g]), acc))
             y[t, row_n] = acc
     return y
@@ -108,7 +121,7 @@ def test_close_to_dequantised_product(name: str) -> None:
     ) / np.linalg.norm(exact)
     # int8 rounding: amax of a token ~ 3 sigma, so a step of 3/127 and a deviation of step / sqrt(12); bf16:
     # 2**-9.
-    limit = {"int8": 0.012, "bf16": 0.004, "fp32": 1e-6}[fmt.activation]
+    limit = {"int8": 0.012, "int16": 1e-4, "bf16": 0.004, "fp32": 1e-6}[fmt.activation]
     assert error < limit
 
 
@@ -152,6 +165,15 @@ def test_activation_codes_are_nearest(seed: int, group: int, size: float) -> Non
     error = (back.reshape(3, 64) - x.double()).abs().reshape(3, scales.shape[1], -1)
     assert (error <= scales[:, :, None].double() * (0.5 + 1e-4)).all()
     assert (codes.reshape(3, scales.shape[1], -1).abs().amax(dim=2) == 127).all()
+
+
+def test_two_planes_hold_every_code() -> None:
+    codes = torch.arange(-FIFTEEN_BITS, FIFTEEN_BITS + 1, dtype=torch.int16)[None]
+    high, low = split_planes(codes)
+    assert high.dtype == low.dtype == torch.int8
+    assert torch.equal(128 * high.int() + low.int(), codes.int())
+    assert (int(low.min()), int(low.max())) == (-64, 63)
+    assert (int(high.min()), int(high.max())) == (-127, 127)
 
 
 def test_wrong_format_is_refused() -> None:

@@ -19,7 +19,8 @@ def digests(tokens: list[int], page_size: int = 2) -> list[bytes]:
 
 def test_digest_names_the_whole_prefix() -> None:
     a, b = digests([1, 2, 3, 4, 5]), digests([9, 2, 3, 4])
-    assert len(a) == 2 and len(b) == 2
+    assert len(a) == 2
+    assert len(b) == 2
     assert a[1] != b[1], "page 1 has the same tokens but another prefix"
     assert digests([1, 2, 3, 4])[1] == a[1]
     assert digests([1, 2]) == a[:1]
@@ -42,7 +43,8 @@ def test_released_pages_are_found_again_until_they_are_needed() -> None:
     for page, name in zip(pages, names, strict=True):
         pool.name(page, name)
     pool.release(pages)
-    assert pool.held == 0 and pool.free == 4
+    assert pool.held == 0
+    assert pool.free == 4
     assert pool.match(names) == pages
     pool.take()  # the blank page goes first
     assert pool.match(names) == pages
@@ -62,7 +64,8 @@ def test_least_recently_released_prefix_is_evicted_first() -> None:
     pool.hold(pool.match([new]))  # used again, so now `old` was used longest ago
     pool.release([second])
     assert pool.take() == first
-    assert pool.match([new]) == [second] and pool.match([old]) == []
+    assert pool.match([new]) == [second]
+    assert pool.match([old]) == []
 
 
 def test_shared_pages_stay_until_the_last_holder_leaves() -> None:
@@ -75,7 +78,8 @@ def test_shared_pages_stay_until_the_last_holder_leaves() -> None:
     pool.release([page])
     assert pool.free == 0
     pool.release([page])
-    assert pool.free == 1 and pool.idle([page]) == 1
+    assert pool.free == 1
+    assert pool.idle([page]) == 1
 
 
 def test_same_contents_twice_keep_the_first_name() -> None:
@@ -100,7 +104,9 @@ def test_forget_drops_contents_and_keeps_holders() -> None:
     pool.release(pages[1:])
     pool.forget()
     pool.check()
-    assert pool.match(names) == [] and pool.held == 1 and pool.free == 2
+    assert pool.match(names) == []
+    assert pool.held == 1
+    assert pool.free == 2
 
 
 def test_a_pool_has_pages() -> None:
@@ -148,6 +154,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(
-    deadline=None, derandomize=True, max_examples=60, stateful_step_count=30
-)
+TestPoolMachine.settings = settings(deadline=None, derandomize=True, max_examples=60, stateful_step_count=30)

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.tiny import llama3_scaling, tiny_checkpoint_folder, tiny_model, tiny_source, tiny_spec
 
 from flatout.core.formats import Recipe, uniform
 from flatout.core.fuse import assemble, float_recipe
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 from flatout.models.llama import Cache, Llama, round_keys_or_values
-from tests.tiny import llama3_scaling, tiny_checkpoint_folder, tiny_model, tiny_source, tiny_spec
 
 SPECS = {
     "llama": tiny_spec("llama"),

@@ -1,4 +1,5 @@
-"""Sampling against its definition written out slowly, against the distribution it must have, and against bad logits."""
+"""Sampling against its definition written out slowly, against the distribution it must have, and against bad
+logits."""
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ def test_frequencies_follow_the_softmax() -> None:
     for top_p, expected in ((1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0, 0])):
         counts = Counter(sample_row(logits, 1.0, 0, top_p, 17, position) for position in range(draws))
         for token, p in enumerate(expected):
-            # Five standard errors of a binomial count; the draws are a fixed sequence, so this cannot flicker.
+            # Five standard errors of a binomial count; the draws are a fixed sequence.
             assert abs(counts[token] - draws * p) <= 5 * math.sqrt(draws * p * (1 - p))
 
 
@@ -102,7 +103,9 @@ def test_a_batch_is_its_rows() -> None:
 @pytest.mark.parametrize("bad", [[0.0, np.nan], [np.inf, 0.0], [-np.inf, -np.inf]], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_bad_logits_are_an_error(bad: list[float], temperature: float) -> None:
-    with pytest.raises(BackendError, match="logits without NaN and with a finite maximum; found: .* at token"):
+    with pytest.raises(
+        BackendError, match=r"logits without NaN and with a finite maximum; found: .* at token"
+    ):
         sample_row(np.array(bad, dtype=np.float32), temperature, 0, 1.0, 0, 0)
 
 

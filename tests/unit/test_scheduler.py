@@ -1,4 +1,5 @@
-"""The scheduler alone and with a toy runner: order, fairness, preemption, pages, and answers that never depend on them."""
+"""The scheduler alone and with a toy runner: order, fairness, preemption, pages, and answers that never
+depend on them."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.toy import EOS, ToyRunner, toy_generate
 
 from flatout.engine.request import SamplingParams
 from flatout.engine.scheduler import Scheduler, Sequence, Step
 from flatout.errors import ConfigError
-from tests.toy import EOS, ToyRunner, toy_generate
 
 
 def scheduler(num_pages: int = 8, page_size: int = 4, **options: int | bool) -> Scheduler:
@@ -70,7 +71,9 @@ def test_last_to_arrive_is_preempted_and_resumes_with_its_tokens() -> None:
         run_step(s, 11)
     first, second = s.running[0], s.waiting[0]
     assert (first.id, second.id) == (0, 1)
-    assert second.computed == 0 and second.pages == [] and len(second.tokens) > 1
+    assert second.computed == 0
+    assert second.pages == []
+    assert len(second.tokens) > 1
     kept = list(second.tokens)
     while first.finish_reason is None:
         run_step(s, 12)
@@ -103,16 +106,19 @@ def test_limit_is_cut_to_capacity() -> None:
 def test_a_prompt_that_can_never_run_is_refused() -> None:
     s = scheduler(num_pages=2)
     s.add(sequence(0, [1] * 7))
-    with pytest.raises(ConfigError, match="must fit into 8 tokens .* found: a prompt of 8 tokens; try: a shorter"):
+    with pytest.raises(
+        ConfigError, match=r"must fit into 8 tokens.* found: a prompt of 8 tokens; try: a shorter"
+    ):
         s.add(sequence(1, [1] * 8))
     with pytest.raises(ConfigError, match="at least one token"):
         s.add(sequence(2, []))
     assert [q.id for q in s.waiting] == [0]
 
 
-def test_batch_larger_than_a_step_is_refused() -> None:
-    with pytest.raises(ConfigError, match="max_batch 9, max_step_tokens 8"):
-        scheduler(max_batch=9)
+@pytest.mark.parametrize(("max_batch", "max_step_tokens"), [(9, 8), (0, 8), (4, 513)])
+def test_impossible_sizes_are_refused(max_batch: int, max_step_tokens: int) -> None:
+    with pytest.raises(ConfigError, match=f"max_batch {max_batch}, max_step_tokens {max_step_tokens}"):
+        scheduler(max_batch=max_batch, max_step_tokens=max_step_tokens)
 
 
 def test_prefix_is_taken_over_but_the_last_token_is_computed() -> None:
@@ -120,7 +126,11 @@ def test_prefix_is_taken_over_but_the_last_token_is_computed() -> None:
     prompt = list(range(8))
     s.add(sequence(0, prompt[:], 1))
     assert run_step(s) == [(0, 8)]
-    same, longer, other = sequence(1, prompt[:], 1), sequence(2, [*prompt, 9, 9], 1), sequence(3, [5, *prompt], 1)
+    same, longer, other = (
+        sequence(1, prompt[:], 1),
+        sequence(2, [*prompt, 9, 9], 1),
+        sequence(3, [5, *prompt], 1),
+    )
     for q in (same, longer, other):
         s.add(q)
     assert run_step(s) == [(1, 4), (2, 2), (3, 2)], "the second page holds the last token of `same`"
@@ -132,7 +142,7 @@ def test_pages_of_a_running_sequence_are_shared() -> None:
     s = scheduler(num_pages=16)
     s.add(sequence(0, list(range(8)), 6))
     run_step(s)
-    q = sequence(1, list(range(8)) + [1], 6)
+    q = sequence(1, [*list(range(8)), 1], 6)
     s.add(q)
     run_step(s)
     assert q.pages[:2] == s.running[0].pages[:2]
@@ -160,7 +170,8 @@ def test_a_step_that_failed_is_scheduled_again() -> None:
     s.add(sequence(0, list(range(10)), 2))
     first = s.schedule()
     again = s.schedule()
-    assert first is not None and again is not None
+    assert first is not None
+    assert again is not None
     assert again.batch.tokens.tolist() == first.batch.tokens.tolist() == list(range(8))
     assert again.batch.pages.tolist() == first.batch.pages.tolist()
     s.commit(again, np.zeros(1, dtype=np.int32))
@@ -174,12 +185,13 @@ def test_finish_is_final() -> None:
     run_step(s)
     s.finish(q, "stop")
     s.finish(q, "cancelled")
-    assert q.finish_reason == "stop" and s.schedule() is None
+    assert q.finish_reason == "stop"
+    assert s.schedule() is None
 
 
 class Traffic(RuleBasedStateMachine):
-    """Random arrivals, steps, failures and cancellations over few pages. Whatever happens, the pages add up and every
-    answer is the one the toy model gives alone."""
+    """Random arrivals, steps, failures and cancellations over few pages. Whatever happens, the pages add up
+    and every answer is the one the toy model gives alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +244,8 @@ class Traffic(RuleBasedStateMachine):
             assert self.s.pool._holders[page] == holders.count(page)
         for q in self.s.running:
             assert self.s._tables[q.row].tolist() == q.pages + [-1] * (6 - len(q.pages))
-            assert len(q.tokens) <= 18 and q.computed < len(q.tokens)
+            assert len(q.tokens) <= 18
+            assert q.computed < len(q.tokens)
         assert sorted([q.row for q in self.s.running] + self.s._free_rows) == [0, 1, 2]
         assert all(not q.pages and q.row == -1 for q in self.s.waiting)
         order = [q.id for q in (*self.s.running, *self.s.waiting)]

@@ -1,4 +1,4 @@
-"""`flatout profile MODEL`: ceilings of the machine, floor of the model, time and fraction of floor of each op."""
+"""`flatout profile MODEL`: ceilings of the machine, floor of the model, time and fraction of floor by op."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def _table(model: str, result: Profile) -> str:
     title = (
         f"{model} ({result.recipe.name}) on {result.runner}, {result.hardware.name}\n"
         f"batch {work.batch}, prompt {work.prompt}, output {work.output}; "
-        f"weights {result.weight_bytes / 1e6:.1f} MB, KV cache {result.kv_bytes_per_token / 1e3:.1f} kB a token, "
+        f"weights {result.weight_bytes / 1e6:.1f} MB, "
+        f"KV cache {result.kv_bytes_per_token / 1e3:.1f} kB a token, "
         f"peak memory {result.peak_resident_bytes / 1e6:.0f} MB"
     )
     sections = [title, "ceilings (best of several samples)\n" + _ceilings_table(result)]
@@ -106,7 +107,8 @@ def _table(model: str, result: Profile) -> str:
         what = "whole prefill" if phase.phase == "prefill" else "one decode step"
         heading = (
             f"{what}: {phase.measured.median * 1e3:.3f} ms (p20 {phase.measured.p20 * 1e3:.3f}, "
-            f"p80 {phase.measured.p80 * 1e3:.3f}, n {phase.measured.samples}), {phase.tokens_per_s:,.0f} tokens/s, "
+            f"p80 {phase.measured.p80 * 1e3:.3f}, n {phase.measured.samples}), "
+            f"{phase.tokens_per_s:,.0f} tokens/s, "
             f"floor {phase.floor.floor_s * 1e3:.3f} ms ({phase.floor.bound}): {phase.fraction:.0%} of floor"
         )
         sections.append(f"{heading}\n{_ops_table(phase.phase, result)}")
@@ -121,7 +123,11 @@ def _ceilings_table(result: Profile) -> str:
         same = {c.threads: c for c in ceilings if c.name == name}
         some = next(iter(same.values()))
         scale, unit = {"byte/s": (1e9, "GB/s"), "op/s": (1e9, "Gop/s"), "Hz": (1e9, "GHz")}[some.unit]
-        size = f"{max(c.working_set_bytes for c in same.values()) / 2**20:.0f} MiB" if some.working_set_bytes else ""
+        size = (
+            f"{max(c.working_set_bytes for c in same.values()) / 2**20:.0f} MiB"
+            if some.working_set_bytes
+            else ""
+        )
         values = [f"{same[n].value / scale:,.1f}" if n in same else "-" for n in counts]
         rows.append([name, *values, unit, size])
     return aligned(rows)
@@ -135,7 +141,12 @@ def _ops_table(phase: str, result: Profile) -> str:
         row = [op.op, f"{op.seconds * 1e3:.3f}", f"{op.share:.0%}"]
         if op.floor is not None and op.fraction is not None:
             floor = op.floor
-            row += [f"{floor.floor_s * 1e3:.3f}", floor.bound, f"{op.fraction:.0%}", f"{floor.bytes / 1e6:.2f}"]
+            row += [
+                f"{floor.floor_s * 1e3:.3f}",
+                floor.bound,
+                f"{op.fraction:.0%}",
+                f"{floor.bytes / 1e6:.2f}",
+            ]
             row += [f"{floor.bytes / op.seconds / 1e9:.1f}", f"{floor.flops / op.seconds / 1e9:.1f}"]
         rows.append(row)
     return aligned(rows)

@@ -8,32 +8,31 @@ taken in order of decreasing H[j, j], so that the ones that matter most are roun
 still make up for it; the groups and their scales are those of the original column order, so the result is
 stored like any other.
 
-Hessians are collected layer by layer: only one layer's float weights, its four Hessians and the hidden
-states of the calibration text are in memory. Each layer sees what the rounded layers before it produce.
+Calibration runs layer by layer: one layer's float weights, one Hessian and the activations of the
+calibration text are in memory at a time, about 4 bytes x tokens x (3 x intermediate size + hidden size).
 
-Legend: N rows, K columns, T tokens of one document, D hidden size.
+Legend: N rows, K columns, T tokens of all documents, H, G query and key/value heads, E head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flatout.compress.apply import Progress
 from flatout.compress.rtn import Grid, check_roundable, group_rows, pack, search_grid
 from flatout.core.formats import Format, Recipe
 from flatout.core.fuse import Source, float_weight, native_weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
-from flatout.models.llama import Cache, Llama, decoder_layer
+from flatout.models.llama import Cache, Llama, attention, decoder_layer
 
 _BLOCK = 128  # columns whose updates are applied to the rest of the matrix together
 _DAMPINGS = (1.0, 10.0, 100.0)  # tried in turn when H is too close to singular
-
-Progress = Callable[[str, int, int], None]
 
 
 def gptq(
@@ -60,104 +59,106 @@ def gptq(
 
 
 def _inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
-    """Upper triangular U with U^T U = inverse(H + damping), float64. Inputs that are always zero are left
-    alone."""
-    h = hessian.astype(np.float64)
-    h[np.diag_indices_from(h)] += np.where(np.diag(h) == 0, 1.0, 0.0)
+    """Upper triangular U, float32, with U^T U = inverse(H + damping). Inputs that are always zero are left
+    alone.
+
+    Reversing rows and columns turns a lower Cholesky factor into R with H = R R^T, R upper; then U =
+    inverse(R).
+    """
+    h = torch.from_numpy(hessian.astype(np.float64))
+    h += torch.diag((h.diagonal() == 0).double())
+    unit = torch.eye(len(h), dtype=torch.float64)
     for times in _DAMPINGS:
-        damped = h + np.eye(len(h)) * (damping * times * np.diag(h).mean())
-        try:
-            return np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(damped)).T)
-        except np.linalg.LinAlgError:
-            continue
+        damped = h + unit * (damping * times * float(h.diagonal().mean()))
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+            return np.ascontiguousarray(upper.float().numpy())
     raise ConfigError("the Hessian must be positive definite", "a singular one", "more calibration text")
 
 
 def _round_columns(weight: np.ndarray, factor: np.ndarray, grid: Grid, groups: np.ndarray) -> np.ndarray:
-    """Codes (N, K) of `weight`, column by column. groups[j] is the group whose scale column j uses."""
-    w = np.array(weight, dtype=np.float32, order="F")
-    u = factor.astype(np.float32)
+    """Codes (N, K) of `weight`, column by column. groups[j] is the group whose scale column j uses.
+
+    Works on the transposed weight, where a column is contiguous.
+    """
+    w = np.array(weight.T, dtype=np.float32, order="C")
+    scales, zeros = np.ascontiguousarray(grid.scales.T), np.ascontiguousarray(grid.zeros.T)
     codes = np.empty_like(w)
-    k = w.shape[1]
+    k = len(w)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
-        errors = np.empty((w.shape[0], stop - start), dtype=np.float32, order="F")
+        errors = np.empty((stop - start, w.shape[1]), dtype=np.float32)
         for j in range(start, stop):
-            scale, zero = grid.scales[:, groups[j]], grid.zeros[:, groups[j]]
-            codes[:, j] = np.clip(np.rint(w[:, j] / scale) + zero, grid.low, grid.high)
-            errors[:, j - start] = (w[:, j] - scale * (codes[:, j] - zero)) / u[j, j]
-            w[:, j + 1 : stop] -= np.outer(errors[:, j - start], u[j, j + 1 : stop])
-        w[:, stop:] -= errors @ u[start:stop, stop:]
-    return codes
+            scale, zero = scales[groups[j]], zeros[groups[j]]
+            codes[j] = np.clip(np.rint(w[j] / scale) + zero, grid.low, grid.high)
+            errors[j - start] = (w[j] - scale * (codes[j] - zero)) / factor[j, j]
+            w[j + 1 : stop] -= np.outer(factor[j, j + 1 : stop], errors[j - start])
+        w[stop:] -= factor[start:stop, stop:].T @ errors
+    return codes.T
 
 
+class _Documents(Cache):
+    """Attention within each of several documents that lie one after the other. Nothing is kept."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__()
+        self._lengths = list(lengths)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
+    ) -> Tensor:
+        read, start = [], 0
+        for length in self._lengths:
+            own = slice(start, start + length)
+            read.append(attention(q[own], k[own], v[own], positions[own], window))
+            start += length
+        return torch.cat(read)
+
+
+@torch.no_grad()
 def gptq_layers(
     source: Source,
     recipe: Recipe,
     documents: Sequence[np.ndarray],
     progress: Progress | None = None,
-) -> Iterator[tuple[str, QuantizedTensor]]:
-    """(fused name, rounded weight) of every linear of `source` whose format rounding can make, layer by
-    layer.
+) -> dict[str, QuantizedTensor]:
+    """Fused name -> rounded weight of every linear of `source` whose format rounding can make.
 
-    documents: token ids, each run as a sequence of its own. Linears in float and native formats are used as
-    they are.
+    documents: token ids, each a sequence of its own. All documents pass a linear together; it is rounded to
+    suit what it receives and then used rounded, so that everything after it makes up for its error. Linears
+    in float and native formats are used as they are.
     """
     spec = source.spec
-    model = Llama(source)
-    hidden = [model.embed(torch.from_numpy(np.asarray(d, dtype=np.int64))) for d in documents]
+    rounded: dict[str, QuantizedTensor] = {}
     total = spec.num_layers * len(spec.linears())
-    for layer in range(spec.num_layers):
-        names = [f"layers.{layer}.{linear}" for linear in spec.linears()]
-        formats = {name: recipe.format_of(layer, name.split(".")[2]) for name in names}
-        weights = {name: float_weight(source, name) for name in names}
-        rounds = [name for name, fmt in formats.items() if fmt.is_integer and not fmt.is_native]
-        hessians = _collect(source, layer, hidden, weights, rounds) if rounds else {}
-        for done, name in enumerate(names):
-            if progress is not None:
-                progress(name, layer * len(names) + done, total)
-            if name in rounds:
-                rounded = gptq(weights[name], hessians[name], formats[name])
-                weights[name] = rounded.dequantize()
-                yield name, rounded
-            elif formats[name].is_native:
-                weights[name] = native_weight(source, name, formats[name]).dequantize()
-        hidden = _advance(source, layer, hidden, weights)
-
-
-def _run_layer(source: Source, layer: int, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
-    return decoder_layer(
-        source.spec,
-        layer,
-        x,
-        torch.arange(x.shape[0]),
-        linear=linear,
-        vector=lambda name: as_tensor(float_weight(source, name)),
-        cache=Cache(),
-    )
-
-
-@torch.no_grad()
-def _collect(
-    source: Source, layer: int, hidden: Sequence[Tensor], weights: dict[str, np.ndarray], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Mean of x x^T over the inputs x of each named linear when `hidden` states run through `layer`."""
-    sums = {name: torch.zeros(weights[name].shape[1], weights[name].shape[1]) for name in names}
 
     def linear(name: str, x: Tensor) -> Tensor:
-        if name in sums:
-            sums[name] += x.T @ x
-        return x @ as_tensor(weights[name]).T
+        _, layer, what = name.split(".")
+        fmt = recipe.format_of(int(layer), what)
+        if progress is not None:
+            progress(name, int(layer) * len(spec.linears()) + list(spec.linears()).index(what), total)
+        if fmt.is_native:
+            weight = native_weight(source, name, fmt).dequantize()
+        elif fmt.is_integer:
+            hessian = (x.T @ x / len(x)).numpy()
+            rounded[name] = gptq(float_weight(source, name), hessian, fmt)
+            weight = rounded[name].dequantize()
+        else:
+            weight = float_weight(source, name)
+        return x @ as_tensor(weight).T
 
-    for x in hidden:
-        _run_layer(source, layer, x, linear)
-    tokens = sum(x.shape[0] for x in hidden)
-    return {name: (total / tokens).numpy() for name, total in sums.items()}
-
-
-@torch.no_grad()
-def _advance(
-    source: Source, layer: int, hidden: Sequence[Tensor], weights: dict[str, np.ndarray]
-) -> list[Tensor]:
-    """Hidden states after `layer` with the given weights."""
-    return [_run_layer(source, layer, x, lambda name, y: y @ as_tensor(weights[name]).T) for x in hidden]
+    cache = _Documents([len(document) for document in documents])
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
+    x = Llama(source).embed(torch.from_numpy(np.concatenate(documents).astype(np.int64)))
+    for layer in range(spec.num_layers):
+        x = decoder_layer(
+            spec,
+            layer,
+            x,
+            positions,
+            linear=linear,
+            vector=lambda name: as_tensor(float_weight(source, name)),
+            cache=cache,
+        )
+    return rounded

@@ -1,18 +1,18 @@
-"""Quantised tensors in the form of the compressed-tensors library, so that transformers loads what flatout
-writes.
+"""Quantised tensors in the form of the compressed-tensors library, so that transformers loads them.
 
-Per module (a Hugging Face name without ".weight"), N x K weights in groups of `width` along K:
+Per module (a Hugging Face name without ".weight"), N x K weights in groups along K:
 
-    int-quantized   weight int8 (N, K), weight_scale (N, groups), weight_zero_point int8 (N, groups) if
-    asymmetric pack-quantized  weight_packed int32 (N, ceil(K * bits / 32)): unsigned codes, the lowest bits
-    first;
-                    weight_scale (N, groups); weight_shape int64 (2) = N, K;
-                    weight_zero_point int32 (ceil(N * bits / 32), groups) packed along N, if asymmetric
+    int-quantized    weight             int8 (N, K)
+                     weight_scale       (N, groups)
+                     weight_zero_point  int8 (N, groups), if asymmetric
+    pack-quantized   weight_packed      int32 (N, ceil(K * bits / 32)), unsigned codes, the lowest bits first
+                     weight_shape       int64 (2) = N, K
+                     weight_scale       (N, groups)
+                     weight_zero_point  int32 (ceil(N * bits / 32), groups), packed along N, if asymmetric
 
-Int-quantized holds 8-bit weights with int8 activations, pack-quantized everything else. Stored signed
-numbers are the unsigned ones less 2**(bits - 1). One thing is ours alone: `weight_minimum` (N, groups), the
-float minimum of q4_1, which compressed-tensors cannot say; a folder that needs it names its quant_method
-"flatout" and other tools refuse it.
+Signed numbers are the unsigned ones less 2**(bits - 1). `quantization_config.is_packed` chooses what is
+written; both are read. One thing is ours alone: `weight_minimum` (N, groups), the float minimum of q4_1,
+which compressed-tensors cannot say; other tools refuse a folder that has one.
 """
 
 from __future__ import annotations

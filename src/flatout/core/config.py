@@ -74,7 +74,7 @@ class _Config:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key)
         value = default if value is None else value
-        if type(value) is not int:
+        if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
             raise self.error(f"{key} must be an integer", key)
         return value
 
@@ -122,6 +122,8 @@ def spec_from_config(
     if heads < 1 or (config.get("head_dim") is None and hidden % heads):
         raise config.error("num_attention_heads must divide hidden_size", "num_attention_heads")
     window = config.get("sliding_window") if family == "mistral" else None
+    if window is not None:
+        window = checked_window(config.integer("sliding_window"), where)
     theta, scaling = _rope(config)
     bos = config.token_ids("bos_token_id")
     eos = config.token_ids("eos_token_id")
@@ -146,7 +148,7 @@ def spec_from_config(
         activation="gelu_tanh" if gemma else "silu",
         norm_offset=1.0 if gemma else 0.0,
         embedding_scale=math.sqrt(hidden) if gemma and hidden > 0 else 1.0,
-        sliding_window=None if window is None else config.integer("sliding_window"),
+        sliding_window=window,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=tuple(dict.fromkeys(eos)),
     )
@@ -168,21 +170,13 @@ def _refuse_other_arithmetic(config: _Config, family: str) -> None:
     if family in ("qwen2", "qwen3"):
         config.only("use_sliding_window", False)
     kinds = config.get("layer_types")
-    full = "sliding_attention" if family == "mistral" else "full_attention"
-    if kinds is not None and (
-        not isinstance(kinds, list) or any(k not in ("full_attention", full) for k in kinds)
-    ):
+    same = "sliding_attention" if family == "mistral" else "full_attention"
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != same for kind in kinds)):
         raise UnsupportedModelError(
             "flatout runs layers with the same attention",
             f"layer_types = {shown(kinds)}",
             "a model without them",
         )
-    if (
-        family == "mistral"
-        and config.get("sliding_window") is not None
-        and config.integer("sliding_window") < 1
-    ):
-        raise config.error("sliding_window must be at least 1", "sliding_window")
 
 
 def _rope(config: _Config) -> tuple[float, RopeScaling | None]:
@@ -204,7 +198,7 @@ def _rope(config: _Config) -> tuple[float, RopeScaling | None]:
             f"{shown(kind)} in {config.where}",
             "a model without it",
         )
-    return theta, checked_scaling(
+    return theta, _scaling(
         rope.number("factor"),
         rope.number("low_freq_factor"),
         rope.number("high_freq_factor"),
@@ -213,7 +207,7 @@ def _rope(config: _Config) -> tuple[float, RopeScaling | None]:
     )
 
 
-def checked_scaling(factor: float, low: float, high: float, original: int, where: str) -> RopeScaling:
+def _scaling(factor: float, low: float, high: float, original: int, where: str) -> RopeScaling:
     """Llama-3 scaling, refused when its numbers would divide by zero."""
     if not (factor >= 1 and 0 < low < high and 1 <= original <= 1 << 26):
         raise ModelFileError(
@@ -224,6 +218,13 @@ def checked_scaling(factor: float, low: float, high: float, original: int, where
     return RopeScaling(
         factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_positions=original
     )
+
+
+def checked_window(window: int, where: str) -> int:
+    """A sliding window of a sensible length. Raises ModelFileError."""
+    if not 1 <= window < 1 << 31:
+        raise ModelFileError("sliding_window must be at least 1", f"{window} in {where}", "check config.json")
+    return window
 
 
 def spec_to_config(spec: ModelSpec, dtype: str = "bfloat16") -> dict[str, Any]:

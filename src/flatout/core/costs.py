@@ -1,7 +1,7 @@
 """Bytes and operations of every op: the one truth that profiler, prediction, search and reports share.
 
-Bytes count what must cross the memory bus once when weights do not fit in cache: packed weights, KV cache, and
-(for the embedding look-up) the rows used. Activations stay in cache for one step and are not counted.
+Bytes count what must cross the memory bus once when weights do not fit in cache: packed weights, KV cache,
+and (for the embedding look-up) the rows used. Activations stay in cache for one step and are not counted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ _SCALE_BYTES = 4.0  # float32 scale per token and head of an int8 cache
 
 def linear_cost(n: int, k: int, fmt: Format, tokens: int) -> Cost:
     """An (n, k) linear over `tokens` tokens: 2 n k operations a token, weights read once."""
-    return Cost(
-        bytes_read=float(fmt.weight_bytes(n, k)), bytes_written=0.0, flops=2.0 * n * k * tokens
-    )
+    return Cost(bytes_read=float(fmt.weight_bytes(n, k)), bytes_written=0.0, flops=2.0 * n * k * tokens)
 
 
 def kv_bytes_per_token(spec: ModelSpec, kv_cache: str) -> float:
@@ -46,12 +44,13 @@ def step_costs(
 ) -> dict[str, Cost]:
     """Cost of one forward step by op, summed over layers.
 
-    batch sequences of `tokens` new tokens each after `context` cached tokens; `logits` is the number of positions
-    the head is computed for (default: one a sequence). Keys: embedding, qkv, attention, o, gate_up, down, head.
+    batch sequences of `tokens` new tokens each after `context` cached tokens; `logits` is the number of
+    positions the head is computed for (default: one a sequence). Keys: embedding, qkv, attention, o,
+    gate_up, down, head.
     """
     total_tokens = batch * tokens
     zero = Cost(bytes_read=0.0, bytes_written=0.0, flops=0.0)
-    costs = {name: zero for name in ("embedding", "qkv", "attention", "o", "gate_up", "down", "head")}
+    costs = dict.fromkeys(("embedding", "qkv", "attention", "o", "gate_up", "down", "head"), zero)
     for i in range(spec.num_layers):
         for linear, (n, k) in spec.linears().items():
             costs[linear] += linear_cost(n, k, recipe.format_of(i, linear), total_tokens)
@@ -85,6 +84,8 @@ def weight_bytes(spec: ModelSpec, recipe: Recipe) -> int:
         for linear, (n, k) in spec.linears().items():
             total_bytes += recipe.format_of(i, linear).weight_bytes(n, k)
         total_bytes += 4 * 2 * spec.hidden_size
+        total_bytes += 4 * spec.qkv_size if spec.qkv_bias else 0
+        total_bytes += 4 * 2 * spec.head_dim if spec.qk_norm else 0
     for name in (recipe.embedding, recipe.head):
         total_bytes += parse_format(name).weight_bytes(spec.vocab_size, spec.hidden_size)
     return total_bytes + 4 * spec.hidden_size

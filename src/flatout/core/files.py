@@ -11,8 +11,10 @@ import hashlib
 import json
 import mmap
 import os
+import reprlib
+import secrets
 import stat
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from io import BufferedReader
 from pathlib import Path
@@ -25,7 +27,8 @@ REMEDY = "download or convert the file again"
 
 def shown(value: object, limit: int = 80) -> str:
     """`value` on one printable ASCII line of at most about `limit` characters, for error messages."""
-    text = value if isinstance(value, str) else repr(value)[: 4 * limit]
+    # reprlib, because the full repr of a hostile list can be larger than the file.
+    text = value if isinstance(value, str) else reprlib.repr(value)
     text = ascii(text[: 4 * limit])[1:-1]
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -47,11 +50,10 @@ def open_regular(path: Path) -> BufferedReader:
         raise ModelFileError(
             "the file must be readable", f"{where}: {shown(str(error))}", "check it"
         ) from error
-    file = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise ModelFileError("a model file must be a regular file", where, "a path to a file")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -85,8 +87,7 @@ def parse_json_object(text: str | bytes, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = dict(pairs)
         if len(keys) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
             raise corrupt(path, "a JSON object must not repeat a key", twice)
         return keys
 
@@ -120,18 +121,13 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
     Raises ResourceError when the folder is missing, not writable or full.
     """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with temporary.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            # mkstemp makes files only the owner can read; a model folder follows the user's umask instead.
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

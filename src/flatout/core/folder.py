@@ -1,7 +1,7 @@
 """A Hugging Face folder: config.json and one or several safetensors files, with float or quantised weights.
 
-Quantised folders are read in compressed-tensors form (core/compressed_tensors.py). Every tensor's name and shape is
-checked against config.json when the folder is opened; nothing of the model may go unused.
+Quantised folders are read in compressed-tensors form (core/compressed_tensors.py). Every tensor's name and
+shape is checked against config.json when the folder is opened; nothing of the model may go unused.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from flatout.core.compressed_tensors import from_tensors, read_values
+from flatout.core.compressed_tensors import from_tensors
 from flatout.core.config import spec_from_config
 from flatout.core.files import corrupt, read_json_object, shown
 from flatout.core.quantization_config import Scheme, read_schemes
@@ -21,71 +22,214 @@ from flatout.core.safetensors import SafetensorsFile, open_safetensors
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.errors import FlatoutError, ModelFileError, UnsupportedModelError
 
-_QUANTISED_PARTS = (
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_shape",
-)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_QUANTISED_PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Folder:
-    """An opened folder. owner: the file of each tensor; schemes: how each quantised module is stored."""
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The tensors of several safetensors files as if they were one; owner: tensor name -> its file."""
 
-    path: Path
-    spec: ModelSpec
-    files: tuple[Path, ...]
+    folder: Path
     owner: Mapping[str, SafetensorsFile]
-    schemes: Mapping[str, Scheme]
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.owner)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).shape(name)
+
     def dtype(self, name: str) -> str:
         return self._file(name).dtype(name)
 
-    def raw(self, name: str) -> np.ndarray:
+    def array(self, name: str) -> np.ndarray:
         return self._file(name).array(name)
 
-    def array(self, name: str) -> np.ndarray:
-        """Weight `name` of the spec as float32."""
-        module = name.removesuffix(".weight")
-        if module in self.schemes:
-            return read_values(_Tensors(self), module, self.schemes[module], weight_names(self.spec)[name])
+    def float32(self, name: str) -> np.ndarray:
         return self._file(name).float32(name)
-
-    def native(self, name: str) -> QuantizedTensor | None:
-        """Weight `name` as the codes it is stored in; None for float weights."""
-        module = name.removesuffix(".weight")
-        if module not in self.schemes:
-            return None
-        return from_tensors(_Tensors(self), module, self.schemes[module], weight_names(self.spec)[name])
 
     def _file(self, name: str) -> SafetensorsFile:
         file = self.owner.get(name)
         if file is None:
-            raise corrupt(self.path, "every weight must be in the folder", f"no tensor {shown(name)}")
+            raise corrupt(self.folder, "every weight must be in the folder", f"no tensor {shown(name)}")
         return file
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensors:
-    """The folder's tensors as stored, whichever file they are in."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Folder:
+    """An opened folder. files: its weight files; schemes: how each quantised module (no ".weight") is
+    stored."""
 
-    folder: Folder
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.folder.names
-
-    def dtype(self, name: str) -> str:
-        return self.folder.dtype(name)
+    spec: ModelSpec
+    files: tuple[Path, ...]
+    tensors: Shards
+    schemes: Mapping[str, Scheme]
 
     def array(self, name: str) -> np.ndarray:
-        return self.folder.raw(name)
+        """Weight `name` of the spec as float32."""
+        quantised = self.native(name)
+        return self.tensors.float32(name) if quantised is None else quantised.dequantize()
 
-    def float32(self, name: str) -> np.ndarray:
-        return self.folder._file(name).float32(name)
+    def native(self, name: str) -> QuantizedTensor | None:
+        """Weight `name` as the integer codes it is stored in; None for float weights."""
+        module = name.removesuffix(".weight")
+        scheme = self.schemes.get(module)
+        if scheme is None:
+            return None
+        try:
+            return from_tensors(self.tensors, module, scheme, weight_names(self.spec)[name])
+        except FlatoutError as error:
+            raise _located(error, self.tensors.folder) from error
+
+
+def open_folder(path: Path) -> Folder:
+    """Open and check a folder. Raises ModelFileError or UnsupportedModelError naming it or the file at
+    fault."""
+    config_path = path / "config.json"
+    if not config_path.exists():
+        raise ModelFileError(
+            "a model folder must hold config.json",
+            f"none in {shown(str(path), 300)}",
+            "a full copy, or a GGUF file",
+        )
+    config = read_json_object(config_path)
+    generation = path / "generation_config.json"
+    spec = spec_from_config(
+        config,
+        read_json_object(generation) if generation.exists() else None,
+        shown(str(config_path), 300),
+    )
+    files = _weight_files(path)
+    owner: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.names:
+            if name in owner:
+                raise corrupt(file.path, "a tensor must be in one file only", name)
+            owner[name] = file
+    tensors = Shards(path, owner)
+    schemes = _schemes(config, spec, config_path)
+    _check_tensors(path, spec, tensors, schemes)
+    return Folder(spec=spec, files=tuple(f.path for f in files), tensors=tensors, schemes=schemes)
+
+
+def _weight_files(path: Path) -> list[SafetensorsFile]:
+    """The folder's safetensors files: those of the index if there is one, otherwise model.safetensors."""
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if index.exists():
+        places = read_json_object(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
+            raise corrupt(index, "weight_map must map tensors to files", places)
+        names = sorted(set(places.values()))
+        outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+        if outside:
+            raise corrupt(index, "weight_map must name safetensors files beside it", outside[0])
+        files = [open_safetensors(path / n) for n in names]
+        held = {(tensor, file.path.name) for file in files for tensor in file.names}
+        for tensor, place in places.items():
+            if (tensor, place) not in held:
+                raise corrupt(index, f"{place} must hold the tensors that the index lists", tensor)
+        return files
+    if single.exists():
+        return [open_safetensors(single)]
+    pickled = sorted(p.name for p in path.glob("*.bin"))
+    if pickled:
+        raise UnsupportedModelError(
+            "weights must be safetensors, because pickled files can run code",
+            f"{shown(pickled[0])} in {shown(str(path), 300)}",
+            "save the model with safe_serialization=True",
+        )
+    raise ModelFileError(
+        "a model folder must hold model.safetensors or its index",
+        f"neither in {shown(str(path), 300)}",
+        "a full copy, or a GGUF file",
+    )
+
+
+def _schemes(config: dict[str, Any], spec: ModelSpec, config_path: Path) -> dict[str, Scheme]:
+    """The scheme of every quantised module; none for a float model."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return {}
+    if not isinstance(quantization, dict):
+        raise corrupt(config_path, "quantization_config must be an object", quantization)
+    matrices = [name for name, shape in weight_names(spec).items() if len(shape) == 2]
+    try:
+        schemes = read_schemes(quantization, [name.removesuffix(".weight") for name in matrices])
+        for scheme in set(schemes.values()):
+            _ = scheme.format
+    except FlatoutError as error:
+        raise _located(error, config_path) from error
+    return schemes
+
+
+def _located(error: FlatoutError, path: Path) -> FlatoutError:
+    """The same error, naming the file or folder it is about."""
+    where = shown(str(path), 300)
+    value = error.value if where in error.value else f"{error.value} in {where}"
+    return type(error)(error.rule, value, error.remedy)
+
+
+def _check_tensors(path: Path, spec: ModelSpec, tensors: Shards, schemes: Mapping[str, Scheme]) -> None:
+    """Float weights by name and shape, quantised modules by name; quantised shapes are checked when read."""
+    expected = weight_names(spec)
+    floats = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in schemes}
+    names = tensors.owner
+    for module in schemes:
+        has_codes = f"{module}.weight" in names or f"{module}.weight_packed" in names
+        if not has_codes or f"{module}.weight_scale" not in names:
+            raise ModelFileError(
+                "a quantised module needs codes and scales",
+                f"not both of {module} in {shown(str(path), 300)}",
+                "a full copy",
+            )
+    quantised = {f"{module}.{part}" for module in schemes for part in _QUANTISED_PARTS}
+    found = {n: tensors.shape(n) for n in tensors.names if n not in quantised}
+    if spec.tie_embeddings and _HEAD in found and _EMBEDDING in floats:
+        _check_tied(path, tensors)
+        del found[_HEAD]
+    # Old files keep the rotary frequencies, which the spec holds.
+    check_shapes(path, floats, {n: s for n, s in found.items() if not n.endswith("rotary_emb.inv_freq")})
+
+
+def _check_tied(path: Path, tensors: Shards) -> None:
+    """A tied head that is in the file all the same must be the embedding: which one is meant cannot be
+    guessed."""
+    embedding, head = tensors.array(_EMBEDDING), tensors.array(_HEAD)
+    if embedding.dtype != head.dtype or not np.array_equal(embedding, head):
+        raise corrupt(
+            path,
+            "a tied lm_head.weight must equal the embedding",
+            "another head",
+            "set tie_word_embeddings to false in config.json if the head is meant",
+        )
+
+
+def check_shapes(
+    path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise unless `found` has every expected tensor with its shape, and no other."""
+    wrong = [f"no {n}" for n in expected if n not in found]
+    wrong += [
+        f"{n} has shape {found[n]} instead of {shape}"
+        for n, shape in expected.items()
+        if found.get(n, shape) != shape
+    ]
+    if wrong:
+        raise ModelFileError(
+            "tensors must match the model's configuration",
+            f"{_some(wrong)} in {shown(str(path), 300)}",
+            "weights and configuration of the same model",
+        )
+    extra = [shown(n) for n in found if n not in expected]
+    if extra:
+        raise UnsupportedModelError(
+            "every tensor must be one that the architecture uses",
+            f"{_some(extra)} in {shown(str(path), 300)}",
+            "a model without them",
+        )
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:2]) + (f" and {len(items) - 2} more" if len(items) > 2 else "")

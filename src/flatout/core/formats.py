@@ -4,7 +4,7 @@ Grammar of a format name (docs/formats.md has the table):
 
     fp32 | bf16                              floats, multiplied as floats
     w{8,4}a8[-g{32,64,128}][-asym]           integer codes times int8 activations, exact int32 sums
-    w{8,4}a16[-g{32,64,128}][-asym]          integer codes, dequantised, times float activations
+    w{8,4}a16[-g{32,64,128}][-asym]          integer codes times 15-bit activations, exact int32 sums
     q4_0 | q4_1 | q8_0                       the GGUF blocks as stored (32 wide), times int8 activations
 
 Every integer weight is   w[n, k] = scale[n, k // group] * (code[n, k] - zero[n, k // group])
@@ -27,10 +27,10 @@ _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmet
 class Format:
     """One number format.
 
-    bits: 4 or 8 for integer codes, 16 or 32 for floats. group: weights sharing a scale along K, 0 = the whole row.
-    zero: "symmetric" (codes are signed around zero), "asymmetric" (integer zero point a group) or
-    "minimum" (float minimum a group). activation: "int8" (dynamic), "bf16" or "fp32".
-    activation_group: activations sharing one dynamic scale along K, 0 = the whole token.
+    bits: 4 or 8 for integer codes, 16 or 32 for floats. group: weights sharing a scale along K, 0 = the
+    whole row. zero: "symmetric" (codes are signed around zero), "asymmetric" (integer zero point a group)
+    or "minimum" (float minimum a group). activation: "int8" (dynamic), "bf16" or "fp32". activation_group:
+    activations sharing one dynamic scale along K, 0 = the whole token.
     """
 
     name: str
@@ -78,18 +78,16 @@ def parse_format(name: str) -> Format:
             repr(name),
             "w8a8-g64",
         )
-    group = int(match["group"] or 0)
-    if group not in (0, 32, 64, 128) or (match["bits"] == "4" and group == 0):
-        raise ConfigError(
-            "groups are 32, 64 or 128 wide, and 4-bit weights need one", repr(name), "w4a8-g64"
-        )
+    group = int(match["group"]) if match["group"] else 0
+    if match["group"] not in (None, "32", "64", "128") or (match["bits"] == "4" and group == 0):
+        raise ConfigError("groups are 32, 64 or 128 wide, and 4-bit weights need one", repr(name), "w4a8-g64")
     integer_activation = match["act"] == "8"
     return Format(
         name=name,
         bits=int(match["bits"]),
         group=group,
         zero="asymmetric" if match["asym"] else "symmetric",
-        activation="int8" if integer_activation else "fp32",
+        activation="int8" if integer_activation else "int16",
         activation_group=group if integer_activation else 0,
     )
 

@@ -77,15 +77,13 @@ class GgufFile:
         """Tensor `name` dequantised to float32, in its shape. Raises ModelFileError if it is not in the
         file."""
         tensor = self._tensor(name)
-        # A corrupt scale may be inf or nan: that is reported by whoever needs finite weights, not as a warning.
+        # A corrupt scale may be inf or nan: whoever needs finite weights reports it, numpy must not.
         with np.errstate(all="ignore"):
             return dequantize(tensor.type, self._raw(tensor)).reshape(tensor.shape)
 
     def native(self, name: str) -> QuantizedTensor | None:
-        """Matrix `name` as q4_0, q4_1 or q8_0 codes and float16 scales as stored; None for any other type.
-
-        Also None when a Q8_0 block holds the code -128, which no quantiser writes and our formats exclude.
-        """
+        """Matrix `name` as q4_0, q4_1 or q8_0 codes and float16 scales as stored (which may be inf or nan in
+        a corrupt file); None for any other type, and for a vector."""
         tensor = self._tensor(name)
         if len(tensor.shape) != 2:
             return None

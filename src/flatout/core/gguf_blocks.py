@@ -23,7 +23,6 @@ import numpy as np
 
 from flatout.core.formats import parse_format
 from flatout.core.quantized import QuantizedTensor
-from flatout.errors import ModelFileError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,8 @@ _BY_NAME = {block.name: block for block in BLOCKS.values()}
 
 _OTHER_NAMES = {
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
-    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 
 
@@ -101,10 +100,9 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
 
 
 def native_blocks(kind: str, raw: np.ndarray, n: int) -> QuantizedTensor | None:
-    """uint8 bytes of an (n, K) tensor -> codes and scales as stored, or None if `kind` has no such format
-    here.
+    """uint8 bytes of an (n, K) tensor -> codes and scales as stored, or None if `kind` has no such format.
 
-    Raises ModelFileError when a scale is not finite.
+    Also None when a Q8_0 block holds the code -128, which no quantiser writes and our formats exclude.
     """
     if kind not in ("Q4_0", "Q4_1", "Q8_0"):
         return None
@@ -120,10 +118,6 @@ def native_blocks(kind: str, raw: np.ndarray, n: int) -> QuantizedTensor | None:
     else:
         codes = _nibbles(blocks[:, 4:]).reshape(n, -1)
         minima = np.ascontiguousarray(blocks[:, 2:4]).view("<f2").astype(np.float16).reshape(n, -1)
-    if not np.isfinite(scales).all() or (minima is not None and not np.isfinite(minima).all()):
-        raise ModelFileError(
-            "scales of a quantised tensor must be finite", "inf or nan", "download the file again"
-        )
     return QuantizedTensor(format=parse_format(kind.lower()), codes=codes, scales=scales, minima=minima)
 
 
@@ -140,7 +134,8 @@ def _nibbles(packed: np.ndarray) -> np.ndarray:
 def _fifth_bits(packed: np.ndarray) -> np.ndarray:
     """(blocks, 4) bytes -> (blocks, 32): bit j of the little-endian word is the fifth bit of weight j."""
     bits: np.ndarray = np.unpackbits(np.ascontiguousarray(packed), axis=1, bitorder="little")
-    return bits << np.uint8(4)
+    shifted: np.ndarray = bits << np.uint8(4)
+    return shifted
 
 
 def _k_nibbles(packed: np.ndarray) -> np.ndarray:
@@ -155,9 +150,10 @@ def _k_blocks(blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
     low, mid, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=1)
     minima = np.concatenate([mid & 63, (high >> 4) | ((mid >> 6) << 4)], axis=1)
-    scaled: np.ndarray = (_half(blocks, 0) * scales.astype(np.float32))[:, :, None]
-    offset = (_half(blocks, 2) * minima.astype(np.float32))[:, :, None]
-    return scaled * codes.astype(np.float32) - offset
+    scaled = (_half(blocks, 0) * scales.astype(np.float32))[:, :, None]
+    values: np.ndarray = scaled * codes.astype(np.float32)
+    values -= (_half(blocks, 2) * minima.astype(np.float32))[:, :, None]
+    return values
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
@@ -168,4 +164,5 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
     high = (pairs >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
     codes = (low | (high << 4)).reshape(-1, 16, 16).astype(np.float32) - 32
     scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
-    return (_half(blocks, 208) * scales)[:, :, None] * codes
+    values: np.ndarray = (_half(blocks, 208) * scales)[:, :, None] * codes
+    return values

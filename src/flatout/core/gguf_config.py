@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flatout.core.config import checked_scaling
+from flatout.core.config import checked_window
 from flatout.core.files import shown
 from flatout.core.gguf import GgufFile
 from flatout.core.spec import ModelSpec, RopeScaling
@@ -115,6 +115,13 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
             "such a model",
         )
     metadata = _Metadata(file, architecture)
+    parts = file.metadata.get("split.count", 1)
+    if type(parts) is not int or parts > 1:
+        raise UnsupportedModelError(
+            "a GGUF model must be in one file",
+            f"{shown(parts)} parts, one of them {metadata.where}",
+            "join them with llama-gguf-split --merge",
+        )
     hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
     if heads < 1 or hidden < 1:
         raise metadata.error("the model must have heads", "attention.head_count")
@@ -134,10 +141,12 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
             "convert the model again",
         )
     window = metadata.get("attention.sliding_window") if architecture == "llama" else None
+    if window is not None:
+        window = checked_window(metadata.integer("attention.sliding_window"), metadata.where)
     gemma = architecture == "gemma"
     theta = metadata.number("rope.freq_base", 10000.0)
     return ModelSpec(
-        family="mistral" if window else architecture,
+        family=architecture if window is None else "mistral",
         vocab_size=embedding.shape[0],
         hidden_size=hidden,
         intermediate_size=metadata.integer("feed_forward_length"),
@@ -155,7 +164,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         activation="gelu_tanh" if gemma else "silu",
         norm_offset=1.0 if gemma else 0.0,
         embedding_scale=math.sqrt(hidden) if gemma else 1.0,
-        sliding_window=metadata.integer("attention.sliding_window") if window else None,
+        sliding_window=window,
         bos_token_id=_token_id(file, "bos"),
         eos_token_ids=_end_tokens(file),
     )
@@ -186,7 +195,7 @@ def _rope_scaling(file: GgufFile, metadata: _Metadata, head_dim: int, theta: flo
     such model was published with (low 1, high 4, original length 8192) are taken when they reproduce that
     table."""
     kind = metadata.get("rope.scaling.type")
-    if kind not in (None, "none"):
+    if kind is not None and not (isinstance(kind, str) and kind == "none"):
         raise UnsupportedModelError(
             "flatout runs models without RoPE scaling or with Llama-3's",
             f"rope.scaling.type = {shown(kind)} in {metadata.where}",
@@ -195,17 +204,18 @@ def _rope_scaling(file: GgufFile, metadata: _Metadata, head_dim: int, theta: flo
     if "rope_freqs.weight" not in file.tensors:
         return None
     table = file.float32("rope_freqs.weight").reshape(-1)
-    factor = float(table.max()) if np.isfinite(table).all() else 0.0
-    scaling = checked_scaling(max(factor, 0.0) or math.inf, 1.0, 4.0, 8192, metadata.where)
-    if table.size != head_dim // 2 or not np.allclose(
-        table, frequency_divisors(scaling, head_dim, theta), rtol=1e-3
-    ):
-        raise UnsupportedModelError(
-            "rope_freqs.weight must be the Llama-3 scaling of an 8192-token model",
-            f"{table.size} divisors up to {factor:g} in {metadata.where}",
-            "the safetensors folder of this model",
+    factor = float(table.max())
+    if table.size == head_dim // 2 and 1 <= factor < math.inf:
+        scaling = RopeScaling(
+            factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
         )
-    return scaling
+        if np.allclose(table, frequency_divisors(scaling, head_dim, theta), rtol=1e-3):
+            return scaling
+    raise UnsupportedModelError(
+        "rope_freqs.weight must be the Llama-3 scaling of an 8192-token model",
+        f"{table.size} divisors up to {factor:g} in {metadata.where}",
+        "the safetensors folder of this model",
+    )
 
 
 def frequency_divisors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:

@@ -26,6 +26,7 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _PRE = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 _SAME_AS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
+_MAX_TOKEN = 1024
 _SPACE = "\u2581"
 
 
@@ -37,21 +38,23 @@ def build_from_gguf(file: GgufFile) -> tuple[tokenizers.Tokenizer, dict[str, Any
     metadata, where = file.metadata, shown(str(file.path), 300)
     kind = metadata.get("tokenizer.ggml.model")
     tokens = _strings(file, "tokenizer.ggml.tokens")
+    if any(len(token) > _MAX_TOKEN for token in tokens):
+        raise corrupt(file.path, f"tokens have at most {_MAX_TOKEN} characters", max(tokens, key=len))
     types = _types(file, len(tokens))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
         raise corrupt(file.path, "tokens must differ", twice)
-    if kind == "gpt2":
-        inner = _byte_level(file, vocabulary)
-    elif kind == "llama":
-        inner = _sentence_piece(file, tokens, types, vocabulary)
-    else:
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
         raise UnsupportedModelError(
             "tokenizer.ggml.model must be gpt2 or llama",
             f"{shown(kind)} in {where}",
             "the safetensors folder",
         )
+    if kind == "gpt2":
+        inner = _byte_level(file, vocabulary)
+    else:
+        inner = _sentence_piece(file, tokens, types, vocabulary)
     for flag, special in ((3, True), (2, True), (4, False)):
         # The vocabulary holds them already: adding only stops the text from being cut inside them.
         added = [
@@ -76,7 +79,8 @@ def build_from_gguf(file: GgufFile) -> tuple[tokenizers.Tokenizer, dict[str, Any
     if type(length) is int:
         config["model_max_length"] = length
     if _adds_bos(metadata, kind) and "bos_token" in config:
-        _add_bos_processor(inner, config["bos_token"], vocabulary[config["bos_token"]])
+        bos = config["bos_token"]
+        inner.post_processor = _bos_in_front(file, bos, vocabulary[bos])
     return inner, config
 
 
@@ -102,7 +106,7 @@ def _types(file: GgufFile, count: int) -> np.ndarray:
 
 def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     pre = file.metadata.get("tokenizer.ggml.pre")
-    name = _SAME_AS.get(pre, pre) if isinstance(pre, str) else pre
+    name = _SAME_AS.get(pre, pre) if isinstance(pre, str) else None
     if name not in _PRE:
         raise UnsupportedModelError(
             f"tokenizer.ggml.pre must be one of {', '.join((*_PRE, *_SAME_AS))}",
@@ -185,14 +189,14 @@ def _adds_bos(metadata: dict[str, Any], kind: str) -> bool:
     stated = metadata.get("tokenizer.ggml.add_bos_token")
     if isinstance(stated, bool):
         return stated
-    return (
-        kind == "llama"
-        or _SAME_AS.get(metadata.get("tokenizer.ggml.pre", ""), "") == "llama-bpe"
-        or (metadata.get("tokenizer.ggml.pre") == "llama-bpe")
-    )
+    pre = metadata.get("tokenizer.ggml.pre")
+    return kind == "llama" or (isinstance(pre, str) and _SAME_AS.get(pre, pre) == "llama-bpe")
 
 
-def _add_bos_processor(inner: tokenizers.Tokenizer, bos: str, i: int) -> None:
-    inner.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, i)]
+def _bos_in_front(file: GgufFile, bos: str, i: int) -> Any:
+    """Post-processing that puts `bos` in front of every text, for those who load the saved tokenizer."""
+    if any(character.isspace() or character in "$:" for character in bos):
+        raise corrupt(file.path, "the begin-of-text token must not hold spaces, $ or colons", bos)
+    return processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, i)]
     )

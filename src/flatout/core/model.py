@@ -1,4 +1,5 @@
-"""Model: the weights of one spec under one recipe. What `compress` makes, the artifact stores and runners load."""
+"""Model: the weights of one spec under one recipe. What `compress` makes, the artifact stores and runners
+load."""
 
 from __future__ import annotations
 
@@ -30,16 +31,20 @@ class Model:
         for name, shape, fmt in expected_weights(self.spec, self.recipe):
             weight = self.weights.get(name)
             if weight is None:
-                raise ModelFileError("every weight of the spec must be there", f"no {name}", "re-create the model")
+                raise ModelFileError(
+                    "every weight of the spec must be there", f"no {name}", "re-create the model"
+                )
             if weight.shape != shape:
                 raise ModelFileError(
-                    f"{name} must have shape {shape}", str(weight.shape), "check config.json against the weights"
+                    f"{name} must have shape {shape}",
+                    str(weight.shape),
+                    "check config.json against the weights",
                 )
-            quantized = isinstance(weight, QuantizedTensor)
-            if quantized != fmt.is_integer or (quantized and weight.format != fmt):
+            found = weight.format if isinstance(weight, QuantizedTensor) else None
+            if found != (fmt if fmt.is_integer else None):
                 raise ModelFileError(
                     f"{name} must be in format {fmt.name}",
-                    weight.format.name if isinstance(weight, QuantizedTensor) else str(weight.dtype),
+                    found.name if found is not None else "a float array",
                     "re-create the model",
                 )
 
@@ -47,9 +52,9 @@ class Model:
 def expected_weights(spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], Format]]:
     """(name, shape, format) of every weight of a Model.
 
-    embedding (V, D), layers.I.{input_norm (D), qkv (N, D), o, post_norm (D), gate_up (2F, D), down (D, F)}, optional
-    layers.I.qkv_bias (N) and layers.I.{q_norm, k_norm} (E), norm (D), head (V, D). Rows of qkv are q, k, v; rows of
-    gate_up are gate, up. RoPE pairs dimension e with e + E/2 (the Hugging Face order).
+    embedding (V, D), layers.I.{input_norm (D), qkv (N, D), o, post_norm (D), gate_up (2F, D), down (D, F)},
+    optional layers.I.qkv_bias (N) and layers.I.{q_norm, k_norm} (E), norm (D), head (V, D). Rows of qkv are
+    q, k, v; rows of gate_up are gate, up. RoPE pairs dimension e with e + E/2 (the Hugging Face order).
     """
     fp32 = parse_format("fp32")
     D = spec.hidden_size

@@ -18,17 +18,21 @@ from flatout.core.spec import FUSED, ModelSpec
 from flatout.errors import ModelFileError, UnsupportedModelError
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-METHODS = ("compressed-tensors", "flatout")
+MINIMUM = "flatout_minimum"
+"""Weight argument of formats with a float minimum. The library accepts no argument it does not know, so
+other tools refuse the folder; a quant_method of our own would make transformers skip quantisation and run
+on random weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """How one module is quantised. group 0 is one scale a row; activation is "int8" (dynamic) or "fp32"."""
+    """How one module is quantised. group 0 is one scale a row; activation is "int8" (dynamic) or
+    "float"."""
 
     bits: int
     group: int
     symmetric: bool
-    activation: str = "fp32"
+    activation: str = "float"
 
     @property
     def format(self) -> Format:
@@ -79,7 +83,7 @@ def to_config(spec: ModelSpec, recipe: Recipe) -> dict[str, Any] | None:
     }
     stored = {group["format"] for group in groups.values()}
     return {
-        "quant_method": "flatout" if cannot_express(spec, recipe) else "compressed-tensors",
+        "quant_method": "compressed-tensors",
         "format": stored.pop() if len(stored) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
@@ -98,6 +102,7 @@ def _group(fmt: Format, targets: list[str], is_table: bool) -> dict[str, Any]:
         "symmetric": fmt.zero == "symmetric",
         "dynamic": False,
         **(strategy if fmt.group else {"strategy": "channel"}),
+        **({MINIMUM: True} if fmt.zero == "minimum" else {}),
     }
     activations = None
     if fmt.activation == "int8" and not is_table:
@@ -135,7 +140,7 @@ def read_schemes(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str,
     Raises UnsupportedModelError for schemes other than integer weights of 4 or 8 bits by channel or group.
     """
     method = config.get("quant_method")
-    if method not in METHODS:
+    if method != "compressed-tensors":
         raise UnsupportedModelError(
             "quantised folders are read in compressed-tensors form",
             f"quant_method {method!r}",
@@ -191,6 +196,10 @@ def _scheme(group: Mapping[str, Any], module: str) -> Scheme:
         and (activations is None or (isinstance(activations, dict) and activations.get("dynamic") is True))
         and not group.get("output_activations")
     )
+    if isinstance(weights, dict) and MINIMUM in weights:
+        raise UnsupportedModelError(
+            "weights with a float minimum are read from the model they were taken from", module, "that model"
+        )
     if not known or not isinstance(weights, dict):
         raise UnsupportedModelError(
             "weights are read as 4- or 8-bit integers by channel or group, activations as dynamic",
@@ -203,5 +212,5 @@ def _scheme(group: Mapping[str, Any], module: str) -> Scheme:
         bits=weights["num_bits"],
         group=group_size,
         symmetric=weights.get("symmetric", True) is True,
-        activation="fp32" if activations is None else "int8",
+        activation="float" if activations is None else "int8",
     )

@@ -1,6 +1,7 @@
 """QuantizedTensor: integer codes, scales and zeros of one weight, in plain numpy.
 
-The one form that every method writes, every file format is converted from or to, and every runner repacks from.
+The one form that every method writes, every file format is converted from or to, and every runner repacks
+from.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from flatout.errors import ModelFileError
 class QuantizedTensor:
     """An (N, K) weight: w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g]), or scales * codes + minima.
 
-    codes: int8 (N, K) in [-127, 127] for 8-bit symmetric; uint8 (N, K) in [0, 15] for every 4-bit format and in
-    [0, 255] for 8-bit asymmetric. scales: float16 or float32 (N, K // group). zeros: uint8 (N, K // group) for
-    "asymmetric", otherwise None; 4-bit symmetric codes carry the constant zero 8. minima: like scales for "minimum".
+    codes: int8 (N, K) in [-127, 127] for 8-bit symmetric; uint8 (N, K) in [0, 15] for every 4-bit format
+    and in [0, 255] for 8-bit asymmetric. scales: float16 or float32 (N, K // group). zeros: uint8 (N, K //
+    group) for "asymmetric", otherwise None; 4-bit symmetric codes carry the constant zero 8. minima: like
+    scales for "minimum".
     """
 
     format: Format
@@ -46,9 +48,7 @@ class QuantizedTensor:
             ("zeros", self.zeros, fmt.zero == "asymmetric"),
             ("minima", self.minima, fmt.zero == "minimum"),
         ):
-            if (array is not None) != needed or (
-                array is not None and array.shape != (n, fmt.groups(k))
-            ):
+            if (array is not None) != needed or (array is not None and array.shape != (n, fmt.groups(k))):
                 raise ModelFileError(
                     f"{what} of {fmt.name} must be {(n, fmt.groups(k)) if needed else 'absent'}",
                     str(None if array is None else array.shape),

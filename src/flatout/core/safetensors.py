@@ -20,7 +20,7 @@ import numpy as np
 from flatout.core.files import corrupt, map_file, parse_json_object, shown, write_atomic
 from flatout.errors import ModelFileError, UnsupportedModelError
 
-_MAX_HEADER = 100_000_000  # the limit of the format itself
+_MAX_HEADER = 1 << 25  # the format allows 100 MB, which as JSON objects would take gigabytes of memory
 _MAX_DIMENSIONS = 8
 
 _DTYPES = {

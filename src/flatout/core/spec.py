@@ -1,7 +1,7 @@
 """ModelSpec: the shape and the arithmetic of a decoder-only Llama-like model, whatever file it came from.
 
-Legend used everywhere: B batch, T tokens, D hidden size, F intermediate size, H query heads, G key/value heads,
-E head size, V vocabulary, L layers, N output width, K input width of a linear.
+Legend used everywhere: B batch, T tokens, D hidden size, F intermediate size, H query heads, G key/value
+heads, E head size, V vocabulary, L layers, N output width, K input width of a linear.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Tokenizer:
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         self.bos = self._special("bos_token")
         self.eos = self._special("eos_token")
-        self.adds_bos = self.bos is not None and inner.encode("").ids[:1] == [self.bos]
+        self.adds_bos = self.bos is not None and _leading_special(inner) == self._content("bos_token")
         self.chat_template = _default_template(config.get("chat_template"))
 
     @classmethod
@@ -81,6 +81,10 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Ids of `text`; special tokens written out in it become their ids. add_bos puts `bos` in front."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError("a text must be valid Unicode", shown(str(error)), "UTF-8 text") from error
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         if not add_bos:
             return ids
@@ -211,6 +215,19 @@ def _decoder_kind(inner: tokenizers.Tokenizer) -> tuple[bool, bool, bool]:
         f"decoder {shown(kinds)}",
         "another model",
     )
+
+
+def _leading_special(inner: tokenizers.Tokenizer) -> str | None:
+    """The special token that post-processing puts in front of every text, if any.
+
+    Read from its description: trying it out would run templates whose tokens may not exist, which aborts.
+    """
+    state: dict[str, Any] = json.loads(inner.post_processor.__getstate__()) if inner.post_processor else {}
+    for step in state["processors"] if state.get("type") == "Sequence" else [state]:
+        if step.get("type") == "TemplateProcessing" and step["single"]:
+            special: str | None = step["single"][0].get("SpecialToken", {}).get("id")
+            return special
+    return None
 
 
 def _default_template(value: Any) -> str | None:

@@ -12,8 +12,8 @@ from flatout.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceiling:
-    """One measured or sourced peak. name: e.g. "read_dram", "int8", "bf16"; unit: "byte/s" or "op/s" (multiply
-    and add count as two)."""
+    """One measured or sourced peak. name: e.g. "read_dram", "int8", "bf16"; unit: "byte/s" or "op/s"
+    (multiply and add count as two)."""
 
     name: str
     value: float

@@ -1,9 +1,9 @@
 """Passages: the texts that calibrate, choose and judge a compressed model.
 
-Three splits that share no book: `calibration` feeds the methods, `validation` chooses between candidates as often as
-wanted, `holdout` stays sealed until a final candidate is judged. The shipped text is public-domain English prose
-(sources in SOURCES.md); a user's own text is split by `split_text`, the same way on every run, so that text which
-calibrated a model yesterday does not judge it today.
+Three splits that share no book: `calibration` feeds the methods, `validation` chooses between candidates as
+often as wanted, `holdout` stays sealed until a final candidate is judged. The shipped text is public-domain
+English prose (sources in SOURCES.md); a user's own text is split by `split_text`, the same way on every
+run, so that text which calibrated a model yesterday does not judge it today.
 """
 
 from __future__ import annotations
@@ -69,22 +69,28 @@ def split_sha256(split: str) -> str:
 def load_text(path: str | Path) -> list[Passage]:
     """Passages of a user's file, in the file's order.
 
-    .jsonl: one JSON object a line with the string `text` and, optionally, `id` and `book` (or `domain`); a line is one
-    passage, however long. Anything else is UTF-8 text, cut at paragraph or sentence ends into passages of about
-    2,000 characters. Raises ConfigError for a file that cannot be read, EvidenceError for one without text.
+    .jsonl: one JSON object a line with the string `text` and, optionally, `id` and `book` (or `domain`); a
+    line is one passage, however long. Anything else is UTF-8 text, cut at paragraph or sentence ends into
+    passages of about 2,000 characters. Raises ConfigError for a file that cannot be read, EvidenceError for
+    one without text.
     """
     path = Path(path)
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError("the text file must be readable", f"{path}: {error.strerror}", "another path") from error
+        raise ConfigError(
+            "the text file must be readable", f"{path}: {error.strerror}", "another path"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError("the text file must be UTF-8", f"{path}: byte {error.start}", "iconv -t utf-8") from error
+        raise ConfigError(
+            "the text file must be UTF-8", f"{path}: byte {error.start}", "iconv -t utf-8"
+        ) from error
     if path.suffix == ".jsonl":
         passages = [_from_line(path, i, line) for i, line in enumerate(content.splitlines()) if line.strip()]
     else:
         passages = [
-            Passage(id=f"{path.name}:{i}", book=path.name, text=text) for i, text in enumerate(_chunks(content))
+            Passage(id=f"{path.name}:{i}", book=path.name, text=text)
+            for i, text in enumerate(_chunks(content))
         ]
     if not passages:
         raise EvidenceError("the text file must hold text", f"{path} is empty", "a longer text")
@@ -95,17 +101,22 @@ def _from_line(path: Path, index: int, line: str) -> Passage:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError("each line must be a JSON object", f"{path}:{index + 1}: {error.msg}", "fix the line") from error
+        raise ConfigError(
+            "each line must be a JSON object", f"{path}:{index + 1}: {error.msg}", "fix the line"
+        ) from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
         raise ConfigError(
-            'each line must be an object with a non-empty string "text"', f"{path}:{index + 1}", "fix the line"
+            'each line must be an object with a non-empty string "text"',
+            f"{path}:{index + 1}",
+            "fix the line",
         )
     book = row.get("book", row.get("domain", f"{path.name}:{index}"))
     return Passage(id=str(row.get("id", f"{path.name}:{index}")), book=str(book), text=row["text"])
 
 
 def _chunks(content: str) -> list[str]:
-    """Consecutive stretches of at most _CHUNK characters, cut at a paragraph, sentence or word end if there is one."""
+    """Consecutive stretches of at most _CHUNK characters, cut at a paragraph, sentence or word end if there
+    is one."""
     chunks: list[str] = []
     start = 0
     while start < len(content):
@@ -125,8 +136,9 @@ def _chunks(content: str) -> list[str]:
 def split_text(passages: Sequence[Passage]) -> dict[str, list[Passage]]:
     """Deal a user's passages to the splits: a quarter calibration, a quarter validation, half hold-out.
 
-    One running text is cut into three consecutive stretches. Otherwise a hash decides, so that adding documents moves
-    none: for each book as a whole when there are 24 or more, for each passage when there are fewer.
+    One running text is cut into three consecutive stretches. Otherwise a hash decides, so that adding
+    documents moves none: for each book as a whole when there are 24 or more, for each passage when there
+    are fewer.
     """
     splits: dict[str, list[Passage]] = {split: [] for split in SPLITS}
     books = {passage.book for passage in passages}

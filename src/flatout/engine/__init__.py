@@ -1,1 +1,2 @@
-"""Serving: requests -> scheduler -> pages of the KV cache -> runner -> text. Works with any `runner.Runner`."""
+"""Serving: requests -> scheduler -> pages of the KV cache -> runner -> text. Works with any
+`runner.Runner`."""

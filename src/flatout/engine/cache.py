@@ -1,12 +1,14 @@
-"""Pages of the KV cache: who holds which page, and which pages can be taken over by a sequence with the same prefix.
+"""Pages of the KV cache: who holds which page, and which pages can be taken over by a sequence with the same
+prefix.
 
-A page is in exactly one of three places: *held* by one or more sequences (a count of holders), *cached* (no holder, but
-its contents are known and can be taken over until the page is needed), or *blank* (no holder, no known contents).
-Blank pages are handed out first, the one freed last before others; then cached pages, the least recently used first.
+A page is in exactly one of three places: *held* by one or more sequences (a count of holders), *cached* (no
+holder, but its contents are known and can be taken over until the page is needed), or *blank* (no holder, no
+known contents). Blank pages are handed out first, the one freed last before others; then cached pages, the
+least recently used first.
 
-Only full pages are ever shared, and a full page is never written again, so sharing needs no copying. Contents are named
-by a chained digest: digest(page j) = blake2b(digest(page j - 1), tokens of page j), 128 bits, so that equal names mean
-equal prefixes even for inputs chosen by an attacker.
+Only full pages are ever shared, and a full page is never written again, so sharing needs no copying. Contents
+are named by a chained digest: digest(page j) = blake2b(digest(page j - 1), tokens of page j), 128 bits, so
+that equal names mean equal prefixes even for inputs chosen by an attacker.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _ROOT = b"\0" * 16
 
 
 def extend_digests(digests: list[bytes], tokens: list[int], page_size: int) -> None:
-    """Append to `digests`, which names the first full pages of `tokens`, the digests of the full pages still missing."""
+    """Append to `digests`, which names the first full pages of `tokens`, the digests of the full pages still
+    missing."""
     for j in range(len(digests), len(tokens) // page_size):
         parent = digests[-1] if digests else _ROOT
         page = np.array(tokens[j * page_size : (j + 1) * page_size], dtype=np.int32)
@@ -89,8 +92,8 @@ class PagePool:
             self._digest[page] = digest
 
     def release(self, pages: list[int]) -> None:
-        """Drop one holder from each of a sequence's pages, given in order; later pages are evicted first, because a
-        page is of use only while every page before it is still there."""
+        """Drop one holder from each of a sequence's pages, given in order; later pages are evicted first,
+        because a page is of use only while every page before it is still there."""
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page] == 0:
@@ -115,7 +118,8 @@ class PagePool:
     def check(self) -> None:
         """Assert the pool's own invariants; used by tests and cheap enough for debugging a server."""
         blank, cached = set(self._blank), set(self._cached)
-        assert len(blank) == len(self._blank) and not blank & cached
+        assert len(blank) == len(self._blank)
+        assert not blank & cached
         for page, holders in enumerate(self._holders):
             assert holders >= 0
             assert (holders == 0) == (page in blank or page in cached)

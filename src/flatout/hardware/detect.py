@@ -1,7 +1,8 @@
 """detect(): the machine this process may use, as a Hardware without ceilings.
 
-Everything comes from files that Linux keeps under /proc and /sys, below a `root` that tests replace. In a container
-the cores and the memory are those of its control group, not the host's. What cannot be read is 0 or empty, never a guess.
+Everything comes from files that Linux keeps under /proc and /sys, below a `root` that tests replace. In a
+container the cores and the memory are those of its control group, not the host's. What cannot be read is 0
+or empty, never a guess.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from flatout.core.types import Hardware
 
 _FEATURES = (
-    "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi",
-    "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
+    "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl",
+    "avx512_vbmi", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
-"""Instruction sets that matter to the kernels, as /proc/cpuinfo spells them (x86 flags, then Arm features)."""
+"""Instruction sets that matter to kernels, as /proc/cpuinfo spells them (x86 flags, then Arm features)."""
 
 _CACHES = {("1", "Data"): "l1d", ("2", "Unified"): "l2", ("3", "Unified"): "l3"}
 
@@ -68,11 +69,9 @@ def cpu_info(root: Path = Path("/")) -> dict[str, str]:
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """Cores this process may keep busy: its affinity, cut by the control group's quota (rounded down, at least 1)."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    """Cores this process may keep busy: its affinity, cut by the control group's quota (at least 1)."""
+    by_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if by_affinity else os.cpu_count() or 1
     for folder in _control_groups(root, "cpu"):
         quota, period = "", ""
         if (folder / "cpu.max").exists():
@@ -107,10 +106,10 @@ def _meminfo(root: Path, key: str) -> int:
 
 
 def _control_groups(root: Path, controller: str) -> list[Path]:
-    """Folders whose limits hold for this process: its control group and the groups around it, version 1 or 2."""
+    """Folders whose limits hold for this process: its control group and those around it, version 1 or 2."""
     folders: list[Path] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
-        number, names, path = (line.split(":", 2) + ["", ""])[:3]
+        number, names, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not names:
             base = root / "sys/fs/cgroup"
         elif controller in names.split(","):

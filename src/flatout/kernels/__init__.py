@@ -1,1 +1,2 @@
-"""Ops: a contract and a plain PyTorch reference each, with fast versions beside them. Nothing loads until asked for."""
+"""Ops: a contract and a plain PyTorch reference each, with fast versions beside them. Nothing loads until
+asked for."""

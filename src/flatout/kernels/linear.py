@@ -2,15 +2,18 @@
 
     y[t, n] = sum over k of x[t, k] * w[n, k]
 
-Integer formats ("int8" activations) round each token's activations by group to int8, form exact int32 sums
-a group, and join the groups in order in float32 with one fused multiply-add each:
+Integer formats round each token's activations to integers a, form exact int32 sums a group, and join the
+groups in order in float32 with one fused multiply-add each:
 
-    acc = fmaf(float(idot[g]), a_scale[g] * w_scale[n, g], acc)                   every format
-    acc = fmaf(a_scale[g] * float(asum[g]), minimum[n, g], acc)                   after it, "minimum" formats
+    acc = fmaf(float(idot[g]), a_scale[g] * w_scale[n, g], acc)            every format
+    acc = fmaf(a_scale[g] * float(asum[g]), minimum[n, g], acc)            after it, "minimum" formats
 
-where idot[g] = sum of a[k] * (code[n, k] - zero[n, g]) and asum[g] = sum of a[k]. The result of a token
-therefore does not depend on batch, chunk or thread count, and a kernel can be compared bit by bit. Float
-formats ("bf16", "fp32") are plain matrix products accumulated in float32, whose summation order is free.
+where idot[g] = sum of a[k] * (code[n, k] - zero[n, g]) and asum[g] = sum of a[k]. "int8" activations have 8
+bits and a scale a group or a token. "int16" activations have 15 bits and a scale a token; they are
+multiplied in two planes of bytes, a = 128 * high + low with low in [-64, 63]: first high, with a scale 128
+times as large, then low. The result of a token does not depend on batch, chunk or thread count, and a
+kernel can be compared bit by bit. Float formats ("bf16", "fp32") are plain matrix products accumulated in
+float32, whose summation order is free.
 
 Legend: T tokens, K input width, N output width, g index of a group along K.
 """
@@ -25,6 +28,8 @@ from flatout.core.formats import Format
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 
+BYTE, FIFTEEN_BITS = 127, 127 * 128
+"""Largest activation codes of "int8" and "int16" activations."""
 _EXACT_FLOAT32_WIDTH = 512  # 512 * 127 * 255 < 2**24: float32 holds every partial sum of a group exactly
 
 
@@ -33,18 +38,24 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def quantize_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Round float32 x (T, K) to (codes int8 (T, K), scales float32 (T, K // group)); group 0 is the whole
-    token.
+def quantize_activations(x: Tensor, group: int, limit: int = BYTE) -> tuple[Tensor, Tensor]:
+    """Round float32 x (T, K) to (codes (T, K), scales float32 (T, K // group)); group 0 is the whole token.
 
-    scale = amax / 127 and code = clamp(round_to_even(x * (127 / amax)), -127, 127), all in float32.
+    scale = amax / limit and code = clamp(round_to_even(x * (limit / amax)), -limit, limit), all in float32.
+    Codes are int8 where they fit and int16 otherwise.
     """
     tokens, k = x.shape
     grouped = x.float().reshape(tokens, -1, group or k)
     amax = grouped.abs().amax(dim=2)
-    inverse = torch.where(amax > 0, 127.0 / amax, torch.zeros_like(amax))
-    codes = torch.clamp(torch.round(grouped * inverse[:, :, None]), -127, 127).to(torch.int8)
-    return codes.reshape(tokens, k), amax / 127.0
+    inverse = torch.where(amax > 0, limit / amax, torch.zeros_like(amax))
+    codes = torch.clamp(torch.round(grouped * inverse[:, :, None]), -limit, limit)
+    return codes.to(torch.int8 if limit == BYTE else torch.int16).reshape(tokens, k), amax / limit
+
+
+def split_planes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """15-bit codes (T, K) as (high, low) int8 with codes = 128 * high + low and low in [-64, 63]."""
+    high = (codes.int() + 64) >> 7
+    return high.to(torch.int8), (codes.int() - 128 * high).to(torch.int8)
 
 
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -62,25 +73,31 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def integer_linear(codes: Tensor, scales: Tensor, weight: QuantizedTensor) -> Tensor:
-    """y (T, N) of int8 activation codes (T, K) and scales (T, 1 or groups) times `weight`, as the kernels
-    round it."""
+    """y (T, N) of activation codes (T, K), int8 or int16, and scales (T, 1 or groups) times `weight`, as the
+    kernels round it."""
     n, k = weight.shape
     groups = weight.format.groups(k)
     width = k // groups
     exact = torch.float32 if width <= _EXACT_FLOAT32_WIDTH else torch.float64
     w_scales = as_tensor(weight.scales).float()
+    planes = [(codes, 1.0)]
+    if codes.dtype == torch.int16:
+        high, low = split_planes(codes)
+        planes = [(high, 128.0), (low, 1.0)]
     y = torch.zeros(codes.shape[0], n)
     for g in range(groups):
-        a = codes[:, g * width : (g + 1) * width].to(exact)
-        w = as_tensor(weight.codes[:, g * width : (g + 1) * width]).to(exact)
+        columns = slice(g * width, (g + 1) * width)
+        w = as_tensor(weight.codes[:, columns]).to(exact)
         if weight.zeros is not None:
             w = w - as_tensor(weight.zeros)[:, g, None].to(exact)
         w = w - weight.integer_zero
         a_scale = scales[:, min(g, scales.shape[1] - 1), None]
-        y = fused_multiply_add((a @ w.T).float(), a_scale * w_scales[None, :, g], y)
+        for plane, factor in planes:
+            dot = (plane[:, columns].to(exact) @ w.T).float()
+            y = fused_multiply_add(dot, a_scale * w_scales[None, :, g] * factor, y)
         if weight.minima is not None:
-            minimum = as_tensor(weight.minima)[None, :, g].float()
-            y = fused_multiply_add(a_scale * a.sum(dim=1, keepdim=True).float(), minimum, y)
+            total = codes[:, columns].sum(dim=1, keepdim=True).float()
+            y = fused_multiply_add(a_scale * total, as_tensor(weight.minima)[None, :, g].float(), y)
     return y
 
 
@@ -95,10 +112,9 @@ def linear_reference(x: Tensor, weight: QuantizedTensor | np.ndarray | Tensor, f
         found = weight.format.name if isinstance(weight, QuantizedTensor) else "a float array"
         raise ConfigError(f"the weight must be in format {fmt.name}", found, "the recipe's own format")
     if isinstance(weight, QuantizedTensor):
-        if fmt.activation == "int8":
-            codes, scales = quantize_activations(x, fmt.activation_group)
-            return integer_linear(codes, scales, weight)
-        return x.float() @ torch.from_numpy(weight.dequantize()).T
+        limit = BYTE if fmt.activation == "int8" else FIFTEEN_BITS
+        codes, scales = quantize_activations(x, fmt.activation_group, limit)
+        return integer_linear(codes, scales, weight)
     w = weight if isinstance(weight, Tensor) else as_tensor(weight)
     if fmt.activation == "bf16":
         return x.bfloat16().float() @ w.bfloat16().float().T

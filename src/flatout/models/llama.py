@@ -90,7 +90,8 @@ def round_keys_or_values(x: Tensor, kv_cache: str) -> Tensor:
 
 
 class Cache:
-    """Keys and values of one sequence. Runners with their own storage override `extend` and `length`."""
+    """Keys and values of one sequence. Runners with their own storage override `extend` and `length`;
+    `attend` is all that a layer calls."""
 
     def __init__(self) -> None:
         self._keys: dict[int, Tensor] = {}
@@ -109,6 +110,13 @@ class Cache:
             v = torch.cat([self._values[layer], v])
         self._keys[layer], self._values[layer] = k, v
         return k, v
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
+    ) -> Tensor:
+        """Append k, v (T, G, E) and return what q (T, H, E) at `positions` reads, (T, H * E)."""
+        keys, values = self.extend(layer, k, v)
+        return attention(q, keys, values, positions, window)
 
 
 def decoder_layer(
@@ -137,8 +145,8 @@ def decoder_layer(
         q, k = rms_norm(q, vector(p + "q_norm"), epsilon), rms_norm(k, vector(p + "k_norm"), epsilon)
     frequencies = rope_frequencies(spec)
     q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-    keys, values = cache.extend(layer, round_keys_or_values(k, kv_cache), round_keys_or_values(v, kv_cache))
-    x = x + linear(p + "o", attention(q, keys, values, positions, spec.sliding_window))
+    k, v = round_keys_or_values(k, kv_cache), round_keys_or_values(v, kv_cache)
+    x = x + linear(p + "o", cache.attend(layer, q, k, v, positions, spec.sliding_window))
 
     gate_up = linear(p + "gate_up", rms_norm(x, vector(p + "post_norm"), epsilon, offset))
     gate, up = gate_up.chunk(2, dim=1)

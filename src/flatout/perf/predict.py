@@ -2,13 +2,14 @@
 
     seconds = interaction * sum over ops and formats of floor / efficiency
 
-Efficiency is a fraction of floor as profiles measured it. Profiles of the same machine give it per (phase, op, format)
-(tier "measured") or, for formats not run yet, per arithmetic (tier "calibrated"); without profiles typical values
-stand in (tier "datasheet"). The interaction is what a whole step takes over the sum of its ops: norms, sampling, barriers.
+Efficiency is a fraction of floor as profiles measured it. Profiles of the same machine give it per (phase,
+op, format) (tier "measured") or, for formats not run yet, per arithmetic (tier "calibrated"); without
+profiles typical values stand in (tier "datasheet"). The interaction is what a whole step takes over the sum
+of its ops: norms, sampling, barriers.
 
-The interval comes from residuals log(measured / predicted) of earlier predictions by split conformal quantiles
-(Romano et al. 2019), or from the tier's default width while there are fewer than nine of them: nine is the least number from
-which a 90 % interval with finite-sample coverage exists.
+The interval comes from residuals log(measured / predicted) of earlier predictions by split conformal
+quantiles (Romano et al. 2019), or from the tier's default width while there are fewer than nine of them:
+nine is the least number from which a 90 % interval with finite-sample coverage exists.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from flatout.core.formats import Recipe
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Hardware, Prediction, Workload
 from flatout.perf.profile import Profile, phase_parts
-from flatout.perf.roofline import Part
+from flatout.perf.roofline import IMPOSSIBLE, Part, step_floor
 
 _TIERS = ("measured", "calibrated", "datasheet")  # best first
 _WIDTH = {"measured": 1.15, "calibrated": 1.5, "datasheet": 3.0}  # mid / width to mid * width
@@ -36,7 +37,7 @@ _ENOUGH = math.ceil(_COVERAGE / (1 - _COVERAGE) - 1e-9)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Predicted seconds: prefill of all prompts, and one decode step (one token of each sequence, mid-output)."""
+    """Predicted seconds: prefill of all prompts, and one decode step (one token a sequence, mid-output)."""
 
     prefill: Prediction
     decode: Prediction
@@ -44,9 +45,10 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What profiles of this machine and runner say. fractions: (phase, op, format, arithmetic) -> fraction of floor.
+    """What profiles of this machine and runner say.
 
-    interactions: phase -> whole step over the sum of its ops. residuals: log(measured / predicted) of earlier predictions.
+    fractions: (phase, op, format, arithmetic) -> fraction of floor. interactions: phase -> whole step over
+    the sum of its ops. residuals: log(measured / predicted) of earlier predictions.
     """
 
     fractions: dict[tuple[str, str, str, str], float]
@@ -84,7 +86,7 @@ def predict(
     calibration: Calibration | None = None,
     threads: int | None = None,
 ) -> StepTimes:
-    """Seconds of prefill and of a decode step, with interval and tier. Raises ConfigError without the ceilings it needs."""
+    """Seconds of prefill and of a decode step. Raises ConfigError when `hardware` lacks ceilings."""
     calibration = calibration or Calibration(fractions={}, interactions={})
     parts = phase_parts(spec, recipe, hardware, workload, threads or hardware.cores)
     return StepTimes(
@@ -103,7 +105,9 @@ def _predict_phase(phase: str, parts: tuple[Part, ...], calibration: Calibration
             tier = max(tier, known, key=_TIERS.index)
     mid = seconds * calibration.interactions.get(phase, 1.0)
     width = _width(calibration.residuals, tier)
-    return Prediction(low=mid / width, mid=mid, high=mid * width, unit="s", tier=tier)
+    least = step_floor(parts).floor_s / IMPOSSIBLE  # no kernel beats its floor by more than the ceilings err
+    low = min(mid, max(mid / width, least))
+    return Prediction(low=low, mid=mid, high=mid * width, unit="s", tier=tier)
 
 
 def _efficiency(phase: str, part: Part, calibration: Calibration) -> tuple[float, str]:

@@ -1,7 +1,8 @@
 """profile_model(): what each op of a runner takes, beside its floor.
 
-A fraction of floor above 1.05 cannot be: the ceilings were too low, for example because another tenant of the machine was
-busy while they were measured. They are then measured again, once, and if the fraction stays the profile says so.
+A fraction of floor above 1.05 cannot be: the ceilings were too low, for example because another tenant of
+the machine was busy while they were measured. They are then measured again, once, and if the fraction stays
+the profile says so.
 """
 
 from __future__ import annotations
@@ -17,24 +18,23 @@ from flatout.core.costs import kv_bytes_per_token, weight_bytes
 from flatout.core.formats import Recipe
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Hardware, Measurement, Workload, measurement
-from flatout.engine.load import load
 from flatout.engine.runner import Runner
 from flatout.errors import BackendError
 from flatout.hardware.ceilings import measure_ceilings
-from flatout.perf.roofline import Floor, Part, op_floors, step_floor, step_parts
+from flatout.perf.roofline import IMPOSSIBLE, Floor, Part, op_floors, step_floor, step_parts
 from flatout.perf.timing import PhaseSamples, Progress, TimedRunner, chunks, run_workload
 
-_IMPOSSIBLE = 1.05  # fraction of floor; a few per cent of noise are no contradiction
 _PAGE_TOKENS = 64
 _NOTABLE_SHARE = 0.05  # ops below this share of a step are too short to blame the ceilings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpTime:
-    """One op in one phase. seconds: median over whole prefills or over decode steps. fraction: floor / seconds.
+    """One op in one phase.
 
-    Ops without a floor are those the cost model does not count: "other" (norms, activation functions, sampling) and
-    "outside" (the step's time beyond the runner's ops: the call, Python).
+    seconds: median over whole prefills or over decode steps. fraction: floor / seconds. Ops without a floor
+    are those the cost model does not count: "other" (norms, activation functions, sampling) and "outside"
+    (the step's time beyond the runner's ops: the call, Python).
     """
 
     phase: str  # prefill | decode
@@ -47,7 +47,7 @@ class OpTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTime:
-    """A whole prefill (all prompts), or one decode step (one token of each sequence). parts: its floor by op and format."""
+    """A whole prefill (all prompts), or one decode step (one token a sequence). parts: floor in detail."""
 
     phase: str
     measured: Measurement
@@ -87,20 +87,25 @@ def profile(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Profile:
-    """Load `model` (anything that flatout.load takes), measure the machine unless done before, and profile the steps.
+    """Load `model` (anything flatout.load takes), measure the machine unless done before, profile the steps.
 
     threads: default all cores. Raises the errors of flatout.load, measure_ceilings and profile_model.
     """
+    from flatout.engine.cpu import CpuRunner
+    from flatout.engine.load import load
+
     workload = workload or Workload()
     hardware = measure_ceilings(progress)
     # A page a sequence more than the tokens need, whatever the page size.
     room = workload.batch * (workload.prompt + workload.output + _PAGE_TOKENS)
-    engine = load(model, runner="cpu", threads=threads, max_tokens=room)
+    runner = load(model, runner="cpu", threads=threads, max_tokens=room).runner
+    assert isinstance(runner, CpuRunner)
     return profile_model(
-        engine.runner,
+        runner,
+        runner.recipe,
         hardware,
         workload,
-        threads=threads,
+        threads=runner.threads,
         remeasure=lambda: measure_ceilings(progress, fresh=True),
         progress=progress,
     )
@@ -108,6 +113,7 @@ def profile(
 
 def profile_model(
     runner: Runner,
+    recipe: Recipe,
     hardware: Hardware,
     workload: Workload,
     *,
@@ -116,35 +122,39 @@ def profile_model(
     remeasure: Callable[[], Hardware] | None = None,
     progress: Progress | None = None,
 ) -> Profile:
-    """Run the workload on `runner` for about max_seconds (at least 3 repetitions) and relate every op to its floor.
+    """Run the workload for about max_seconds (at least 3 repetitions) and relate every op to its floor.
 
-    threads: those of the runner, default all cores. remeasure: renews the ceilings when a fraction of floor comes out above
-    1.05. Raises BackendError for a runner without timers, ConfigError and ResourceError for a workload that does not fit.
+    recipe and threads: those of the runner; threads default to all cores. remeasure: renews the ceilings
+    when a fraction of floor comes out above 1.05. Raises BackendError for a runner without timers,
+    ConfigError and ResourceError for a workload that does not fit.
     """
     if not isinstance(runner, TimedRunner):
         raise BackendError("a profile needs a runner that times its ops", runner.name, "the cpu runner")
     samples = run_workload(runner, workload, max_seconds, progress or (lambda what, done, of: None))
     threads = threads or hardware.cores
-    result = _assess(runner, hardware, workload, threads, samples)
+    result = _assess(runner, recipe, hardware, workload, threads, samples)
     if result.warnings and remeasure is not None:
-        result = _assess(runner, remeasure(), workload, threads, samples)
+        result = _assess(runner, recipe, remeasure(), workload, threads, samples)
     return result
 
 
 def phase_parts(
     spec: ModelSpec, recipe: Recipe, hardware: Hardware, workload: Workload, threads: int
 ) -> dict[str, tuple[Part, ...]]:
-    """Parts of a whole prefill (all prompts, chunk by chunk) and of the decode step in the middle of the output."""
+    """Parts of a whole prefill (all prompts, chunk by chunk) and of the decode step at mid-output."""
     prefill: list[Part] = []
     for start, length in chunks(workload.prompt):
         prefill += step_parts(spec, recipe, hardware, batch=1, tokens=length, context=start, threads=threads)
     middle = workload.prompt + (workload.output - 1) // 2
-    decode = step_parts(spec, recipe, hardware, batch=workload.batch, tokens=1, context=middle, threads=threads)
+    decode = step_parts(
+        spec, recipe, hardware, batch=workload.batch, tokens=1, context=middle, threads=threads
+    )
     return {"prefill": tuple(prefill * workload.batch), "decode": decode}
 
 
 def _assess(
-    runner: TimedRunner,
+    runner: Runner,
+    recipe: Recipe,
     hardware: Hardware,
     workload: Workload,
     threads: int,
@@ -153,7 +163,6 @@ def _assess(
     """Measured seconds beside floors."""
     phases: list[PhaseTime] = []
     ops: list[OpTime] = []
-    recipe = runner.recipe
     for phase, parts in phase_parts(runner.spec, recipe, hardware, workload, threads).items():
         phases.append(_phase_time(phase, parts, samples[phase].whole, workload))
         ops += _op_times(phase, parts, samples[phase].ops)
@@ -218,5 +227,5 @@ def _warnings(phases: list[PhaseTime], ops: list[OpTime]) -> tuple[str, ...]:
         f"{phase} {op} ran at {fraction:.2f} of its floor, which cannot be: the {bound} ceiling is too low "
         "(the machine was busy while it was measured, or data stayed in a nearer cache)"
         for phase, op, fraction, bound in rows
-        if fraction > _IMPOSSIBLE
+        if fraction > IMPOSSIBLE
     )

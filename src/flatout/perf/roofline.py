@@ -2,13 +2,15 @@
 
     floor = max(bytes / read ceiling at the step's working set, operations / arithmetic ceiling of the format)
 
-Bytes and operations come from core.costs, ceilings from hardware.ceilings. A step streams all its weights and its KV cache
-once and starts over with the next one, so what matters is the read rate at a working set of that many bytes: a model of
-20 MB may live in cache, one of 200 MB does not. Between measured working sets the rate is interpolated in log-log scale.
+Bytes and operations come from core.costs, ceilings from hardware.ceilings. A step streams all its weights
+and its KV cache once and starts over with the next one, so what matters is the read rate at a working set
+of that many bytes: a model of 20 MB may live in cache, one of 200 MB does not. Between measured working
+sets the rate is interpolated in log-log scale.
 
-The arithmetic ceiling of a format is the fastest instruction that multiplies it exactly: int8 for integer weights times int8
-activations, fp32 for integer weights times float activations, and so on; attention counts at the rate of its cache format. A
-kernel may fall short of that for good reasons (a softmax, a scale every 32 products), and the fraction then shows the price.
+The arithmetic ceiling of a format is the fastest instruction that multiplies it exactly: int8 for integer
+weights times int8 activations, fp32 for integer weights times float activations, and so on; attention
+counts at the rate of its cache format. A kernel may fall short of that for good reasons (a softmax, a scale
+every 32 products), and the fraction then shows the price.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from flatout.core.costs import step_costs
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Cost, Hardware
 from flatout.errors import ConfigError
+
+IMPOSSIBLE = 1.05
+"""A fraction of floor above this means that a ceiling was measured too low; less may be noise."""
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 
@@ -49,8 +55,9 @@ class Part:
 
 
 def read_ceiling(hardware: Hardware, working_set_bytes: float, threads: int) -> float:
-    """Byte/s at which `threads` threads can read a working set again and again. Raises ConfigError if never measured."""
-    points: dict[int, tuple[int, float]] = {}  # working set -> (threads, rate) of the nearest thread count from below
+    """Byte/s at which `threads` threads can read a working set over and over; ConfigError if not measured."""
+    # Working set -> (threads, rate) of the nearest thread count from below.
+    points: dict[int, tuple[int, float]] = {}
     for c in hardware.ceilings:
         if c.unit != "byte/s" or c.threads > threads or c.working_set_bytes <= 0:
             continue
@@ -62,15 +69,15 @@ def read_ceiling(hardware: Hardware, working_set_bytes: float, threads: int) -> 
         raise ConfigError("a floor needs a read ceiling", "none measured", "measure_ceilings()")
     if working_set_bytes <= known[0][0]:
         return known[0][1]
-    for (small, fast), (large, slow) in zip(known, known[1:], strict=False):
+    for (small, fast), (large, slow) in pairwise(known):
         if working_set_bytes <= large:
             position = math.log(working_set_bytes / small) / math.log(large / small)
-            return fast * (slow / fast) ** position
+            return float(fast * (slow / fast) ** position)
     return known[-1][1]
 
 
 def op_ceiling(hardware: Hardware, arithmetic: str, threads: int) -> float:
-    """Op/s of int8, bf16 or fp32 on `threads` threads by the fastest instructions there are, tiles included."""
+    """Op/s of int8, bf16 or fp32 on `threads` threads by the fastest instructions, tiles included."""
     rates = [hardware.ceiling(arithmetic, threads).value]
     tile = f"{arithmetic}_amx"
     if any(c.name == tile and c.threads <= threads for c in hardware.ceilings):
@@ -79,7 +86,7 @@ def op_ceiling(hardware: Hardware, arithmetic: str, threads: int) -> float:
 
 
 def arithmetic_of(format_name: str) -> str:
-    """int8, bf16 or fp32: what a linear of this format multiplies. The KV cache formats "int8" and "bf16" name themselves."""
+    """int8, bf16 or fp32: what a format multiplies. KV cache formats ("int8", "bf16") name themselves."""
     return format_name if format_name in ("int8", "bf16") else parse_format(format_name).activation
 
 
@@ -117,7 +124,7 @@ def step_parts(
         else:
             counts = Counter(recipe.format_of(i, op).name for i in range(spec.num_layers))
             for format_name, count in counts.items():
-                # Layers are alike, so one format's part is its share of layers of a step that uses it everywhere.
+                # Layers are alike: a format's part is its share of layers of a step that uses it everywhere.
                 uniform = replace(recipe, layers=format_name, overrides=())
                 whole = costs_of(uniform)[op]
                 parts.append(part(op, format_name, _scaled(whole, count / spec.num_layers)))
@@ -130,7 +137,7 @@ def op_floors(parts: tuple[Part, ...]) -> dict[str, Floor]:
 
 
 def step_floor(parts: tuple[Part, ...]) -> Floor:
-    """Floor of the whole step: max over memory and compute of the summed work. At most the sum of its ops' floors."""
+    """Floor of the whole step: max over memory and compute of the summed work."""
     return combine([p.floor for p in parts])
 
 

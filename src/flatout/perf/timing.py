@@ -1,8 +1,8 @@
 """Running a workload on a runner, step by step, with and without the runner's own timers.
 
-The workload runs as the engine would run it: every prompt in chunks of at most MAX_STEP_TOKENS tokens, then one token for all
-sequences at a time, sampled greedily. Each repetition runs it twice: with the timers off, for the seconds of whole phases, and
-with them on, for the shares of the ops.
+The workload runs as the engine would run it: every prompt in chunks of at most MAX_STEP_TOKENS tokens, then
+one token for all sequences at a time, sampled greedily. Each repetition runs it twice: with the timers off,
+for the seconds of whole phases, and with them on, for the shares of the ops.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from flatout.core.formats import Recipe
 from flatout.core.types import Workload
 from flatout.engine.runner import MAX_STEP_TOKENS, Runner, StepInput
 from flatout.errors import ConfigError, ResourceError
@@ -27,10 +26,7 @@ _MIN_REPEATS, _MAX_REPEATS = 3, 15
 
 @runtime_checkable
 class TimedRunner(Runner, Protocol):
-    """A runner that knows its formats and can tell where a step's time went."""
-
-    @property
-    def recipe(self) -> Recipe: ...
+    """A runner that can tell where a step's time went."""
 
     def profile(self, enable: bool) -> None: ...
 
@@ -43,7 +39,8 @@ class TimedRunner(Runner, Protocol):
 class PhaseSamples:
     """Seconds of one phase: a whole prefill of all prompts, or one decode step of all sequences.
 
-    whole: one entry a run with the timers off. ops: (op -> seconds, seconds of the whole) a run with the timers on.
+    whole: one entry a run with the timers off. ops: (op -> seconds, seconds of the whole) a run with the
+    timers on.
     """
 
     whole: list[float] = field(default_factory=list)
@@ -87,7 +84,9 @@ def _page_table(runner: Runner, workload: Workload) -> np.ndarray:
     tokens = workload.prompt + workload.output
     if tokens > runner.spec.max_positions:
         raise ConfigError(
-            f"prompt and output must fit {runner.spec.max_positions} positions", str(tokens), "a shorter prompt"
+            f"prompt and output must fit {runner.spec.max_positions} positions",
+            str(tokens),
+            "a shorter prompt",
         )
     pages_each = -(-tokens // runner.page_size)
     needed = workload.batch * pages_each

@@ -8,7 +8,7 @@ from typing import Any
 
 from flatout.report import svg
 from flatout.report.svg import Label, Scale
-from flatout.report.units import percent, seconds, si
+from flatout.search.units import percent, seconds, si
 
 Json = Mapping[str, Any]
 
@@ -23,11 +23,13 @@ OP_NAMES = {
     "other": "norms, sampling",
 }
 
-def roofline(result: Json, width: float) -> str:
-    """Achieved op/s over arithmetic intensity of each operator, before and after, under the machine's ceilings.
 
-    Circles are decode, squares prefill; hollow is the engine at original precision, filled the optimised model.
-    Empty when the operators were not measured.
+def roofline(result: Json, width: float) -> str:
+    """Achieved op/s over arithmetic intensity of each operator, before and after, under the machine's
+    ceilings.
+
+    Circles are decode, squares prefill; hollow is the engine at original precision, filled the optimised
+    model. Empty when the operators were not measured.
     """
     bandwidth = result["roofs"]["read"]
     roofs = [(name, value) for name, value in result["roofs"].items() if name != "read"]
@@ -54,14 +56,13 @@ def roofline(result: Json, width: float) -> str:
         "operations per byte read",
         "operations per second",
     )
+    fixed = []
     for name, value in roofs:
-        ridge = value / bandwidth
-        body.append(svg.path([(x(ridge), y(value)), (x.end, y(value))], "roof"))
-        body.append(svg.text(x(ridge) + 10, y(value) - 4, f"{name} {si(value, 'op/s')}", "roof-name"))
-    body.append(svg.path([(x(x.low), y(bandwidth * x.low)), (x(top_roof / bandwidth), y(top_roof))], "roof"))
-    middle = math.sqrt(x.low * top_roof / bandwidth)
-    at = (x(middle) - 8, y(bandwidth * middle) - 6)
-    body.append(svg.text(*at, f"memory {si(bandwidth, 'B/s')}", "roof-name", "end"))
+        ridge = x(value / bandwidth)
+        fixed.append(Label(ridge + 10, y(value) - 4, f"{name} {si(value, 'op/s')}"))
+        body.append(svg.path([(ridge, y(value)), (x.end, y(value))], "roof"))
+    body += [svg.text(label.x, label.y, label.words, "roof-name") for label in fixed]
+    body += _slope(x, y, bandwidth, top_roof)
     labels = []
     for p in points:
         draw = svg.circle if p["phase"] == "decode" else svg.square
@@ -71,8 +72,19 @@ def roofline(result: Json, width: float) -> str:
             body.append(draw(x(fx), y(fy), 3.5, "before", f"{p['title']}, original precision"))
         body.append(draw(x(p["intensity"]), y(p["achieved"]), 4.5, "after", p["title"]))
         labels.append(Label(x(p["intensity"]), y(p["achieved"]), p["name"]))
-    body += svg.place_labels(labels, x.start, x.end, y.end, y.start)
+    body += svg.place_labels(labels, x.start, x.end, y.end, y.start, fixed=fixed)
     return svg.svg(width, height, "Roofline of each operator before and after", body)
+
+
+def _slope(x: Scale, y: Scale, bandwidth: float, top_roof: float) -> list[str]:
+    """The memory roof, with its name along it."""
+    low, high = x.low, top_roof / bandwidth
+    ends = [(x(value), y(bandwidth * value)) for value in (low, high)]
+    (x1, y1), (x2, y2) = ends
+    angle = math.degrees(math.atan2(y2 - y1, x2 - x1))
+    middle = ((x1 + x2) / 2 - 5, (y1 + y2) / 2 - 5)
+    name = f"memory {si(bandwidth, 'B/s')}"
+    return [svg.path(ends, "roof"), svg.text(*middle, name, "roof-name", "middle", angle)]
 
 
 def _floor10(value: float) -> float:
@@ -113,7 +125,8 @@ def _intensity(op: Json) -> tuple[float, float] | None:
 def trade_off(result: Json, width: float) -> str:
     """Loss over time of every candidate: hollow with interval where predicted, filled where measured.
 
-    Losses are on a logarithmic axis from 0.01 %; a candidate whose loss is not known stands on the rail below the axis.
+    Losses are on a logarithmic axis from 0.01 %; a candidate whose loss is not known stands on the rail below
+    the axis.
     """
     rows = [c for c in result["candidates"] if c["predicted"] is not None or c["measured"] is not None]
     if not rows:
@@ -135,10 +148,13 @@ def trade_off(result: Json, width: float) -> str:
         "perplexity increase",
         below=24,
     )
+    fixed = []
     if budget > 0:
         body.append(svg.rect(x.start, y(budget), x.end - x.start, y.start - y(budget), "allowed"))
         body.append(svg.line(x.start, y(budget), x.end, y(budget), "budget"))
-        body.append(svg.text(x.end, y(budget) - 6, f"budget {percent(budget)}", "budget-name", "end"))
+        words = f"budget {percent(budget)}"
+        fixed.append(Label(x.end - Label(0, 0, words).width, y(budget) - 5, words))
+        body.append(svg.text(x.end, y(budget) - 5, words, "budget-name", "end"))
     body.append(svg.line(x.start, rail, x.end, rail, "rail"))
     labels = []
     for c in rows:
@@ -150,7 +166,7 @@ def trade_off(result: Json, width: float) -> str:
             labels.append(Label(x(_time(c)), height_px, c["name"], kind))
     if any(_loss(c) is None for c in rows):
         body.append(svg.text(x.end, rail + 4, "loss not measured", "rail-name", "end"))
-    body += svg.place_labels(labels, x.start, x.end, y.end, y.start, lift=10)
+    body += svg.place_labels(labels, x.start, x.end, y.end, y.start, lift=10, fixed=fixed)
     return svg.svg(width, height, "Perplexity increase over time of every candidate", body)
 
 
@@ -208,7 +224,8 @@ def operators(ops: Sequence[Json], width: float) -> str:
         floor = min(op["floor_s"] or 0.0, op["seconds"])
         share = floor / op["seconds"]
         title = f"{seconds(op['seconds'])}, floor {seconds(floor)} ({op['bound']})"
-        body.append(svg.text(left - 8, y + 12, OP_NAMES.get(op["op"], op["op"]), "label", "end"))
+        name = str(OP_NAMES.get(op["op"], op["op"]))
+        body.append(svg.text(left - 8, y + 12, name, "label", "end"))
         body.append(svg.rect(left, y, x(op["seconds"]) - left, 16, "gap", title, radius=2))
         body.append(svg.rect(left, y, x(floor) - left, 16, "floor", title, radius=2))
         words = f"{seconds(op['seconds'])}" + (f" · {percent(share)} of floor" if floor else "")
@@ -241,7 +258,9 @@ def recipe_map(places: Mapping[str, Sequence[str]], colour: Mapping[str, str], w
                 )
             )
     bottom = len(rows) * step + 12
-    for layer in sorted({0, layers // 2, layers - 1}):
-        body.append(svg.text(left + (layer + 0.5) * cell - 1, bottom, str(layer), "tick", "middle"))
+    body += [
+        svg.text(left + (layer + 0.5) * cell - 1, bottom, str(layer), "tick", "middle")
+        for layer in sorted({0, layers // 2, layers - 1})
+    ]
     body.append(svg.text(left - 8, bottom, "layer", "tick", "end"))
     return svg.svg(width, bottom + 6, "Format of every layer", body, "map")

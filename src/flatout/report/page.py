@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from flatout.report import charts, units
+from flatout.report import charts
+from flatout.search import units
 
 Json = Mapping[str, Any]
 
@@ -15,18 +16,24 @@ WIDE, NARROW = 508.0, 326.0
 
 
 def render(result: Json) -> str:
-    """The page as HTML text. `result` is the object of the command contract; see search/result.py for its keys."""
+    """The page as HTML text. `result` is the object of the command contract; see search/result.py for its
+    keys.
+    """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     folder = files("flatout.report")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     for name in ("si", "seconds", "megabytes", "percent", "rate", "times"):
         environment.filters[name] = getattr(units, name)
     template = environment.from_string(folder.joinpath("page.html.jinja").read_text(encoding="utf-8"))
 
     def both(draw: Any, *args: Any) -> Markup:
-        """A drawing for desks and one for phones; the style sheet shows one of them. All text in it is escaped."""
+        """A drawing for desks and one for phones; the style sheet shows one of them. All text in it is
+        escaped.
+        """
         wide, narrow = draw(*args, WIDE), draw(*args, NARROW)
         return Markup(f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>' if wide else "")
 
@@ -70,8 +77,9 @@ def format_classes(places: Mapping[str, Sequence[str]]) -> dict[str, str]:
 def advice(result: Json) -> list[dict[str, str]]:
     """What would make it faster still, from each operator's distance to its floor, the largest gain first.
 
-    A gain is what the phase would win if that operator alone reached its floor; an operator at its floor gets faster
-    only by moving fewer bytes or doing less arithmetic, so the last entry of a phase says which of the two.
+    A gain is what the phase would win if that operator alone reached its floor; an operator at its floor gets
+    faster only by moving fewer bytes or doing less arithmetic, so the last entry of a phase says which of the
+    two.
     """
     found = []
     for phase, sides in result["ops"].items():
@@ -85,11 +93,18 @@ def advice(result: Json) -> list[dict[str, str]]:
             gap = op["seconds"] - min(op["floor_s"] or 0.0, op["seconds"])
             if gap < 0.03 * total:
                 continue
-            found.append({"phase": phase, "gain": total / (total - gap), **_kernel_advice(op, phase, gap, total)})
+            found.append(
+                {"phase": phase, "gain": total / (total - gap), **_kernel_advice(op, phase, gap, total)}
+            )
         bound = max(ops, key=lambda op: op["floor_s"] or 0.0)
         found.append({"phase": phase, "gain": total / floor, **_limit_advice(bound, phase, total, floor)})
     return [
-        {"phase": item["phase"], "title": item["title"], "text": item["text"], "gain": units.times(item["gain"])}
+        {
+            "phase": item["phase"],
+            "title": item["title"],
+            "text": item["text"],
+            "gain": units.times(item["gain"]),
+        }
         for item in sorted(found, key=lambda item: (item["phase"], -item["gain"]))
     ]
 
@@ -98,7 +113,9 @@ def _kernel_advice(op: Json, phase: str, gap: float, total: float) -> dict[str, 
     name = charts.OP_NAMES.get(op["op"], op["op"])
     share = units.percent(gap / total)
     if not op["floor_s"]:
-        words = f"{units.seconds(gap)} ({share} of {phase}) go to work that moves and computes next to nothing."
+        words = (
+            f"{units.seconds(gap)} ({share} of {phase}) go to work that moves and computes next to nothing."
+        )
     elif op["bound"] == "memory":
         words = (
             f"{units.seconds(gap)} ({share} of {phase}) above its floor: it waits for more than memory, "
@@ -117,12 +134,12 @@ def _limit_advice(op: Json, phase: str, total: float, floor: float) -> dict[str,
     reached = units.percent(floor / total)
     if op["bound"] == "memory":
         words = (
-            f"{phase} runs at {reached} of its floor. Past the floor only fewer bytes help (a smaller format, first "
-            f"for {name}) or memory that is faster than this machine's."
+            f"{phase} runs at {reached} of its floor. Past the floor only fewer bytes help (a smaller "
+            f"format, first for {name}) or memory that is faster than this machine's."
         )
     else:
         words = (
-            f"{phase} runs at {reached} of its floor. Past the floor only less arithmetic helps (a smaller model or "
-            f"sparsity, first for {name}) or more cores than this machine's."
+            f"{phase} runs at {reached} of its floor. Past the floor only less arithmetic helps (a smaller "
+            f"model or sparsity, first for {name}) or more cores than this machine's."
         )
     return {"title": "every operator at its floor", "text": words}

@@ -1,6 +1,7 @@
 """A few functions that draw SVG text: scales, axes, marks and labels that keep out of each other's way.
 
-Colours come from the page's style sheet by class, so one drawing serves light and dark. Every text is escaped here.
+Colours come from the page's style sheet by class, so one drawing serves light and dark. Every text is escaped
+here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ _CHARACTER = 6.3  # average advance of a 12 px sans-serif letter, in px
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """Maps [low, high] to [start, end] pixels, linearly or by logarithm. Values outside are clamped to the ends."""
+    """Maps [low, high] to [start, end] pixels, linearly or by logarithm. Values outside are clamped to the
+    ends.
+    """
 
     low: float
     high: float
@@ -75,8 +78,11 @@ def path(points: Sequence[tuple[float, float]], kind: str) -> str:
     return f'<path d="M{steps}" class="{kind}"/>'
 
 
-def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
+def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start", angle: float = 0) -> str:
+    """angle: degrees clockwise about (x, y)."""
+    turned = f' transform="rotate({angle:.1f} {x:.1f} {y:.1f})"' if angle else ""
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}'
+    return f'<text {place} class="{kind}">{escape(words)}</text>'
 
 
 def rect(
@@ -142,19 +148,27 @@ class Label:
 
 
 def place_labels(
-    labels: Sequence[Label], left: float, right: float, top: float, bottom: float, lift: float = 0
+    labels: Sequence[Label],
+    left: float,
+    right: float,
+    top: float,
+    bottom: float,
+    lift: float = 0,
+    fixed: Sequence[Label] = (),
 ) -> list[str]:
-    """Draw labels beside their points, moved up or down until no two overlap, with a thin line where one moved far.
+    """Draw labels beside their points, moved up or down until no two overlap, with a thin line where one
+    moved far.
 
-    Greedy: from the top, each label takes the free place nearest to `lift` px above its point, to the right of it where
-    that fits inside [left, right] and to the left otherwise. A lifted label starts over its point.
+    Greedy: from the top, each label takes the free place nearest to `lift` px above its point, to the right
+    of it where that fits inside [left, right] and to the left otherwise. A lifted label starts over its
+    point.
     """
     taken: list[tuple[float, float, float]] = []  # x from, x to, baseline
     body = []
     gap = -4 if lift else 9
     for label in sorted(labels, key=lambda item: (item.y, item.x)):
         to_right = label.x + gap + label.width <= right
-        start = label.x + gap if to_right else max(left, label.x - gap - label.width)
+        start = max(left, label.x + gap if to_right else label.x - gap - label.width)
         end = start + label.width
         own = label.y + 4 - lift
         free = [

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from flatout.core import artifact
 from flatout.core.costs import kv_bytes_per_token
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Workload
@@ -39,14 +40,9 @@ def check_output(out: Path, model: Path | None = None) -> None:
 
     `model` is the input, which must not be overwritten. Leaves no trace.
     """
-    rule = "the output must be a new or empty folder, or an artifact to replace"
-    if out.exists() and not out.is_dir():
-        raise ConfigError(rule, f"{out} is a file", "--out another-folder")
     if model is not None and model.exists() and _inside(model, out):
         raise ConfigError("the output must not replace its own input", str(out), "--out another-folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "flatout.json").is_file():
-        found = sorted(entry.name for entry in out.iterdir())[:3]
-        raise ConfigError(rule, f"{out} holds {', '.join(found)}", "--out another-folder")
+    artifact.check_output(out)
     parent = _existing_parent(out)
     if not parent.is_dir():
         raise ConfigError("the output's parent must be a folder", str(parent), "--out another-folder")
@@ -100,7 +96,7 @@ def preflight(spec: ModelSpec, workload: Workload, out: Path) -> Preflight:
         disk_bytes=artifact_bytes(spec),
         disk_free_bytes=shutil.disk_usage(_existing_parent(out)).free,
     )
-    if needs.memory_bytes > needs.memory_available_bytes:
+    if 0 < needs.memory_available_bytes < needs.memory_bytes:  # 0: no meter
         raise ResourceError(
             f"optimising this model takes up to {needs.memory_bytes / _GIB:.1f} GiB of memory",
             f"{needs.memory_available_bytes / _GIB:.1f} GiB available",

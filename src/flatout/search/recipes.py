@@ -41,7 +41,7 @@ def eight_bit(width: int, group: int = 64) -> str:
 
 
 def recipe_from_name(name: str, source: Source) -> Recipe:
-    """The recipe called `name` in the grammar above, checked against the model. Raises ConfigError otherwise."""
+    """The recipe called `name` in the grammar above. Raises ConfigError unless it fits the model."""
     body, *changes = [part.strip() for part in name.split(",")]
     body, _, method = body.partition("/")
     if method not in ("", "gptq", "rtn"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,25 +29,21 @@ class Request:
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise ConfigError("threads lie between 1 and 1024", str(self.threads), "the number of cores")
 
-    @property
-    def margin(self) -> float:
-        """The budget in nats a token: the bound on the mean log-probability difference."""
-        return math.log1p(self.max_loss)
-
 
 def parse_max_loss(text: str | float) -> float:
-    """'1%', '0.5 %' or a fraction such as 0.01, as a fraction from 0 to 1. Raises ConfigError for anything
-    else.
+    """'1%', '0.5 %' or a fraction such as 0.01, as a fraction between 0 and 1.
+
+    Raises ConfigError for anything else; that a loss is exactly 0 cannot be proven with a finite text.
     """
     shown = str(text).strip()
     number, percent = (shown[:-1].strip(), True) if shown.endswith("%") else (shown, False)
-    rule = "--max-loss is a perplexity increase from 0% to 100%"
+    rule = "--max-loss is a perplexity increase above 0% and below 100%"
     try:
         value = float(number) / (100 if percent else 1)
     except ValueError as error:
         raise ConfigError(rule, repr(shown), "--max-loss 1%") from error
-    if not 0 <= value <= 1:  # NaN fails too
-        remedy = f"--max-loss {number}%" if not percent and 1 < value <= 100 else "--max-loss 1%"
+    if not 0 < value < 1:  # NaN fails too
+        remedy = f"--max-loss {number}%" if not percent and 1 <= value < 100 else "--max-loss 1%"
         raise ConfigError(rule, repr(shown), remedy)
     return value
 

@@ -72,7 +72,7 @@ class TrialStore:
         if self.fresh and key not in self._done:
             return None
         try:
-            with np.load(self.folder / f"{key}.npz", allow_pickle=False) as file:
+            with (self.folder / f"{key}.npz").open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None

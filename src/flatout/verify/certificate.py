@@ -4,8 +4,8 @@
     failed          the lower bound, at the same level, is not below it: the loss is larger than the margin
     cannot_decide   neither: the text is too short or the loss too close to the margin
 
-The claim is about text like the one that was judged. `recompute` derives every number and the verdict again from the
-stored clusters; whoever holds both models can score them again as well (`examine.rerun`).
+The claim is about text like the one that was judged. `recompute` derives every number and the verdict again
+from the stored clusters; whoever holds both models can score them again as well (`examination.rerun`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,22 @@ from flatout.core.files import read_json_object
 from flatout.core.types import to_json
 from flatout.errors import ConfigError, EvidenceError
 from flatout.verify.quality import ClusterLoss, Divergence, arrays, loss_by_domain, perplexities
-from flatout.verify.statistics import FEWEST_CLUSTERS, Bound, alpha_k, check_clusters, ratio_bound
+from flatout.verify.statistics import (
+    FEWEST_CLUSTERS,
+    Bound,
+    alpha_k,
+    check_clusters,
+    cluster_t_upper,
+    ratio_bound,
+)
 
 VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One of the two models. source: path or name it was opened by; runner: what computed its scores; derived_from:
-    hash of the original that an artifact says it was made from, "" for others."""
+    """One of the two models. source: path or name it was opened by; runner: what computed its scores;
+    derived_from: hash of the original that an artifact says it was made from, "" for others."""
 
     source: str
     sha256: str
@@ -41,8 +48,8 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """What was judged. source: "shipped" or a path; sha256: of the whole hold-out; clusters_sha256: of the tokens
-    scored; block: most tokens of a cluster; available: clusters that the hold-out holds."""
+    """What was judged. source: "shipped" or a path; sha256: of the whole hold-out; clusters_sha256: of the
+    tokens scored; block: most tokens of a cluster; available: clusters that the hold-out holds."""
 
     source: str
     sha256: str
@@ -54,7 +61,8 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """Losses are natural logarithms a token; `loss` and `loss_upper` the same as a fraction of the perplexity."""
+    """Losses are natural logarithms a token; `loss` and `loss_upper` the same as a fraction of the
+    perplexity."""
 
     verdict: str
     reason: str
@@ -108,8 +116,8 @@ def certify(
 ) -> Certificate:
     """The certificate of paired losses on the k-th opening of a hold-out.
 
-    Raises EvidenceError for losses that are not finite, swapped models or a worn-out hold-out, ConfigError for a
-    margin or an error level outside (0, 1) and (0, 0.5).
+    Raises EvidenceError for losses that are not finite, swapped models or a worn-out hold-out, ConfigError
+    for a margin or an error level outside (0, 1) and (0, 0.5).
     """
     check_levels(margin, alpha)
     refuse_swapped(original, optimised)
@@ -121,8 +129,10 @@ def certify(
     limit = math.log1p(margin)
     remarks = list(notes)
     if bound.upper < -limit:
-        remarks.append("the optimised model predicts this text better than the original: are the two swapped?")
-    if bound.upper < limit <= domains[worst_domain]:
+        remarks.append(
+            "the optimised model predicts this text better than the original: are the two swapped?"
+        )
+    if bound.upper < limit and _exceeds(losses, worst_domain, limit, alpha / len(domains)):
         remarks.append(f"the mean is inside the margin, the domain {worst_domain} alone is not")
     return Certificate(
         verdict=verdict,
@@ -134,7 +144,7 @@ def certify(
         delta=bound.delta,
         upper=bound.upper,
         lower=lower,
-        loss=math.expm1(bound.delta),
+        loss=_expm1(bound.delta),
         loss_upper=_expm1(bound.upper),
         standard_error=bound.standard_error,
         method=bound.method,
@@ -143,7 +153,7 @@ def certify(
         tokens=sum(cluster.tokens for cluster in losses),
         worst_cluster=max(losses, key=lambda cluster: cluster.loss / cluster.tokens).id,
         worst_domain=worst_domain,
-        worst_domain_loss=math.expm1(domains[worst_domain]),
+        worst_domain_loss=_expm1(domains[worst_domain]),
         original=original,
         optimised=optimised,
         text=text,
@@ -182,7 +192,9 @@ def _decide(losses: Sequence[ClusterLoss], margin: float, level: float) -> tuple
     if len(losses) < FEWEST_CLUSTERS:
         delta = float(D.sum() / n.sum())
         bound = Bound(delta=delta, upper=math.inf, standard_error=math.inf, method="none")
-        reason = f"cannot decide with this text: {len(losses)} clusters, at least {FEWEST_CLUSTERS} are needed"
+        reason = (
+            f"cannot decide with this text: {len(losses)} clusters, at least {FEWEST_CLUSTERS} are needed"
+        )
         return bound, -math.inf, "cannot_decide", reason
     bound = ratio_bound(D, n, level)
     lower = -ratio_bound(-D, n, level).upper
@@ -190,8 +202,14 @@ def _decide(losses: Sequence[ClusterLoss], margin: float, level: float) -> tuple
     if bound.upper < limit:
         return bound, lower, "passed", shown
     if lower >= limit:
-        return bound, lower, "failed", f"the loss is at least {math.expm1(lower):.2%}, margin {margin:.2%}"
+        return bound, lower, "failed", f"the loss is at least {_expm1(lower):.2%}, margin {margin:.2%}"
     return bound, lower, "cannot_decide", f"cannot decide with this text: {shown}"
+
+
+def _exceeds(losses: Sequence[ClusterLoss], domain: str, limit: float, alpha: float) -> bool:
+    """Whether one domain's loss is above `limit` beyond the noise of its few clusters (at least 5)."""
+    D, n = arrays([cluster for cluster in losses if cluster.domain == domain])
+    return len(D) >= 5 and -float(cluster_t_upper(-D, n, alpha)) > limit
 
 
 def _expm1(value: float) -> float:
@@ -200,13 +218,15 @@ def _expm1(value: float) -> float:
 
 
 def certificate_from_json(value: Any) -> Certificate:
-    """The certificate in a JSON object (or under the key "certificate" of one), checked against its own clusters.
+    """The certificate in a JSON object, checked against its own clusters. It may also stand under the key
+    "certificate" (flatout.json) or "quality" (what `flatout verify --json` prints).
 
-    Raises EvidenceError when keys or types are wrong, or when a number or the verdict does not follow from the
-    clusters.
+    Raises EvidenceError when keys or types are wrong, or when a number or the verdict does not follow from
+    the clusters.
     """
-    if isinstance(value, dict) and "certificate" in value:
-        value = value["certificate"]
+    for key in ("certificate", "quality"):
+        if isinstance(value, dict) and key in value:
+            value = value[key]
     parts = {"original": Side, "optimised": Side, "text": Text}
     rows = _object(value, Certificate, "certificate")
     if rows["version"] != VERSION:
@@ -221,7 +241,9 @@ def certificate_from_json(value: Any) -> Certificate:
     notes = rows["notes"]
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise EvidenceError("notes are a list of strings", str(notes)[:80], "verify again")
-    scalars = _scalars({k: v for k, v in rows.items() if k not in (*parts, "clusters", "divergence", "notes")})
+    scalars = _scalars(
+        {k: v for k, v in rows.items() if k not in (*parts, "clusters", "divergence", "notes")}
+    )
     certificate = certify(
         losses,
         **built,
@@ -235,21 +257,21 @@ def certificate_from_json(value: Any) -> Certificate:
     )
     for name, stored in scalars.items():
         own = getattr(certificate, name)
-        if not (math.isclose(own, stored, rel_tol=1e-9, abs_tol=1e-12) if isinstance(own, float) else own == stored):
+        if not (
+            math.isclose(own, stored, rel_tol=1e-9, abs_tol=1e-12)
+            if isinstance(own, float)
+            else own == stored
+        ):
             raise EvidenceError(
                 f"{name} must follow from the clusters", f"{stored} stored, {own} computed", "verify again"
             )
     extra = tuple(note for note in notes if note not in certificate.notes)
-    return _with_notes(certificate, (*extra, *certificate.notes))
-
-
-def _with_notes(certificate: Certificate, notes: tuple[str, ...]) -> Certificate:
-    values = {f.name: getattr(certificate, f.name) for f in fields(Certificate)}
-    return Certificate(**(values | {"notes": notes}))
+    return replace(certificate, notes=(*extra, *certificate.notes))
 
 
 def recompute(path: str | Path) -> Certificate:
-    """The certificate in a file (CERT.json, or an artifact's flatout.json or folder), derived again from its clusters.
+    """The certificate in a file (CERT.json, or an artifact's flatout.json or folder), derived again from
+    its clusters.
 
     Raises EvidenceError when it does not hold what its clusters say, ModelFileError when it cannot be read.
     """
@@ -265,7 +287,17 @@ def certificate_to_json(certificate: Certificate) -> dict[str, Any]:
     return value
 
 
-_INFINITE = {"upper": math.inf, "loss_upper": math.inf, "standard_error": math.inf, "lower": -math.inf}
+_INFINITE = {
+    "upper": math.inf,
+    "lower": -math.inf,
+    "loss": math.inf,
+    "loss_upper": math.inf,
+    "standard_error": math.inf,
+    "worst_domain_loss": math.inf,
+    "perplexity_original": math.inf,
+    "perplexity_optimised": math.inf,
+}
+"""What null stands for: JSON has no infinity."""
 
 
 def _object(value: Any, kind: type, where: str) -> dict[str, Any]:
@@ -273,13 +305,17 @@ def _object(value: Any, kind: type, where: str) -> dict[str, Any]:
     expected = {field.name for field in fields(kind)}
     if not isinstance(value, dict) or set(value) != expected:
         wrong = sorted(set(value) ^ expected) if isinstance(value, dict) else [type(value).__name__]
-        raise EvidenceError(f"{where} has the fields of a {kind.__name__}", ", ".join(wrong)[:120], "verify again")
+        raise EvidenceError(
+            f"{where} has the fields of a {kind.__name__}", ", ".join(wrong)[:120], "verify again"
+        )
     return value
 
 
 def _scalars(row: dict[str, Any]) -> dict[str, Any]:
     """Numbers as the certificate holds them, null as the infinity it was."""
-    values = {name: _INFINITE[name] if value is None and name in _INFINITE else value for name, value in row.items()}
+    values = {
+        name: _INFINITE[name] if value is None and name in _INFINITE else value for name, value in row.items()
+    }
     for name, value in values.items():
         kind = next(field.type for field in fields(Certificate) if field.name == name)
         _check_type(name, value, str(kind))

@@ -1,8 +1,8 @@
 """Does judged text also stand in text that was used before? N-gram overlap of words.
 
-Two unrelated English books share almost no eight consecutive words; a copied passage shares nearly all of them, and
-still about a fifth when every tenth word was changed. (Contamination checks of large models use 8 to 13 words: Brown et
-al. 2020, appendix C; Chowdhery et al. 2022, section 8.)
+Two unrelated English books share almost no eight consecutive words; a copied passage shares nearly all of
+them, and still about a fifth when every tenth word was changed. (Contamination checks of large models use 8
+to 13 words: Brown et al. 2020, appendix C; Chowdhery et al. 2022, section 8.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Losses of two models on the same tokens: clusters of text, their scores, and how the predictions differ.
 
-Scores are log-probabilities in nats that a runner computes for given tokens (`engine.score`). The optimised model is
-scored on the runner, kernels and cache format that will serve it, the original in its stored precision.
+Scores are log-probabilities in nats that a runner computes for given tokens (`engine.score`). The optimised
+model is scored on the runner, kernels and cache format that will serve it, the original in its stored
+precision.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ Progress = Callable[[int, int], None]
 
 
 class Encoder(Protocol):
-    """What clusters need of a tokenizer. adds_bos: the model was trained with a first token before every text."""
+    """What clusters need of a tokenizer. adds_bos: the model was trained with a first token before every
+    text."""
 
     @property
     def adds_bos(self) -> bool: ...
@@ -47,7 +49,8 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterLoss:
-    """One cluster under both models, in nats: tokens scored, the original's summed NLL, and what is lost on top."""
+    """One cluster under both models, in nats: tokens scored, the original's summed NLL, and what is lost on
+    top."""
 
     id: str
     domain: str
@@ -69,8 +72,9 @@ class Divergence:
 def token_clusters(tokenizer: Encoder, passages: Sequence[Passage], block: int = BLOCK) -> list[Cluster]:
     """The passages as clusters of at most `block` tokens, in the fixed order in which they are judged.
 
-    A longer passage is cut into equal blocks. The order is that of a hash, so that the first n clusters are a random
-    sample that nobody chose. A repeated text counts once: copies would pose as independent evidence.
+    A longer passage is cut into equal blocks. The order is that of a hash, so that the first n clusters are
+    a random sample that nobody chose. A repeated text counts once: copies would pose as independent
+    evidence.
     """
     found: dict[tuple[int, ...], Cluster] = {}
     prefix = tuple(tokenizer.encode("", add_bos=True)) if tokenizer.adds_bos else ()
@@ -98,7 +102,8 @@ def tokens_sha256(clusters: Sequence[Cluster]) -> str:
 def score_model(
     runner: Runner, clusters: Sequence[Cluster], progress: Progress | None = None
 ) -> list[np.ndarray]:
-    """log p of tokens 1.. of each cluster, float32 (n - 1,), checked. Raises EvidenceError for broken logits."""
+    """log p of tokens 1.. of each cluster, float32 (n - 1,), checked. Raises EvidenceError for broken
+    logits."""
     if clusters:
         check_logits(runner, clusters[0].tokens[:64])
     scores = score_documents(runner, [cluster.tokens for cluster in clusters], progress=progress)
@@ -109,7 +114,9 @@ def score_model(
 def check_scores(clusters: Sequence[Cluster], scores: Sequence[np.ndarray]) -> None:
     """Raise EvidenceError unless every token after the first has a finite log-probability of at most 0."""
     if len(scores) != len(clusters):
-        raise EvidenceError("every cluster must be scored", f"{len(scores)} of {len(clusters)}", "score again")
+        raise EvidenceError(
+            "every cluster must be scored", f"{len(scores)} of {len(clusters)}", "score again"
+        )
     for cluster, score in zip(clusters, scores, strict=True):
         if score.shape != (len(cluster.tokens) - 1,):
             raise EvidenceError(
@@ -123,7 +130,9 @@ def check_scores(clusters: Sequence[Cluster], scores: Sequence[np.ndarray]) -> N
             )
         if score.max() > 1e-3:
             raise EvidenceError(
-                "log-probabilities are at most 0", f"{score.max():.4f} in {cluster.id}", "a softmax over all tokens"
+                "log-probabilities are at most 0",
+                f"{score.max():.4f} in {cluster.id}",
+                "a softmax over all tokens",
             )
 
 
@@ -175,9 +184,7 @@ def pair_scores(
         nll = -float(before.sum(dtype=np.float64))
         loss = float((before.astype(np.float64) - after).sum())
         losses.append(
-            ClusterLoss(
-                id=cluster.id, domain=cluster.domain, tokens=len(before), nll_original=nll, loss=loss
-            )
+            ClusterLoss(id=cluster.id, domain=cluster.domain, tokens=len(before), nll_original=nll, loss=loss)
         )
     return losses
 
@@ -191,12 +198,18 @@ def arrays(losses: Sequence[ClusterLoss]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def perplexities(losses: Sequence[ClusterLoss]) -> tuple[float, float]:
-    """exp(mean NLL a token) of the original and of the optimised model."""
+    """exp(mean NLL a token) of the original and of the optimised model; infinite for a hopeless one."""
     tokens = sum(cluster.tokens for cluster in losses)
     if tokens == 0:
         raise EvidenceError("a perplexity needs scored tokens", "none", "a longer text")
     nll = sum(cluster.nll_original for cluster in losses)
-    return math.exp(nll / tokens), math.exp((nll + sum(cluster.loss for cluster in losses)) / tokens)
+    after = nll + sum(cluster.loss for cluster in losses)
+    return _exp(nll / tokens), _exp(after / tokens)
+
+
+def _exp(value: float) -> float:
+    """exp(value), infinite where that overflows."""
+    return math.exp(value) if value < 700 else math.inf
 
 
 def loss_by_domain(losses: Sequence[ClusterLoss]) -> dict[str, float]:
@@ -212,12 +225,12 @@ def loss_by_domain(losses: Sequence[ClusterLoss]) -> dict[str, float]:
 def refuse_different(
     reference: Sequence[np.ndarray], engine: Sequence[np.ndarray], tolerance: float = 1e-4
 ) -> None:
-    """Raise EvidenceError unless an engine path scores the original as the reference does, within `tolerance` nats a
-    token on average; then it may stand in for the slow reference."""
+    """Raise EvidenceError unless an engine path scores the original as the reference does, within
+    `tolerance` nats a token on average; then it may stand in for the slow reference."""
     difference = np.abs(np.concatenate(list(reference)).astype(np.float64) - np.concatenate(list(engine)))
     if not difference.mean() <= tolerance:
         raise EvidenceError(
-            f"a runner that scores the original must agree with the reference within {tolerance} nats a token",
+            f"whatever scores the original must agree with the reference within {tolerance} nats a token",
             f"{difference.mean():.6f}",
             "the reference runner",
         )
@@ -226,7 +239,8 @@ def refuse_different(
 def divergence(
     original: Runner, optimised: Runner, clusters: Sequence[Cluster], tokens: int = 1024
 ) -> Divergence:
-    """Compare predictions on the first `tokens` tokens of the clusters, at most 256 of each. Not gated, reported."""
+    """Compare predictions on the first `tokens` tokens of the clusters, at most 256 of each. Not gated,
+    reported."""
     kl: list[np.ndarray] = []
     flips = 0
     left = tokens
@@ -251,3 +265,7 @@ def divergence(
         tokens=len(values),
     )
 
+
+def fits(spec: ModelSpec, block: int = BLOCK) -> int:
+    """`block`, or the model's positions where they are fewer."""
+    return min(block, spec.max_positions)

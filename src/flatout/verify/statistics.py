@@ -1,19 +1,24 @@
 """Bounds on a loss that is averaged over documents, and on a ratio of times.
 
-The sample is the *cluster* (a document or a block of one): tokens inside it are correlated. Cluster d has n_d scored
-tokens and D_d = sum over them of NLL_optimised - NLL_original, in nats. The estimate is the ratio
+The sample is the *cluster* (a document or a block of one): tokens inside it are correlated. Cluster d has
+n_d scored tokens and D_d = sum over them of NLL_optimised - NLL_original, in nats. The estimate is the
+ratio
 
     delta = sum D_d / sum n_d,    e_d = D_d - delta n_d,    SE^2 = C / (C - 1) * sum e_d^2 / (sum n_d)^2.
 
-Losses lean to the right (a few documents suffer most), where a plain t bound passes too often: at 128 exponentially
-distributed clusters 4.8 % instead of 2.5 %. So the upper bound is the larger of two that allow for skewness:
+Losses lean to the right (a few documents suffer most), where a plain t bound passes too often: at 128
+exponentially distributed clusters 4.8 % instead of 2.5 %. So the upper bound is the larger of two that
+allow for skewness:
 
-    cluster-t     delta + SE (t + max(g, 0) (2 z^2 + 1) / (6 sqrt C)),  g = skewness of e   (Cornish-Fisher term of the
-                  studentised mean: Hall, "The Bootstrap and Edgeworth Expansion", 1992, section 3)
-    bootstrap-t   delta - q SE, q = the alpha quantile of (delta* - delta) / SE* over resampled clusters (Efron 1981)
+    cluster-t     delta + SE (t + max(g, 0) (2 z^2 + 1) / (6 sqrt C)), g = skewness of e
+                  (Cornish-Fisher term of the studentised mean: Hall, "The Bootstrap and Edgeworth
+                  Expansion", 1992, section 3)
+    bootstrap-t   delta - q SE, q = the alpha quantile of (delta* - delta) / SE* over resampled
+                  clusters (Efron 1981)
 
-Limits: no bound sees a class of documents of which the text has none, and with fewer than FEWEST_CLUSTERS clusters
-neither bound is trustworthy. Arrays here have the clusters on their last axis; leading axes are separate experiments.
+Limits: no bound sees a class of documents of which the text has none, and with fewer than FEWEST_CLUSTERS
+clusters neither bound is trustworthy. Arrays here have the clusters on their last axis; leading axes are
+separate experiments.
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ import numpy as np
 
 from flatout.errors import ConfigError, EvidenceError
 
-FEWEST_CLUSTERS = 20
+FEWEST_CLUSTERS = 32
+FEWEST_FOR_SPREAD = 12
 MOST_OPENINGS = 100
 _RESAMPLES = 4999
 _CHUNK = 1024  # resamples handled at once, which bounds memory
@@ -44,8 +50,8 @@ class Bound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """What validation clusters say about one candidate: mean loss (nats a token), spread of one cluster on the same
-    scale, skewness and excess kurtosis of the clusters, mean tokens of a cluster."""
+    """What validation clusters say about one candidate: mean loss (nats a token), spread of one cluster on
+    the same scale, skewness and excess kurtosis of the clusters, mean tokens of a cluster."""
 
     delta: float
     spread: float
@@ -65,12 +71,17 @@ class Interval:
 
 
 def check_clusters(D: np.ndarray, n: np.ndarray) -> None:
-    """Raise EvidenceError unless losses and token counts are finite, matching, and every cluster has a token."""
+    """Raise EvidenceError unless losses and token counts are finite, matching, and every cluster has a
+    token."""
     if D.shape != n.shape or D.ndim < 1 or D.shape[-1] == 0:
-        raise EvidenceError("each cluster needs a loss and a token count", f"{D.shape} and {n.shape}", "score again")
+        raise EvidenceError(
+            "each cluster needs a loss and a token count", f"{D.shape} and {n.shape}", "score again"
+        )
     if not np.isfinite(D).all():
         bad = int((~np.isfinite(D)).sum())
-        raise EvidenceError("every cluster's loss must be finite", f"{bad} are not", "check the model's logits")
+        raise EvidenceError(
+            "every cluster's loss must be finite", f"{bad} are not", "check the model's logits"
+        )
     if not (np.isfinite(n).all() and (n > 0).all()):
         raise EvidenceError("every cluster must hold a scored token", f"smallest {n.min()}", "a longer text")
 
@@ -87,7 +98,7 @@ def _estimate(D: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
 def _skewness(e: np.ndarray) -> np.ndarray:
     """Third standardised moment; 0 where all residuals are 0."""
     variance = (e**2).mean(-1)
-    return (e**3).mean(-1) / np.where(variance > 0, variance, 1.0) ** 1.5
+    return np.asarray((e**3).mean(-1) / np.where(variance > 0, variance, 1.0) ** 1.5)
 
 
 def _quantiles(clusters: int, alpha: float) -> tuple[float, float]:
@@ -100,7 +111,7 @@ def _quantiles(clusters: int, alpha: float) -> tuple[float, float]:
 def _multiplier(clusters: int, alpha: float, skewness: np.ndarray) -> np.ndarray:
     """Standard errors between the estimate and the cluster-t bound."""
     t, z = _quantiles(clusters, alpha)
-    return t + np.maximum(skewness, 0.0) * (2 * z * z + 1) / (6 * math.sqrt(clusters))
+    return np.asarray(t + np.maximum(skewness, 0.0) * (2 * z * z + 1) / (6 * math.sqrt(clusters)))
 
 
 def cluster_t_upper(D: np.ndarray, n: np.ndarray, alpha: float) -> np.ndarray:
@@ -114,8 +125,9 @@ def bootstrap_t_upper(
 ) -> np.ndarray:
     """Cluster bootstrap-t bound over the last axis; leading axes share the resampling.
 
-    Resampling uses the raw PCG64 stream, which numpy guarantees never to change: the same clusters give the same bound
-    on any machine. The number of resamples grows until the alpha quantile rests on at least 20 of them.
+    Resampling uses the raw PCG64 stream, which numpy guarantees never to change: the same clusters give the
+    same bound on any machine. The number of resamples grows until the alpha quantile rests on at least 20
+    of them.
     """
     clusters = D.shape[-1]
     resamples = max(resamples, min(math.ceil(20 / alpha) - 1, 200_000))
@@ -135,8 +147,8 @@ def bootstrap_t_upper(
         difference = resampled - delta[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             statistic = difference / (np.sqrt(variance) / total)
-        # A resample of one repeated cluster has no spread: it counts as evidence for an unbounded loss, or, where
-        # nothing differs at all (identical models), for none.
+        # A resample of one repeated cluster has no spread: it counts as evidence for an unbounded loss, or,
+        # where nothing differs at all (identical models), for none.
         parts.append(np.where(np.isfinite(statistic), statistic, np.where(difference == 0, 0.0, -np.inf)))
     statistics = np.concatenate(parts, axis=-1)
     rank = max(math.floor(alpha * (resamples + 1)) - 1, 0)
@@ -145,10 +157,11 @@ def bootstrap_t_upper(
 
 
 def ratio_bound(D: np.ndarray, n: np.ndarray, alpha: float) -> Bound:
-    """Estimate of the loss a token and its upper bound at level 1 - alpha: the larger of cluster-t and bootstrap-t.
+    """Estimate of the loss a token and its upper bound at level 1 - alpha: the larger of cluster-t and
+    bootstrap-t.
 
-    D, n: (C,) summed loss differences in nats and token counts. Raises EvidenceError for fewer than two clusters or
-    numbers that are not finite.
+    D, n: (C,) summed loss differences in nats and token counts. Raises EvidenceError for fewer than two
+    clusters or numbers that are not finite.
     """
     D, n = np.asarray(D, dtype=np.float64), np.asarray(n, dtype=np.float64)
     check_clusters(D, n)
@@ -170,7 +183,9 @@ def alpha_k(k: int, alpha: float) -> float:
     if k < 1:
         raise ConfigError("openings count from 1", str(k), "1")
     if k > MOST_OPENINGS:
-        raise EvidenceError(f"a hold-out is opened at most {MOST_OPENINGS} times", str(k), "fresh text (--text)")
+        raise EvidenceError(
+            f"a hold-out is opened at most {MOST_OPENINGS} times", str(k), "fresh text (--text)"
+        )
     return alpha / (k * (k + 1))
 
 
@@ -212,7 +227,8 @@ def power(clusters: np.ndarray | int, seen: Moments, margin: float, alpha: float
 def needed_clusters(
     seen: Moments, margin: float, alpha: float, wanted: float = 0.9, most: int = 100_000
 ) -> int | None:
-    """Fewest clusters (at least FEWEST_CLUSTERS) that pass with probability `wanted`; None if `most` do not suffice."""
+    """Fewest clusters (at least FEWEST_CLUSTERS) that pass with probability `wanted`; None if `most` do not
+    suffice."""
     counts = np.arange(FEWEST_CLUSTERS, most + 1)
     enough = np.flatnonzero(power(counts, seen, margin, alpha) >= wanted)
     return int(counts[enough[0]]) if len(enough) else None
@@ -221,23 +237,26 @@ def needed_clusters(
 def order_statistic_interval(values: Sequence[float], coverage: float = 0.95) -> Interval:
     """Median with the narrowest symmetric pair of order statistics that covers the true median.
 
-    P(x_(r) <= median <= x_(n+1-r)) = 1 - 2 P(Binomial(n, 1/2) < r) for any continuous distribution: at 95 %, 9 values
-    give their 2nd and 8th. Raises EvidenceError when even the extremes do not reach the coverage.
+    P(x_(r) <= median <= x_(n+1-r)) = 1 - 2 P(Binomial(n, 1/2) < r) for any continuous distribution: at 95
+    %, 9 values give their 2nd and 8th. Raises EvidenceError when even the extremes do not reach the
+    coverage.
     """
     ordered = sorted(float(value) for value in values)
     count = len(ordered)
     if not all(math.isfinite(value) for value in ordered):
         raise EvidenceError("a measured ratio must be finite", str(ordered), "measure again")
-    best, tail = 0, 0.0
+    best, tail, weight = 0, 0, 1  # weight: the binomial coefficient of rank - 1; tail: their sum so far
     for rank in range(1, (count + 1) // 2 + 1):
-        lower_tail = sum(math.comb(count, i) for i in range(rank)) / 2**count
-        if 1 - 2 * lower_tail < coverage:
+        if 1 - 2 * (tail + weight) / 2**count < coverage:
             break
-        best, tail = rank, lower_tail
+        best, tail = rank, tail + weight
+        weight = weight * (count - rank + 1) // rank
     if best == 0:
         raise EvidenceError(
             f"an interval of {coverage:.0%} coverage needs more values", f"{count} values", "more pairs"
         )
     middle = count // 2
     median = ordered[middle] if count % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return Interval(median=median, low=ordered[best - 1], high=ordered[count - best], coverage=1 - 2 * tail)
+    return Interval(
+        median=median, low=ordered[best - 1], high=ordered[count - best], coverage=1 - 2 * tail / 2**count
+    )

@@ -101,11 +101,12 @@ void set_quantized(Model& model, const std::string& name, const AnyMatrix& codes
   if (codes.itemsize() != 1) throw std::invalid_argument("codes must be bytes");
   if (group < 0 || (group && (s.k % group || group % 32)) || (bits == 4 && group == 0))
     throw std::invalid_argument("the group must be a multiple of 32 that divides the width");
+  if (activation != "int8" && activation != "int16") throw std::invalid_argument("activations are int8 or int16");
   if (activation_group != 0 && activation_group != group)
     throw std::invalid_argument("the activation group is 0 or the weight group");
   s.zero = zero == "minimum" ? Zero::kMinimum : zero == "asymmetric" ? Zero::kAsymmetric : Zero::kSymmetric;
   s.half_scales = is_half(scales);
-  s.integer_activation = activation == "int8";
+  s.planes = activation == "int8" ? 1 : 2;
   s.activation_group = activation_group;
   s.codes = (const uint8_t*)codes.data();
   s.scales = scales.data();

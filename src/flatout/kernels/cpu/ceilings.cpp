@@ -1,14 +1,14 @@
 // Microbenchmarks of the machine: how fast can this processor read memory and multiply?
 //
 // These loops do nothing else, so they bound every kernel of the engine from above. Two ideas:
-//  * A read loop is limited by how many cache-line misses it keeps in flight. One sequential stream leaves that to the
-//    hardware prefetcher; several streams, or software prefetch, or both, reach further on some machines. The loop
-//    variants are all timed, on huge pages, and the caller takes the best.
-//  * An arithmetic loop keeps enough independent accumulators to hide the latency of the instruction, and touches no
-//    memory. A multiplication and an addition count as two operations.
+//  * A read loop is limited by how many cache-line misses it keeps in flight. One sequential stream leaves that
+//    to the hardware prefetcher; several streams, or software prefetch, or both, reach further on some machines.
+//    The loop variants are all timed, on huge pages, and the caller takes the best.
+//  * An arithmetic loop keeps enough independent accumulators to hide the latency of the instruction, and
+//    touches no memory. A multiplication and an addition count as two operations.
 //
-// Every sample is the time between two barriers that all threads pass, at least about a millisecond long, so the
-// clock's own cost is invisible and a thread that lost its core slows only its sample. The best sample is returned.
+// Every sample is the time between two barriers that all threads pass, long enough for the clock's own cost not
+// to matter and shorter than a scheduler's time slice; the best samples count.
 // The file needs no -m flags: each function names its own target and runs only after a cpuid check.
 
 #include <nanobind/nanobind.h>
@@ -16,6 +16,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -24,6 +25,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -43,7 +45,8 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-// A loop whose accumulators live in memory would measure the compiler: unroll whatever the build's own level is.
+// A loop whose accumulators live in memory would measure the compiler: unroll whatever the build's own
+// level is.
 #pragma GCC optimize("O3")
 #endif
 
@@ -93,7 +96,7 @@ class Barrier {
             generation_.store(generation + 1, std::memory_order_release);
             return;
         }
-        // Spin for some microseconds, then give the core away: another program may need it to let our peer finish.
+        // Spin a while, then give the core away: our peer may be waiting for it.
         for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins)
             if (spins > 20000) std::this_thread::yield();
     }
@@ -104,38 +107,39 @@ class Barrier {
     alignas(64) std::atomic<unsigned> generation_{0};
 };
 
-// Runs work(thread) on `threads` pinned threads again and again for about `seconds` and returns the shortest time in
-// which all of them finished once. prepare(thread) and release(thread) run untimed on each thread.
-template <class Prepare, class Work, class Release>
-double best_time(int threads, double seconds, Prepare prepare, Work work, Release release) {
+// Runs work(thread, slice) on `threads` pinned threads for slice 0, 1, ... slices - 1, all threads together, again
+// and again for about `seconds`. Returns the sum over slices of the shortest time in which all threads finished that
+// slice. Slices are shorter than a scheduler's time slice, so that some sample of each escapes other programs even on
+// a busy machine, where no whole pass would. prepare(thread) runs first, untimed, on each thread.
+template <class Prepare, class Work>
+double best_time(int threads, std::size_t slices, double seconds, Prepare prepare, Work work) {
+    constexpr int min_passes = 4;
     Barrier barrier(threads);
     std::atomic<bool> stop{false};
-    double best = std::numeric_limits<double>::infinity();
+    std::vector<double> best(slices, std::numeric_limits<double>::infinity());
     const std::vector<int> cpus = allowed_cpus();
     auto body = [&](int thread) {
         pin_to(cpus, thread);
         prepare(thread);
-        barrier.wait();
-        work(thread);  // warm-up: pages, clock, predictors
+        for (std::size_t slice = 0; slice < slices; ++slice) work(thread, slice);  // warm-up
         const double begin = seconds_now();
-        do {
-            barrier.wait();
-            const double start = seconds_now();
-            work(thread);
-            barrier.wait();
-            const double end = seconds_now();
-            if (thread == 0) {
-                if (end - start < best) best = end - start;
-                stop.store(end - begin > seconds, std::memory_order_release);
+        for (int pass = 1; !stop.load(std::memory_order_acquire); ++pass) {
+            for (std::size_t slice = 0; slice < slices; ++slice) {
+                barrier.wait();
+                const double start = seconds_now();
+                work(thread, slice);
+                barrier.wait();
+                const double took = seconds_now() - start;
+                if (thread == 0 && took < best[slice]) best[slice] = took;
             }
-            barrier.wait();
-        } while (!stop.load(std::memory_order_acquire));
-        release(thread);
+            if (thread == 0) stop.store(pass >= min_passes && seconds_now() - begin > seconds);
+            barrier.wait();  // nobody looks at `stop` before it is decided
+        }
     };
     std::vector<std::thread> workers;
     for (int thread = 0; thread < threads; ++thread) workers.emplace_back(body, thread);
     for (std::thread& worker : workers) worker.join();
-    return best;
+    return std::accumulate(best.begin(), best.end(), 0.0);
 }
 
 // ---------------------------------------------------------------------------------------------- features
@@ -177,8 +181,8 @@ const Features& features() {
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kReadUnit = 4096;  // parts are multiples of this, which every variant divides evenly
 
-// Each variant walks STREAMS equal pieces of [data, data + bytes) side by side, one or more cache lines of each in
-// turn, and prefetches AHEAD bytes before itself (0 = leave it to the hardware).
+// Each variant walks STREAMS equal pieces of [data, data + bytes) side by side, one or more cache lines of
+// each in turn, and prefetches AHEAD bytes before itself (0 = leave it to the hardware).
 template <int STREAMS, int AHEAD>
 std::uint64_t read_portable(const char* data, std::size_t bytes) {
     using Vec = std::uint64_t __attribute__((vector_size(16)));
@@ -260,8 +264,8 @@ std::vector<ReadVariant> read_variants() {
 }
 #undef READ_VARIANTS
 
-// A zero-copy arena on huge pages where the system grants them; with 4 KiB pages address translation, not the memory,
-// may be the limit that is measured.
+// A zero-copy arena on huge pages where the system grants them; with 4 KiB pages address translation, not
+// the memory, may be the limit that is measured.
 class Arena {
   public:
     explicit Arena(std::size_t bytes) : size_(bytes + 2 * kHugePage) {
@@ -295,29 +299,30 @@ class Arena {
 
 std::vector<std::tuple<std::string, double>> read_rates(std::size_t bytes, int threads, double seconds) {
     if (threads < 1 || threads > 4096) throw std::invalid_argument("threads must be between 1 and 4096");
-    const std::size_t part = bytes / static_cast<std::size_t>(threads) / kReadUnit * kReadUnit;
-    if (part == 0) throw std::invalid_argument("bytes must be at least 4096 a thread");
-    const std::size_t total = part * static_cast<std::size_t>(threads);
-    const Arena arena(total);
-    constexpr std::size_t sample_bytes = std::size_t{32} << 20;
-    const std::size_t passes = total >= sample_bytes ? 1 : (sample_bytes + total - 1) / total;
+    constexpr std::size_t slice_bytes = std::size_t{16} << 20;  // of all threads: a fraction of a millisecond
+    const auto count = static_cast<std::size_t>(threads);
+    const std::size_t slices = std::max<std::size_t>(1, bytes / slice_bytes);
+    const std::size_t slice = bytes / count / slices / kReadUnit * kReadUnit;  // bytes a thread reads in one slice
+    if (slice == 0) throw std::invalid_argument("bytes must be at least 4096 a thread");
+    const std::size_t part = slice * slices;
+    const std::size_t repeats = std::max<std::size_t>(1, slice_bytes / (slice * count));
+    const Arena arena(part * count);
     std::vector<std::tuple<std::string, double>> rates;
     bool touched = false;
     for (const ReadVariant& variant : read_variants()) {
         const double best = best_time(
-            threads, seconds,
+            threads, slices, seconds,
             [&](int thread) {  // first touch on the thread that reads, so that the pages are near it
                 if (!touched) std::memset(arena.data() + static_cast<std::size_t>(thread) * part, 1, part);
             },
-            [&](int thread) {
+            [&](int thread, std::size_t index) {
+                const char* data = arena.data() + static_cast<std::size_t>(thread) * part + index * slice;
                 std::uint64_t seen = 0;
-                for (std::size_t pass = 0; pass < passes; ++pass)
-                    seen |= variant.loop(arena.data() + static_cast<std::size_t>(thread) * part, part);
+                for (std::size_t repeat = 0; repeat < repeats; ++repeat) seen |= variant.loop(data, slice);
                 sink = seen;
-            },
-            [](int) {});
+            });
         touched = true;
-        rates.emplace_back(variant.name, static_cast<double>(total * passes) / best);
+        rates.emplace_back(variant.name, static_cast<double>(part * count * repeats) / best);
     }
     return rates;
 }
@@ -434,7 +439,7 @@ struct alignas(64) TileConfig {
 };
 
 __attribute__((target("amx-tile"))) void tiles_begin() {
-    static const TileConfig config;  // static: gcc's intrinsic tells the optimiser of 8 of the 64 bytes it reads
+    static const TileConfig config;  // static: gcc's intrinsic admits to reading 8 of its 64 bytes
     alignas(64) static constexpr char ones[16 * 64] = {1, 2, 3, 1, 2, 3, 1, 2, 3};
     _tile_loadconfig(&config);
     _tile_zero(0);
@@ -528,7 +533,7 @@ double op_rate(const std::string& format, const std::string& instruction, int th
             took = seconds_now() - start;
         }
         const double best = best_time(
-            threads, seconds, [](int) {}, [&](int) { op.loop(rounds); }, [](int) {});
+            threads, 1, seconds, [](int) {}, [&](int, std::size_t) { op.loop(rounds); });
         return threads * op.ops * static_cast<double>(rounds) / best;
     }
     throw std::invalid_argument("no loop for " + format + " by " + instruction + " on this processor");
@@ -540,10 +545,10 @@ void bind_ceilings(nanobind::module_& m) {
     namespace nb = nanobind;
     m.def("read_rates", &read_rates, nb::arg("bytes"), nb::arg("threads"), nb::arg("seconds"),
           nb::call_guard<nb::gil_scoped_release>(),
-          "[(loop variant, byte/s)]: best rate at which `threads` threads read a working set of `bytes` bytes in all, "
-          "again and again, `seconds` a variant.");
-    m.def("op_kernels", &op_kernels, "[(format, instruction)] of the arithmetic loops this processor can run.");
-    m.def("op_rate", &op_rate, nb::arg("format"), nb::arg("instruction"), nb::arg("threads"), nb::arg("seconds"),
-          nb::call_guard<nb::gil_scoped_release>(),
-          "Best op/s of one arithmetic loop on `threads` threads together (for \"clock\": cycles/s, summed over threads).");
+          "[(loop variant, byte/s)]: best rate at which `threads` threads together read a working set of "
+          "`bytes` bytes again and again, `seconds` a variant.");
+    m.def("op_kernels", &op_kernels, "[(format, instruction)] of the arithmetic loops this processor runs.");
+    m.def("op_rate", &op_rate, nb::arg("format"), nb::arg("instruction"), nb::arg("threads"),
+          nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>(),
+          "Best op/s of one arithmetic loop on `threads` threads together; \"clock\": cycles/s, summed.");
 }

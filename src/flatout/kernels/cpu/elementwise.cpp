@@ -28,36 +28,48 @@ static inline f32x16 greatest(const float* x, int count) {
   return m;
 }
 
-static inline i32x16 clamp_code(i32x16 v) {
-  v = (v > splat_i32(127)) ? splat_i32(127) : v;
-  return (v < splat_i32(-127)) ? splat_i32(-127) : v;
+static inline void store_codes(int8_t* to, i32x16 code, int count) {
+  if (count >= kLanes) return store_u8((uint8_t*)to, code);
+  uint8_t part[kLanes];
+  store_u8(part, code);
+  std::memcpy(to, part, count);
 }
 
-void quantize(const float* x, int k, int k_padded, int group, int groups, int act_group, int8_t* codes, float* scales,
-              int32_t* sums, float* scaled_sums) {
-  float token_max = act_group == 0 ? max_lane(greatest(x, k)) : 0.0f;
-  for (int g = 0; g < groups; ++g) {
-    const int start = g * group, count = std::min(group, k - start);
+template <int PLANES>
+static void quantize_planes(const Linear& w, const float* x, const Activations& row) {
+  constexpr int32_t kLimit = PLANES == 1 ? 127 : 127 * 128;
+  const float token_max = w.activation_group == 0 ? max_lane(greatest(x, w.k)) : 0.0f;
+  for (int g = 0; g < w.groups; ++g) {
+    const int start = g * w.group, count = std::min(w.group, w.k - start);
     const float* in = x + start;
-    const float amax = act_group == 0 ? token_max : max_lane(greatest(in, count));
-    const float scale = amax / 127.0f, inverse = amax > 0.0f ? 127.0f / amax : 0.0f;
-    i32x16 total = {};
+    const float amax = w.activation_group == 0 ? token_max : max_lane(greatest(in, count));
+    const float scale = amax / (float)kLimit, inverse = amax > 0.0f ? (float)kLimit / amax : 0.0f;
+    i32x16 total[2] = {};
     for (int i = 0; i < count; i += kLanes) {
-      i32x16 code = clamp_code(round_to_int(load_some(in + i, count - i) * splat(inverse)));
-      total += code;
-      if (count - i >= kLanes) {
-        store_u8((uint8_t*)codes + start + i, code);
-      } else {
-        uint8_t part[kLanes];
-        store_u8(part, code);
-        std::memcpy(codes + start + i, part, count - i);
+      // |x| * (limit / max|x|) exceeds the limit by a rounding error at most, so no code does.
+      const i32x16 code = round_to_int(load_some(in + i, count - i) * splat(inverse));
+      const i32x16 high = PLANES == 1 ? code : (code + splat_i32(64)) >> 7;
+      total[0] += high;
+      store_codes(row.codes[0] + start + i, high, count - i);
+      if constexpr (PLANES == 2) {
+        const i32x16 low = code - high * splat_i32(128);
+        total[1] += low;
+        store_codes(row.codes[1] + start + i, low, count - i);
       }
     }
-    sums[g] = sum(total);
-    scales[g] = scale;
-    scaled_sums[g] = scale * (float)sums[g];
+    const size_t at = (size_t)g * kTileRows;
+    row.scales[at] = scale;
+    for (int p = 0; p < PLANES; ++p) row.sums[p][at] = sum(total[p]);
+    row.scaled_sums[at] = scale * (float)row.sums[0][at];
   }
-  if (k < k_padded) std::memset(codes + k, 0, k_padded - k);
+  for (int p = 0; p < PLANES; ++p) std::memset(row.codes[p] + w.k, 0, w.k_padded - w.k);
+}
+
+void quantize(const Linear& w, const float* x, const Activations& row) {
+  if (w.planes == 2)
+    quantize_planes<2>(w, x, row);
+  else
+    quantize_planes<1>(w, x, row);
 }
 
 void round_bf16(const float* x, int k, int k_padded, uint16_t* out) {
@@ -72,6 +84,17 @@ void gated(const float* gate, const float* up, int count, int lanes, bool gelu, 
     f32x16 z = gelu ? splat(1.5957691216057308f) * fma(splat(0.044715f) * x * x, x, x) : x;
     f32x16 v = x / (splat(1.0f) + exp(-z)) * load<f32x16>(up + (size_t)i * kLanes);
     store_some(out + (size_t)i * stride, v, lanes);
+  }
+}
+
+void epilogue(const float* tile, int count, int lanes, const float* bias, bool add, float* out, int stride) {
+  const f32x16 shift = bias ? load_some(bias, lanes) : splat(0.0f);
+  for (int i = 0; i < count; ++i) {
+    f32x16 v = load<f32x16>(tile + (size_t)i * kLanes);
+    float* to = out + (size_t)i * stride;
+    if (bias) v += shift;
+    if (add) v += load_some(to, lanes);
+    store_some(to, v, lanes);
   }
 }
 

@@ -68,25 +68,26 @@ std::vector<std::string> usable_isas() {
   return isas;
 }
 
-// One table: names of the kernels in namespace `isa`, with the linear and attention that differ.
-#define FLATOUT_TABLE(table, isa, prepare, linear, attention)                                                \
-  static const Ops table = {#table,     isa::rms_norm, isa::quantize, isa::round_bf16, prepare,          linear, \
-                            isa::gated, isa::rope,     isa::write_kv, attention,       isa::log_sum_exp}
+// One table: the kernels of namespace `isa`, with what differs given: preparing, tile set-up, linear and attention.
+#define FLATOUT_TABLE(table, name, isa, prepare, begin, end, linear, attention)                                     \
+  static const Ops table = {name,   isa::rms_norm,  isa::quantize, isa::round_bf16, prepare,       begin,     end, \
+                            linear, isa::epilogue, isa::gated,    isa::rope,       isa::write_kv, attention, isa::log_sum_exp}
 
 const Ops* ops_for(const std::string& isa) {
   bool usable = false;
   for (const std::string& name : usable_isas()) usable |= name == isa;
   if (!usable) throw std::invalid_argument("this processor cannot run instruction set '" + isa + "'");
 #if defined(__x86_64__)
-  FLATOUT_TABLE(amx_ops, avx512, avx512::prepare_panel, avx512::linear_panel_amx, avx512::attend_amx);
-  FLATOUT_TABLE(avx512_ops, avx512, nullptr, avx512::linear_panel, avx512::attend);
-  FLATOUT_TABLE(avx512_bf16_ops, avx512, nullptr, avx512::linear_panel_bf16, avx512::attend);
-  FLATOUT_TABLE(avx2_ops, avx2, nullptr, avx2::linear_panel, avx2::attend);
+  FLATOUT_TABLE(amx_ops, "amx", avx512, avx512::prepare_panel, avx512::begin_linear, avx512::end_linear,
+                avx512::linear_panels_amx, avx512::attend_amx);
+  FLATOUT_TABLE(avx512_ops, "avx512", avx512, nullptr, nullptr, nullptr, avx512::linear_panels, avx512::attend);
+  FLATOUT_TABLE(avx512_bf16_ops, "avx512", avx512, nullptr, nullptr, nullptr, avx512::linear_panels_bf16, avx512::attend);
+  FLATOUT_TABLE(avx2_ops, "avx2", avx2, nullptr, nullptr, nullptr, avx2::linear_panels, avx2::attend);
   if (isa == "amx") return &amx_ops;
   if (isa == "avx512") return __builtin_cpu_supports("avx512bf16") ? &avx512_bf16_ops : &avx512_ops;
   if (isa == "avx2") return &avx2_ops;
 #endif
-  FLATOUT_TABLE(portable_ops, portable, nullptr, portable::linear_panel, portable::attend);
+  FLATOUT_TABLE(portable_ops, "portable", portable, nullptr, nullptr, nullptr, portable::linear_panels, portable::attend);
   return &portable_ops;
 }
 

@@ -6,17 +6,19 @@
 namespace flatout {
 
 namespace FLATOUT_ISA {
-void linear_panel(const Linear&, const uint8_t* panel, const int8_t* scratch, const Activations&, int first, int count,
-                  float* out);
-void linear_panel_bf16(const Linear&, const uint8_t* panel, const int8_t* scratch, const Activations&, int first,
-                       int count, float* out);
-void linear_panel_amx(const Linear&, const uint8_t* panel, const int8_t* scratch, const Activations&, int first,
-                      int count, float* out);
+void linear_panels(const Linear&, const uint8_t* const* panel, int panels, const int8_t* const* scratch,
+                   const Activations&, int first, int count, float* const* out);
+void linear_panels_bf16(const Linear&, const uint8_t* const* panel, int panels, const int8_t* const* scratch,
+                        const Activations&, int first, int count, float* const* out);
+void linear_panels_amx(const Linear&, const uint8_t* const* panel, int panels, const int8_t* const* scratch,
+                       const Activations&, int first, int count, float* const* out);
+void begin_linear(const Linear&);
+void end_linear();
 void prepare_panel(const Linear&, const uint8_t* panel, int8_t* scratch);
 void rms_norm(const float* x, const float* weight, float eps, int d, float* out);
-void quantize(const float* x, int k, int k_padded, int group, int groups, int act_group, int8_t* codes, float* scales,
-              int32_t* sums, float* scaled_sums);
+void quantize(const Linear&, const float* x, const Activations& row);
 void round_bf16(const float* x, int k, int k_padded, uint16_t* out);
+void epilogue(const float* tile, int count, int lanes, const float* bias, bool add, float* out, int stride);
 void gated(const float* gate, const float* up, int count, int lanes, bool gelu, float* out, int stride);
 void rope(float* x, const float* table, int head_dim);
 float log_sum_exp(const float* row, int n);

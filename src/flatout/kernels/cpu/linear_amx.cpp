@@ -1,9 +1,9 @@
-// Linear layers on the AMX tile unit: integer formats, 16 tokens at a time; everything else goes to AVX-512.
+// Linear layers on the AMX tile unit: integer formats and bf16, 16 or 32 tokens at a time; the rest goes to AVX-512.
 //
 // A tile product gives 16 tokens x 16 rows of exact int32 sums over one group (or 64 columns of it); the scaling that
 // follows is the same sequence of fp32 operations as in linear.cpp, so both give the same bits. Weights are unpacked to
-// signed bytes once a panel, which pays from about 16 tokens on. Tile time: 16 cycles per 16 x 16 x 64 product; with one
-// scale a group the fp32 work (convert, multiply, fma per 16 outputs) is the larger part.
+// signed bytes once a panel. Tile time: 16 cycles per 16 x 16 x 64 product with one scale a row; with one scale a group
+// another 40 go to storing and scaling the sums (measured on a Xeon of the fourth generation's kind).
 #include <algorithm>
 
 #include "kernels.h"
@@ -13,21 +13,27 @@
 namespace flatout {
 namespace FLATOUT_ISA {
 
-// Tiles 0-1 sums, 4-5 activations, 6-7 weights; `depth` columns a product.
-static void configure_tiles(int depth) {
+// Tiles 0-3 sums, 4-5 activations, 6-7 weights; `depth` bytes of columns a product. Set once a linear: loading the
+// configuration takes hundreds of cycles.
+void begin_linear(const Linear& w) {
+  if (w.kind == WeightKind::kFloat32) return;
+  const int depth = w.kind == WeightKind::kBFloat16 ? 64 : std::min(w.group, 64);
   TileConfig c;
-  for (int t = 0; t < 2; ++t) c.column_bytes[t] = 64, c.rows[t] = 16;
+  for (int t = 0; t < 4; ++t) c.column_bytes[t] = 64, c.rows[t] = 16;
   for (int t = 4; t < 6; ++t) c.column_bytes[t] = (uint16_t)depth, c.rows[t] = 16;
   for (int t = 6; t < 8; ++t) c.column_bytes[t] = 64, c.rows[t] = (uint8_t)(depth / 4);
-  _tile_loadconfig(&c);
+  load_tile_config(c);
 }
 
-static bool runs_on_tiles(const Linear& w) { return w.kind == WeightKind::kInteger && w.integer_activation; }
+void end_linear() { _tile_release(); }
+
+// One scale a row, 8 bits: tiles read the packed codes as they are.
+static bool whole_row(const Linear& w) { return w.groups == 1 && w.bits == 8 && w.zero == Zero::kSymmetric; }
 
 // Codes as signed bytes around their zero where that fits (4 bits, 8-bit symmetric); 8-bit asymmetric codes are moved
 // by 128 and corrected by their zero afterwards.
 void prepare_panel(const Linear& w, const uint8_t* panel, int8_t* scratch) {
-  if (!runs_on_tiles(w)) return;
+  if (w.kind != WeightKind::kInteger || whole_row(w)) return;
   typedef int8_t s8x64 __attribute__((vector_size(64)));
   const uint8_t zero = w.zero == Zero::kSymmetric ? (uint8_t)w.integer_zero : (w.bits == 8 ? 128 : 0);
   const s8x64 offset = (s8x64)((u8x64{} + zero));
@@ -49,44 +55,33 @@ static inline f32x16 load_scale(const Linear& w, const uint8_t* base, int g) {
   return w.half_scales ? from_half((const uint16_t*)base + g * kLanes) : load<f32x16>((const float*)base + g * kLanes);
 }
 
-// Sums of one group in tile `sum_tile`. A macro because the intrinsics take tile numbers as literals only.
-#define FLATOUT_MULTIPLY(sum_tile, a_tile, b_tile)         \
-  _tile_zero(sum_tile);                                    \
-  for (int k = 0; k < w.group; k += depth) {               \
-    _tile_loadd(a_tile, x + k, w.k_padded);                \
-    _tile_loadd(b_tile, b + (size_t)k * kLanes, 64);       \
-    _tile_dpbssd(sum_tile, a_tile, b_tile);                \
-  }                                                        \
-  _tile_stored(sum_tile, sums, 64)
-
-// One group of 16 tokens x 16 rows to exact int32 sums; neighbouring groups use other tiles, so they overlap.
-static inline void group_sums(int g, const Linear& w, const int8_t* a, const int8_t* scratch, int depth, int32_t* sums) {
-  const int8_t* x = a + (size_t)g * w.group;
-  const int8_t* b = scratch + (size_t)g * w.group * kLanes;
-  if (g % 2) {
-    FLATOUT_MULTIPLY(1, 5, 7);
-  } else {
-    FLATOUT_MULTIPLY(0, 4, 6);
+// Tile product `sum_tile` = activations x weights over group `g`. A macro: the intrinsics take literal tile numbers.
+#define FLATOUT_MULTIPLY(sum_tile, a_tile, b_tile, codes, g)           \
+  _tile_zero(sum_tile);                                                \
+  for (int k = (g) * w.group; k < ((g) + 1) * w.group; k += depth) {   \
+    _tile_loadd(a_tile, (codes) + k, w.row_stride);                      \
+    _tile_loadd(b_tile, scratch + (size_t)k * kLanes, 64);             \
+    _tile_dpbssd(sum_tile, a_tile, b_tile);                            \
   }
-}
 
-// Sixteen tokens: accumulators stay in registers over all groups.
-template <bool MINIMUM, bool ASYMMETRIC>
-static void tile_block(const Linear& w, const uint8_t* panel, const int8_t* scratch, const Activations& a, int first,
-                       int count, float* out) {
+// Sixteen tokens, one panel: accumulators stay in registers over all groups. The next product (of the other plane or of
+// the next group) runs while the sums of the last one are scaled.
+template <int PLANES, bool MINIMUM, bool ASYMMETRIC>
+static void grouped_block(const Linear& w, const uint8_t* panel, const int8_t* scratch, const Activations& a,
+                          int first, float* out) {
   alignas(64) int32_t sums[2][kTileRows * kLanes];
   const int depth = std::min(w.group, 64);
-  const int8_t* codes = a.codes + (size_t)first * w.k_padded;
-  const float* a_scale = a.scales + (size_t)first * w.groups;
-  const float* a_sum = a.scaled_sums + (size_t)first * w.groups;
-  const int32_t* a_int = a.sums + (size_t)first * w.groups;
+  const int8_t* high = a.codes[0] + (size_t)first * w.row_stride;
+  const int8_t* low = PLANES == 2 ? a.codes[1] + (size_t)first * w.row_stride : high;
+  const size_t values = group_index(first, 0, w.groups);
+  const float *a_scale = a.scales + values, *a_sum = a.scaled_sums + values;
   const uint8_t* scales = panel + w.scales_offset;
   const uint8_t* extra = panel + w.extra_offset;
   f32x16 acc[kTileRows];
+#pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) acc[r] = splat(0.0f);
-  group_sums(0, w, codes, scratch, depth, sums[0]);
-  for (int g = 0; g < w.groups; ++g) {
-    if (g + 1 < w.groups) group_sums(g + 1, w, codes, scratch, depth, sums[(g + 1) % 2]);
+  const auto add = [&](int product, const int32_t* tile) __attribute__((always_inline)) {
+    const int g = product / PLANES, plane = product % PLANES;
     const f32x16 scale = load_scale(w, scales, g);
     f32x16 minimum = {};
     i32x16 zero = {};
@@ -95,35 +90,165 @@ static void tile_block(const Linear& w, const uint8_t* panel, const int8_t* scra
       const int32_t moved = w.bits == 8 ? 128 : 0;
       for (int i = 0; i < kLanes; ++i) zero[i] = extra[g * kLanes + i] - moved;
     }
-    const int32_t* tile = sums[g % 2];
+    const int32_t* a_int = a.sums[plane] + values;
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
-      const size_t at = (size_t)r * w.groups + g;
+      const size_t at = (size_t)g * kTileRows + r;
       i32x16 dot = load<i32x16>(tile + r * kLanes);
       if constexpr (ASYMMETRIC) dot -= zero * splat_i32(a_int[at]);
-      acc[r] = fma(to_float(dot), splat(a_scale[at]) * scale, acc[r]);
+      f32x16 c = splat(a_scale[at]) * scale;
+      if (PLANES == 2 && plane == 0) c *= splat(128.0f);
+      acc[r] = fma(to_float(dot), c, acc[r]);
       if constexpr (MINIMUM) acc[r] = fma(splat(a_sum[at]), minimum, acc[r]);
     }
+  };
+  const int products = w.groups * PLANES;
+  FLATOUT_MULTIPLY(0, 4, 6, high, 0);
+  _tile_stored(0, sums[0], 64);
+  int i = 1;
+  for (; i + 1 < products; i += 2) {
+    FLATOUT_MULTIPLY(1, 5, 7, low, i / PLANES);
+    add(i - 1, sums[0]);
+    _tile_stored(1, sums[1], 64);
+    FLATOUT_MULTIPLY(0, 4, 6, high, (i + 1) / PLANES);
+    add(i, sums[1]);
+    _tile_stored(0, sums[0], 64);
   }
-  for (int r = 0; r < count; ++r) store(out + (size_t)r * kLanes, acc[r]);
+  if (i < products) {
+    FLATOUT_MULTIPLY(1, 5, 7, low, i / PLANES);
+    add(i - 1, sums[0]);
+    _tile_stored(1, sums[1], 64);
+    add(i, sums[1]);
+  } else {
+    add(i - 1, sums[0]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) store(out + (size_t)r * kLanes, acc[r]);
 }
 
-// Activation buffers hold a multiple of 16 rows, so a last, partial tile reads rows that exist and stores only its own.
-void linear_panel_amx(const Linear& w, const uint8_t* panel, const int8_t* scratch, const Activations& a, int first,
-                      int count, float* out) {
-  if (!runs_on_tiles(w) || count < 6) return linear_panel_bf16(w, panel, scratch, a, first, count, out);
-  configure_tiles(std::min(w.group, 64));
-  for (int m = 0; m < count; m += kTileRows) {
-    int rows = std::min(kTileRows, count - m);
-    float* to = out + (size_t)m * kLanes;
-    if (w.zero == Zero::kMinimum)
-      tile_block<true, false>(w, panel, scratch, a, first + m, rows, to);
-    else if (w.zero == Zero::kAsymmetric)
-      tile_block<false, true>(w, panel, scratch, a, first + m, rows, to);
-    else
-      tile_block<false, false>(w, panel, scratch, a, first + m, rows, to);
+// Sums of 16 tokens x 16 rows to outputs, one group: the group values of the tokens lie together from `first` on.
+static inline f32x16 zero_corrected(const Linear& w, const int32_t* tile, const int32_t* a_sum, int r) {
+  return to_float(load<i32x16>(tile + r * kLanes) - splat_i32(w.integer_zero * a_sum[r]));
+}
+static inline void scale_tile(const Linear& w, const Activations& a, int first, f32x16 scale, const int32_t* tile,
+                              float* out) {
+  const float* a_scale = a.scales + first;
+  const int32_t* a_sum = a.sums[0] + first;
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r)
+    store(out + r * kLanes, fma(zero_corrected(w, tile, a_sum, r), splat(a_scale[r]) * scale, splat(0.0f)));
+}
+static inline void scale_planes(const Linear& w, const Activations& a, int first, f32x16 scale, const int32_t* high,
+                                const int32_t* low, float* out) {
+  const float* a_scale = a.scales + first;
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+    const f32x16 c = splat(a_scale[r]) * scale;
+    const f32x16 value = fma(zero_corrected(w, high, a.sums[0] + first, r), c * splat(128.0f), splat(0.0f));
+    store(out + r * kLanes, fma(zero_corrected(w, low, a.sums[1] + first, r), c, value));
   }
-  _tile_release();
+}
+
+// One scale a row: 2 x 2 tiles share their operands, four products to four loads, and the fp32 work is done once an
+// output. The second row of tiles is 16 more tokens (one plane) or the low plane of the same 16 (two planes).
+static void whole_row_block(const Linear& w, const uint8_t* const* panel, const Activations& a, int first, bool second,
+                            float* const* out) {
+  alignas(64) int32_t sums[4][kTileRows * kLanes];
+  const int8_t* upper = a.codes[0] + (size_t)first * w.row_stride;
+  const int8_t* lower = w.planes == 2 ? a.codes[1] + (size_t)first * w.row_stride
+                        : second      ? upper + (size_t)kTileRows * w.row_stride
+                                      : upper;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int k = 0; k < w.k_padded; k += 64) {
+    _tile_loadd(4, upper + k, w.row_stride);
+    _tile_loadd(6, panel[0] + (size_t)k * kLanes, 64);
+    _tile_loadd(7, panel[1] + (size_t)k * kLanes, 64);
+    _tile_loadd(5, lower + k, w.row_stride);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  _tile_stored(2, sums[2], 64);
+  _tile_stored(3, sums[3], 64);
+  for (int p = 0; p < 2; ++p) {
+    const f32x16 scale = load_scale(w, panel[p] + w.scales_offset, 0);
+    if (w.planes == 2) {
+      scale_planes(w, a, first, scale, sums[p], sums[2 + p], out[p]);
+      continue;
+    }
+    scale_tile(w, a, first, scale, sums[p], out[p]);
+    if (second) scale_tile(w, a, first + kTileRows, scale, sums[2 + p], out[p] + kTileRows * kLanes);
+  }
+}
+
+// bf16 weights and activations: the same 2 x 2 tiles, 32 columns a product, fp32 sums straight to `out`. Sums round in
+// the order of the tile unit, so a token's bits differ from the vector kernel's by bf16-sized rounding at most.
+static void bf16_block(const Linear& w, const uint8_t* const* panel, const Activations& a, int first, bool second,
+                       float* const* out) {
+  const uint16_t* upper = a.bf16 + (size_t)first * w.row_stride;
+  const uint16_t* lower = second ? upper + (size_t)kTileRows * w.row_stride : upper;
+  const size_t stride = (size_t)w.row_stride * sizeof(uint16_t);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int k = 0; k < w.k_padded; k += 32) {
+    _tile_loadd(4, upper + k, stride);
+    _tile_loadd(6, panel[0] + (size_t)k * kLanes * 2, 64);
+    _tile_loadd(7, panel[1] + (size_t)k * kLanes * 2, 64);
+    _tile_loadd(5, lower + k, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, out[0], 64);
+  _tile_stored(1, out[1], 64);
+  if (second) {
+    _tile_stored(2, out[0] + kTileRows * kLanes, 64);
+    _tile_stored(3, out[1] + kTileRows * kLanes, 64);
+  }
+}
+
+// Activation and result buffers hold a multiple of 16 rows, so a last, partial tile stays inside them.
+void linear_panels_amx(const Linear& w, const uint8_t* const* panel, int panels, const int8_t* const* scratch,
+                       const Activations& a, int first, int count, float* const* out) {
+  const bool bf16 = w.kind == WeightKind::kBFloat16;
+  if (w.kind == WeightKind::kFloat32 || count < kTileMinimum)
+    return linear_panels(w, panel, panels, scratch, a, first, count, out);
+  const uint8_t* panel_pair[2] = {panel[0], panel[panels - 1]};  // a last single panel is computed twice
+  for (int m = 0; m < count;) {
+    if (bf16 || whole_row(w)) {
+      const bool second = w.planes < 2 && count - m > kTileRows;
+      float* to[2] = {out[0] + (size_t)m * kLanes, out[1] + (size_t)m * kLanes};
+      if (bf16)
+        bf16_block(w, panel_pair, a, first + m, second, to);
+      else
+        whole_row_block(w, panel_pair, a, first + m, second, to);
+      m += second ? 2 * kTileRows : kTileRows;
+      continue;
+    }
+    for (int p = 0; p < panels; ++p) {
+      float* to = out[p] + (size_t)m * kLanes;
+      if (w.zero == Zero::kMinimum)
+        grouped_block<1, true, false>(w, panel[p], scratch[p], a, first + m, to);
+      else if (w.zero == Zero::kAsymmetric && w.planes == 2)
+        grouped_block<2, false, true>(w, panel[p], scratch[p], a, first + m, to);
+      else if (w.zero == Zero::kAsymmetric)
+        grouped_block<1, false, true>(w, panel[p], scratch[p], a, first + m, to);
+      else if (w.planes == 2)
+        grouped_block<2, false, false>(w, panel[p], scratch[p], a, first + m, to);
+      else
+        grouped_block<1, false, false>(w, panel[p], scratch[p], a, first + m, to);
+    }
+    m += kTileRows;
+  }
 }
 
 }  // namespace FLATOUT_ISA

@@ -156,7 +156,7 @@ void Model::finalize() {
   int widest = 0, most_groups = 0;
   const auto check_linear = [&](const PackedLinear& w, int n, int k, const std::string& name) {
     expect(w.view.n == n && w.view.k == k, name + " is missing or has the wrong shape");
-    widest = std::max(widest, w.view.k_padded);
+    widest = std::max(widest, w.view.row_stride);
     most_groups = std::max(most_groups, w.view.groups);
   };
   const auto check_vector = [&](const std::vector<float>& v, int n, const std::string& name) {
@@ -178,12 +178,12 @@ void Model::finalize() {
   check_vector(norm_, c.hidden_size, "norm");
   check_linear(head_, c.vocab_size, c.hidden_size, "head");
   expect(embedding_.n == c.vocab_size && embedding_.k == c.hidden_size, "embedding is missing or has the wrong shape");
-  // One activation buffer: codes or bf16 or floats of the widest input, and three arrays of group values.
+  // One activation buffer: codes, bf16 or floats of the widest input, and four arrays of group values.
   const int rows = kMaxStepTokens + kTileRows;
-  activation_bytes_ = (size_t)rows * widest * sizeof(float) + 3 * (size_t)rows * most_groups * sizeof(float) + 256;
+  activation_bytes_ = (size_t)rows * (widest + 4 * most_groups) * sizeof(float);
   shared_ = Buffer(activation_bytes_);
   for (ThreadScratch& s : scratch_) {
-    s.activations = Buffer((size_t)kTileRows * (widest + 3 * most_groups) * sizeof(float) + 256);
+    s.activations = Buffer((size_t)kTileRows * (widest + 4 * most_groups) * sizeof(float));
     s.panel = Buffer((size_t)2 * kLanes * widest);
     s.normed = Buffer((size_t)std::max(widest, hidden_stride_) * sizeof(float));
   }
@@ -297,12 +297,14 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
   uint8_t* memory = local ? scratch_[thread].activations.data : shared_.data;
   const int capacity = local ? kTileRows : round_up(count, kTileRows);
   Activations a;
-  if (w.kind == WeightKind::kInteger && w.integer_activation) {
-    a.codes = (int8_t*)memory;
-    memory += (size_t)round_up(capacity * w.k_padded, 64);
+  if (w.kind == WeightKind::kInteger) {
+    const size_t values = (size_t)capacity * w.groups, codes = (size_t)capacity * w.row_stride;
     a.scales = (float*)memory;
-    a.scaled_sums = a.scales + (size_t)capacity * w.groups;
-    a.sums = (int32_t*)(a.scaled_sums + (size_t)capacity * w.groups);
+    a.scaled_sums = a.scales + values;
+    a.sums[0] = (int32_t*)(a.scaled_sums + values);
+    a.sums[1] = a.sums[0] + values;
+    a.codes[0] = (int8_t*)(a.sums[1] + values);  // capacity is a multiple of 16: the codes start on a cache line
+    a.codes[1] = a.codes[0] + codes;
   } else if (w.kind == WeightKind::kBFloat16) {
     a.bf16 = (uint16_t*)memory;
   } else {
@@ -316,10 +318,14 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
       ops_->rms_norm(in, norm->data(), config_.rms_norm_eps, w.k, normed);
       in = normed;
     }
-    const size_t at = (size_t)r * w.k_padded, group_at = (size_t)r * w.groups;
-    if (a.codes) {
-      ops_->quantize(in, w.k, w.k_padded, w.group, w.groups, w.activation_group, a.codes + at, a.scales + group_at,
-                     a.sums + group_at, a.scaled_sums + group_at);
+    const size_t at = (size_t)r * w.row_stride;
+    if (w.kind == WeightKind::kInteger) {
+      const size_t values = group_index(r, 0, w.groups);
+      Activations row = a;
+      row.scales += values;
+      row.scaled_sums += values;
+      for (int p = 0; p < 2; ++p) row.sums[p] += values, row.codes[p] += at;
+      ops_->quantize(w, in, row);
     } else if (a.bf16) {
       ops_->round_bf16(in, w.k, w.k_padded, a.bf16 + at);
     } else {
@@ -333,37 +339,39 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
 
 void Model::linear(const Linear& w, const Activations& a, int count, Epilogue epilogue, const float* bias, float* out,
                    int stride, int thread) {
-  const int pair = epilogue == Epilogue::kGated ? 2 : 1;  // gate and up panels alternate
-  const int units = w.panels / pair, threads = pool_.size();
-  const int first = (int)((int64_t)units * thread / threads), last = (int)((int64_t)units * (thread + 1) / threads);
-  const int width = epilogue == Epilogue::kGated ? w.n / 2 : w.n;
-  const bool prepared = ops_->prepare_panel != nullptr && count > kLocalRows;
-  int8_t* scratch = (int8_t*)scratch_[thread].panel.data;
+  const bool gate = epilogue == Epilogue::kGated;  // panels of gate and up alternate
+  const int units = (w.panels + 1) / 2, threads = pool_.size();
+  const int begin = (int)((int64_t)units * thread / threads), end = (int)((int64_t)units * (thread + 1) / threads);
+  const int width = gate ? w.n / 2 : w.n;
+  const bool prepared = ops_->prepare_panel != nullptr && count >= kTileMinimum;
+  int8_t* memory = (int8_t*)scratch_[thread].panel.data;
+  const int8_t* scratch[2] = {memory, memory + (size_t)kLanes * w.k_padded};
   alignas(64) float tile[2][kTokenBlock * kLanes];
-  for (int u = first; u < last; ++u) {
-    const int lanes = std::min(kLanes, width - u * kLanes);
-    const uint8_t* panel[2] = {w.data + (size_t)u * pair * w.panel_bytes,
-                               w.data + ((size_t)u * pair + 1) * w.panel_bytes};
-    if (prepared)
-      for (int h = 0; h < pair; ++h) ops_->prepare_panel(w, panel[h], scratch + (size_t)h * kLanes * w.k_padded);
+  float* const tiles[2] = {tile[0], tile[1]};
+  if (ops_->begin_linear && count >= kTileMinimum) ops_->begin_linear(w);
+  for (int u = begin; u < end; ++u) {
+    const int panels = std::min(2, w.panels - 2 * u);
+    const uint8_t* first_panel = w.data + (size_t)2 * u * w.panel_bytes;
+    const uint8_t* panel[2] = {first_panel, first_panel + w.panel_bytes};
+    for (int p = 0; prepared && p < panels; ++p)
+      ops_->prepare_panel(w, panel[p], memory + (size_t)p * kLanes * w.k_padded);
     for (int m = 0; m < count; m += kTokenBlock) {
       const int rows = std::min(kTokenBlock, count - m);
-      for (int h = 0; h < pair; ++h)
-        ops_->linear_panel(w, panel[h], scratch + (size_t)h * kLanes * w.k_padded, a, m, rows, tile[h]);
-      float* to = out + (size_t)m * stride + u * kLanes;
-      if (epilogue == Epilogue::kGated) {
-        ops_->gated(tile[0], tile[1], rows, lanes, config_.gelu, to, stride);
+      ops_->linear_panels(w, panel, panels, scratch, a, m, rows, tiles);
+      if (gate) {
+        const int column = u * kLanes;
+        ops_->gated(tile[0], tile[1], rows, std::min(kLanes, width - column), config_.gelu,
+                    out + (size_t)m * stride + column, stride);
         continue;
       }
-      for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < lanes; ++i) {
-          float v = tile[0][r * kLanes + i];
-          if (bias) v += bias[u * kLanes + i];
-          if (epilogue == Epilogue::kAdd) v += to[(size_t)r * stride + i];
-          to[(size_t)r * stride + i] = v;
-        }
+      for (int p = 0; p < panels; ++p) {
+        const int column = (2 * u + p) * kLanes;
+        ops_->epilogue(tile[p], rows, std::min(kLanes, width - column), bias ? bias + column : nullptr,
+                       epilogue == Epilogue::kAdd, out + (size_t)m * stride + column, stride);
+      }
     }
   }
+  if (ops_->end_linear && count >= kTileMinimum) ops_->end_linear();
 }
 
 // Rotate q and k, normalise them where the model does, and store k and v: one item a token and head.

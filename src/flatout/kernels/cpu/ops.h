@@ -12,6 +12,7 @@ namespace flatout {
 constexpr int kLanes = 16;     // rows of a panel, lanes of a vector
 constexpr int kPage = 64;      // tokens of a KV page; also the block of the online softmax
 constexpr int kTileRows = 16;  // activation buffers are padded to this many rows
+constexpr int kTileMinimum = 6;  // fewer tokens than this are faster without tiles
 constexpr int kPrefetchBytes = 2048;  // how far ahead of the multiply the weight stream is fetched
 
 enum class WeightKind { kFloat32, kBFloat16, kInteger };
@@ -25,11 +26,12 @@ enum class Zero { kSymmetric, kAsymmetric, kMinimum };
 struct Linear {
   WeightKind kind = WeightKind::kFloat32;
   int n = 0, k = 0, k_padded = 0, panels = 0;
+  int row_stride = 0;            // elements from one token's activations to the next
   int bits = 32, group = 0, groups = 1;  // group: columns a scale covers (k_padded when one scale a row)
   Zero zero = Zero::kSymmetric;
   int integer_zero = 0;
   bool half_scales = false;  // scales and minima as IEEE half, otherwise float
-  bool integer_activation = false;
+  int planes = 0;            // activations: 0 floats, 1 signed bytes, 2 signed 15-bit numbers as 128 * high + low
   int activation_group = 0;  // 0: one activation scale a token
   size_t panel_bytes = 0, scales_offset = 0, extra_offset = 0;
   const uint8_t* data = nullptr;
@@ -37,13 +39,18 @@ struct Linear {
 
 // The input of a linear: M tokens in the form the weight needs.
 struct Activations {
-  int8_t* codes = nullptr;       // [M][k_padded], zero in the padding
-  float* scales = nullptr;       // [M][groups]
-  int32_t* sums = nullptr;       // [M][groups]: sum of codes
-  float* scaled_sums = nullptr;  // [M][groups]: scales * float(sums)
-  float* floats = nullptr;       // [M][k_padded]
-  uint16_t* bf16 = nullptr;      // [M][k_padded]
+  int8_t* codes[2] = {};         // high and low plane: [M][row_stride], zero in the padding
+  float* scales = nullptr;       // group values: [M / 16][groups][16 tokens]
+  int32_t* sums[2] = {};         // likewise, of each plane: sum of codes
+  float* scaled_sums = nullptr;  // likewise, one plane only: scales * float(sums)
+  float* floats = nullptr;       // [M][row_stride]
+  uint16_t* bf16 = nullptr;      // [M][row_stride]
 };
+
+// Index of token m's value of group g: the 16 tokens of a tile lie together.
+inline size_t group_index(int m, int g, int groups) {
+  return ((size_t)(m / kTileRows) * groups + g) * kTileRows + m % kTileRows;
+}
 
 // One query block against the cache of one sequence and one head.
 struct Attention {
@@ -71,15 +78,22 @@ struct Ops {
   const char* name;
   // out = x / rms(x) * weight
   void (*rms_norm)(const float* x, const float* weight, float eps, int d, float* out);
-  // int8 codes with one scale a group: scale = max|x| / 127, code = round(x * (127 / max|x|))
-  void (*quantize)(const float* x, int k, int k_padded, int group, int groups, int act_group, int8_t* codes,
-                   float* scales, int32_t* sums, float* scaled_sums);
+  // One token's codes and group values, which lie kTileRows apart (see group_index).
+  //   one plane   scale = max|x| / 127, code = round(x * (127 / max|x|)), the maximum over a group or the token
+  //   two planes  the same with 16256 = 127 * 128 over the token; code = 128 * high + low, low in [-64, 63]
+  void (*quantize)(const Linear&, const float* x, const Activations& row);
   void (*round_bf16)(const float* x, int k, int k_padded, uint16_t* out);
   // Unpack what linear_panel needs once a panel; scratch holds 16 * k_padded bytes. May be null.
   void (*prepare_panel)(const Linear&, const uint8_t* panel, int8_t* scratch);
-  // out[i][0..15] = (row block of the panel) . (token first + i), i < count
-  void (*linear_panel)(const Linear&, const uint8_t* panel, const int8_t* scratch, const Activations&, int first,
-                       int count, float* out);
+  // Called by each thread around the panels of one linear; may be null.
+  void (*begin_linear)(const Linear&);
+  void (*end_linear)();
+  // out[p][i][0..15] = (rows of panel p) . (token first + i) for 1 or 2 panels and i < count; out has room for count
+  // rounded up to 16 rows
+  void (*linear_panels)(const Linear&, const uint8_t* const* panel, int panels, const int8_t* const* scratch,
+                        const Activations&, int first, int count, float* const* out);
+  // out[i * stride .. + lanes) = tile[i] (+ bias) (+ what is there)
+  void (*epilogue)(const float* tile, int count, int lanes, const float* bias, bool add, float* out, int stride);
   // out[i * stride .. + 16) = act(gate[i][0..15]) * up[i][0..15], at most `lanes` of them
   void (*gated)(const float* gate, const float* up, int count, int lanes, bool gelu, float* out, int stride);
   // Rotate x (E values) by the angles of one position: cosines then sines, E / 2 each

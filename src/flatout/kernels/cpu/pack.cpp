@@ -92,12 +92,15 @@ PackedLinear pack_linear(const Source& s, bool interleaved) {
   w.bits = s.bits;
   w.zero = s.zero;
   w.half_scales = s.half_scales;
-  w.integer_activation = s.integer_activation;
+  w.planes = s.planes;
   w.activation_group = s.activation_group;
   w.panels = interleaved ? 2 * round_up(s.n / 2, kLanes) / kLanes : round_up(s.n, kLanes) / kLanes;
   w.k_padded = s.group ? s.k : round_up(s.k, 64);
   w.group = s.group ? s.group : w.k_padded;
   w.groups = w.k_padded / w.group;
+  // An odd number of cache lines apart, so that the rows of a tile fall into different cache sets.
+  const int line = s.kind == WeightKind::kInteger ? 64 : s.kind == WeightKind::kBFloat16 ? 32 : 16;
+  w.row_stride = (round_up(w.k_padded, line) / line | 1) * line;
   if (s.kind == WeightKind::kInteger) {
     w.integer_zero = s.zero != Zero::kSymmetric ? 0 : (s.bits == 8 ? 128 : 8);
     const size_t scale_bytes = (size_t)w.groups * kLanes * (s.half_scales ? 2 : 4);

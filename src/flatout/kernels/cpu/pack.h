@@ -24,8 +24,8 @@ struct Source {
   WeightKind kind = WeightKind::kFloat32;
   int n = 0, k = 0, bits = 32, group = 0;  // group 0: one scale a row
   Zero zero = Zero::kSymmetric;
-  bool half_scales = false, integer_activation = false;
-  int activation_group = 0;
+  bool half_scales = false;
+  int planes = 0, activation_group = 0;  // as in Linear
   const uint8_t* codes = nullptr;
   const void *scales = nullptr, *minima = nullptr;
   const uint8_t* zeros = nullptr;

@@ -21,7 +21,8 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 typedef float f32x8 __attribute__((vector_size(32)));
 
-static inline f32x16 splat(float v) { return f32x16{} + v; }
+// Spelled out: `f32x16{} + v` would keep an addition for the sake of negative zero.
+static inline f32x16 splat(float v) { return f32x16{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
 static inline i32x16 splat_i32(int32_t v) { return i32x16{} + v; }
 
 template <class V>
@@ -33,16 +34,6 @@ static inline V load(const void* p) {
 template <class V>
 static inline void store(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
-}
-
-// Lanes [0, count) from p, zero elsewhere; never touches memory past count.
-static inline f32x16 load_some(const float* p, int count) {
-  f32x16 v = {};
-  std::memcpy(&v, p, sizeof(float) * (count < 16 ? count : 16));
-  return v;
-}
-static inline void store_some(float* p, f32x16 v, int count) {
-  std::memcpy(p, &v, sizeof(float) * (count < 16 ? count : 16));
 }
 
 static inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
@@ -61,6 +52,7 @@ static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 static inline f32x16 to_float(i32x16 v) { return (f32x16)_mm512_cvtepi32_ps((__m512i)v); }
 static inline i32x16 round_to_int(f32x16 v) { return (i32x16)_mm512_cvtps_epi32((__m512)v); }
 static inline f32x16 max(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline f32x16 min(f32x16 a, f32x16 b) { return (f32x16)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline f32x16 from_half(const uint16_t* p) {
   return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -116,6 +108,11 @@ static inline f32x16 max(f32x16 a, f32x16 b) {
   return join<f32x16>((__m256i)_mm256_max_ps((__m256)x.lo, (__m256)y.lo),
                       (__m256i)_mm256_max_ps((__m256)x.hi, (__m256)y.hi));
 }
+static inline f32x16 min(f32x16 a, f32x16 b) {
+  Halves x = split(a), y = split(b);
+  return join<f32x16>((__m256i)_mm256_min_ps((__m256)x.lo, (__m256)y.lo),
+                      (__m256i)_mm256_min_ps((__m256)x.hi, (__m256)y.hi));
+}
 static inline f32x16 from_half(const uint16_t* p) {
   return join<f32x16>((__m256i)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
                       (__m256i)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
@@ -163,6 +160,7 @@ static inline i32x16 round_to_int(f32x16 v) {
 }
 // The second operand wins on NaN and on equal zeros, as in the vector instruction.
 static inline f32x16 max(f32x16 a, f32x16 b) { return select(a > b, a, b); }
+static inline f32x16 min(f32x16 a, f32x16 b) { return select(a < b, a, b); }
 static inline float half_to_float(uint16_t h) {
   uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
   if (exponent == 0) {
@@ -204,18 +202,61 @@ static inline i32x16 dot_su(i32x16 acc, u8x64 s, int32_t u4) {
 
 #endif
 
+// Lanes [0, count) from p, zero elsewhere; never touches memory past count.
+static inline f32x16 load_some(const float* p, int count) {
+  if (count >= 16) return load<f32x16>(p);
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
+  f32x16 v = {};
+  std::memcpy(&v, p, sizeof(float) * count);
+  return v;
+#endif
+}
+static inline void store_some(float* p, f32x16 v, int count) {
+  if (count >= 16) return store(p, v);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
+  std::memcpy(p, &v, sizeof(float) * count);
+#endif
+}
+
 // Reductions: halves are folded 16 -> 8 -> 4 -> 2 -> 1 on every instruction set, so the order never differs.
+#if defined(__AVX2__)
+static inline __m256 low_half(f32x16 v) {
+  __m256 h;
+  std::memcpy(&h, &v, 32);
+  return h;
+}
+static inline __m256 high_half(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1));
+#else
+  __m256 h;
+  std::memcpy(&h, (const char*)&v + 32, 32);
+  return h;
+#endif
+}
+static inline float sum(f32x16 v) {
+  __m256 a = _mm256_add_ps(low_half(v), high_half(v));
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+static inline float max_lane(f32x16 v) {
+  __m256 a = _mm256_max_ps(low_half(v), high_half(v));
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+#else
 static inline float sum(f32x16 v) {
   float a[16];
   store(a, v);
   for (int width = 8; width; width /= 2)
     for (int i = 0; i < width; ++i) a[i] += a[i + width];
   return a[0];
-}
-static inline int32_t sum(i32x16 v) {
-  int32_t total = 0;
-  for (int i = 0; i < 16; ++i) total += v[i];
-  return total;
 }
 static inline float max_lane(f32x16 v) {
   float a[16];
@@ -224,14 +265,23 @@ static inline float max_lane(f32x16 v) {
     for (int i = 0; i < width; ++i) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
   return a[0];
 }
+#endif
+static inline int32_t sum(i32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t total = 0;
+  for (int i = 0; i < 16; ++i) total += v[i];
+  return total;
+#endif
+}
 
 static inline f32x16 absolute(f32x16 v) { return (f32x16)((i32x16)v & splat_i32(0x7fffffff)); }
 
 // exp(x) to about 1 ulp for x in [-87, 88]; inputs outside are clamped. Cody-Waite reduction by ln 2 and the degree-6
 // Taylor-like polynomial of Cephes' expf.
 static inline f32x16 exp(f32x16 x) {
-  x = select(x < splat(-87.0f), splat(-87.0f), x);
-  x = select(x > splat(88.0f), splat(88.0f), x);
+  x = min(max(x, splat(-87.0f)), splat(88.0f));
   i32x16 n = round_to_int(x * splat(1.44269504088896341f));
   f32x16 nf = to_float(n);
   f32x16 r = fma(nf, splat(-0.693359375f), x);

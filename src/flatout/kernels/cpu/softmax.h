@@ -14,12 +14,23 @@ namespace FLATOUT_ISA {
 
 constexpr int kMaxHeadDim = 256;
 
-// Running softmax of one query: greatest score so far, denominator, weighted values.
-struct SoftmaxRow {
-  float top = -std::numeric_limits<float>::infinity();
-  float total = 0.0f;
-  alignas(64) float out[kMaxHeadDim] = {};
+// Running softmax of up to 16 queries: greatest score so far, denominator, weighted values. Kept as arrays over the
+// queries because each step of one query waits for the last, while queries do not wait for each other.
+struct SoftmaxBlock {
+  alignas(64) float top[kTileRows], total[kTileRows];
+  alignas(64) float shrink[kTileRows], scale[kTileRows];  // of the page at hand: old sums shrink, new products scale
+  alignas(64) float score[kTileRows][kPage];
+  alignas(64) float out[kTileRows][kMaxHeadDim];
 };
+
+static inline void start(SoftmaxBlock& b, int rows, int head_dim_padded) {
+  store(b.top, splat(-std::numeric_limits<float>::infinity()));
+  store(b.total, splat(0.0f));
+  store(b.shrink, splat(1.0f));
+  store(b.scale, splat(0.0f));
+  for (int r = 0; r < rows; ++r)
+    for (int d = 0; d < head_dim_padded; d += kLanes) store(b.out[r] + d, splat(0.0f));
+}
 
 // Keys of a page that a query sees: [begin, end) within the page.
 struct Visible {
@@ -38,53 +49,85 @@ static inline i32x16 seen_lanes(Visible v, int first_key) {
   return (key >= splat_i32(v.begin)) & (key < splat_i32(v.end));
 }
 
-// Scores of one page (masked lanes are -inf) -> probabilities relative to the new running maximum; returns the factor
-// by which earlier sums shrink.
-static inline float advance(SoftmaxRow& row, f32x16 score[4], Visible v, f32x16 probability[4]) {
-  const f32x16 hidden = splat(-std::numeric_limits<float>::infinity());
-  f32x16 top = hidden;
-  for (int i = 0; i < 4; ++i) {
-    score[i] = select(seen_lanes(v, i * kLanes), score[i], hidden);
-    top = max(score[i], top);
+// What rows first .. first + rows see of page p; false when that is nothing for all of them.
+static inline bool visible_rows(const Attention& a, int first, int rows, int p, Visible* visible) {
+  bool any = false;
+  for (int r = 0; r < rows; ++r) {
+    visible[r] = visible_keys(a, first + r, p * kPage);
+    any |= visible[r].begin < visible[r].end;
   }
-  float page_top = max_lane(top);
-  float new_top = page_top > row.top ? page_top : row.top;
-  float shrink = exp(splat(row.top - new_top))[0];
-  f32x16 total = splat(0.0f);
-  for (int i = 0; i < 4; ++i) {
-    probability[i] = select(seen_lanes(v, i * kLanes), exp(score[i] - splat(new_top)), splat(0.0f));
-    total += probability[i];
-  }
-  row.total = row.total * shrink + sum(total);
-  row.top = new_top;
-  return shrink;
+  return any;
 }
 
-struct PageWeights {
-  float shrink, scale;
-};
-
-// int8 page: products q.k -> 8-bit weights of the values. score = dot * (q_scale * key_scale); weight = p * value_scale
-// as a multiple of the page's greatest such weight / 255.
-static inline PageWeights int8_weights(SoftmaxRow& row, const int32_t* dots, float q_scale, const float* key_scales,
-                                       const float* value_scales, Visible v, uint8_t* codes) {
-  f32x16 score[4], p[4];
-  for (int i = 0; i < 4; ++i)
-    score[i] = to_float(load<i32x16>(dots + i * kLanes)) * (splat(q_scale) * load<f32x16>(key_scales + i * kLanes));
-  float shrink = advance(row, score, v, p);
-  f32x16 top = splat(0.0f);
-  for (int i = 0; i < 4; ++i) {
-    p[i] = select(seen_lanes(v, i * kLanes), p[i] * load<f32x16>(value_scales + i * kLanes), splat(0.0f));
-    top = max(p[i], top);
-  }
-  float greatest = max_lane(top), inverse = greatest > 0.0f ? 255.0f / greatest : 0.0f;
-  for (int i = 0; i < 4; ++i) store_u8(codes + i * kLanes, round_to_int(p[i] * splat(inverse)));
-  return {shrink, greatest / 255.0f};
+static inline bool whole(Visible v) { return v.begin == 0 && v.end == kPage; }
+static inline f32x16 masked(Visible v, int i, f32x16 x, float hidden) {
+  return whole(v) ? x : select(seen_lanes(v, i * kLanes), x, splat(hidden));
 }
 
-static inline void add_values(SoftmaxRow& row, int d, i32x16 dot, PageWeights w) {
-  f32x16 old = load<f32x16>(row.out + d) * splat(w.shrink);
-  store(row.out + d, fma(to_float(dot), splat(w.scale), old));
+// Exact products of an int8 page -> scores.
+static inline void store_score(SoftmaxBlock& b, int r, int i, i32x16 dot, float q_scale, const float* key_scales) {
+  store(b.score[r] + i * kLanes, to_float(dot) * (splat(q_scale) * load<f32x16>(key_scales + i * kLanes)));
+}
+
+// b.score of a page -> probabilities relative to the new running maximum, in place.
+static inline void advance(SoftmaxBlock& b, const Visible* visible, int rows) {
+  const float hidden = -std::numeric_limits<float>::infinity();
+  alignas(64) float page_top[kTileRows];
+  store(page_top, splat(hidden));
+  for (int r = 0; r < rows; ++r) {
+    f32x16 top = splat(hidden);
+    for (int i = 0; i < 4; ++i) {
+      const f32x16 s = masked(visible[r], i, load<f32x16>(b.score[r] + i * kLanes), hidden);
+      store(b.score[r] + i * kLanes, s);
+      top = max(s, top);
+    }
+    page_top[r] = max_lane(top);
+  }
+  const f32x16 old_top = load<f32x16>(b.top), top = max(load<f32x16>(page_top), old_top);
+  const f32x16 shrink = select(top == old_top, splat(1.0f), exp(old_top - top));
+  store(b.top, top);
+  store(b.shrink, shrink);
+  alignas(64) float sums[kTileRows] = {};
+  for (int r = 0; r < rows; ++r) {
+    f32x16 total = splat(0.0f);
+    for (int i = 0; i < 4; ++i) {
+      f32x16 p = exp(load<f32x16>(b.score[r] + i * kLanes) - splat(b.top[r]));
+      p = masked(visible[r], i, p, 0.0f);
+      store(b.score[r] + i * kLanes, p);
+      total += p;
+    }
+    sums[r] = sum(total);
+  }
+  store(b.total, load<f32x16>(b.total) * shrink + load<f32x16>(sums));
+}
+
+// Probabilities of an int8 page -> 8-bit weights of its values: p * value_scale as a multiple of the page's greatest
+// such weight / 255. Keys that a query does not see have weight 0.
+static inline void quantize_weights(SoftmaxBlock& b, const float* value_scales, int rows, uint8_t (*codes)[kPage]) {
+  alignas(64) float greatest[kTileRows] = {};
+  for (int r = 0; r < rows; ++r) {
+    f32x16 top = splat(0.0f);
+    for (int i = 0; i < 4; ++i) {
+      const f32x16 w = load<f32x16>(b.score[r] + i * kLanes);
+      // A hidden key's scale may be left from another sequence: 0 times it must stay 0 whatever it is.
+      const f32x16 weight = select(w > splat(0.0f), w * load<f32x16>(value_scales + i * kLanes), splat(0.0f));
+      store(b.score[r] + i * kLanes, weight);
+      top = max(weight, top);
+    }
+    greatest[r] = max_lane(top);
+  }
+  const f32x16 g = load<f32x16>(greatest);
+  alignas(64) float inverse[kTileRows];
+  store(inverse, select(g > splat(0.0f), splat(255.0f) / g, splat(0.0f)));
+  store(b.scale, g * splat(1.0f / 255.0f));
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < 4; ++i)
+      store_u8(codes[r] + i * kLanes, round_to_int(load<f32x16>(b.score[r] + i * kLanes) * splat(inverse[r])));
+}
+
+static inline void add_values(SoftmaxBlock& b, int r, int d, i32x16 dot) {
+  const f32x16 old = load<f32x16>(b.out[r] + d) * splat(b.shrink[r]);
+  store(b.out[r] + d, fma(to_float(dot), splat(b.scale[r]), old));
 }
 
 // q as signed bytes with one scale (softmax scale folded in); returns q_scale, sets the sum of codes.
@@ -104,9 +147,9 @@ static inline float quantize_query(const float* q, int head_dim, int head_dim_pa
   return amax / 127.0f * softmax_scale;
 }
 
-static inline void finish(const SoftmaxRow& row, int head_dim, float* out) {
-  const f32x16 inverse = splat(1.0f / row.total);
-  for (int d = 0; d < head_dim; d += kLanes) store_some(out + d, load<f32x16>(row.out + d) * inverse, head_dim - d);
+static inline void finish(const SoftmaxBlock& b, int r, int head_dim, float* out) {
+  const f32x16 inverse = splat(1.0f / b.total[r]);
+  for (int d = 0; d < head_dim; d += kLanes) store_some(out + d, load<f32x16>(b.out[r] + d) * inverse, head_dim - d);
 }
 
 // Parts of an int8 page of one kv head.

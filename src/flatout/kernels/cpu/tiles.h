@@ -11,4 +11,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+// Not _tile_loadconfig: gcc 12 tells the optimiser that it reads 8 bytes, and the rest of the structure is dropped.
+static inline void load_tile_config(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
+
 }  // namespace flatout

@@ -47,5 +47,6 @@ def rate(value: float) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio: 18.23 -> '18.2×'."""
-    return f"{value:.0f}×" if value >= 99.5 else f"{value:.1f}×" if value >= 9.95 else f"{value:.2f}×"
+    """A ratio: 18.23 -> 18.2 and a multiplication sign."""
+    digits = 0 if value >= 99.5 else 1 if value >= 9.95 else 2
+    return f"{value:.{digits}f}\N{MULTIPLICATION SIGN}"

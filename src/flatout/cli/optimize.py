@@ -1,0 +1,154 @@
+"""`flatout optimize MODEL --out DIR`: parse, run the loop, print three columns and what to type next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flatout.cli.output import aligned, log, print_json
+from flatout.search.stages import Listener, Status
+from flatout.search.units import megabytes, percent, rate, seconds, times
+
+
+def optimize(
+    model: Annotated[
+        str,
+        typer.Argument(help="A GGUF file, a safetensors folder, a Hugging Face id or a built-in name."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the artifact: new, empty or an artifact.")],
+    max_loss: Annotated[str, typer.Option(help="Largest increase of the perplexity.")] = "1%",
+    recipe: Annotated[
+        str | None, typer.Option(help="Use this one instead of searching, e.g. native or w8a8-g64.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="latency, throughput or memory.")] = "latency",
+    workload: Annotated[
+        str | None, typer.Option(help="What must be fast: PROMPT+OUTPUTxBATCH tokens, e.g. 512+64x1.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text or .jsonl to judge by, instead of the shipped one.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Ignore finished trials of earlier runs, or reuse them.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, the whole result.")] = False,
+) -> int:
+    """Make MODEL as fast as this machine allows inside a quality budget, prove it, and write it to --out.
+
+    Exit code 0: done. 3: what was asked for cannot be certified; the folder then holds the original.
+    """
+    from flatout.report.optimize import optimize as run
+
+    with _progress() as (listen, note):
+        result = run(
+            model,
+            out,
+            max_loss=max_loss,
+            recipe=recipe,
+            objective=objective,
+            workload=workload,
+            text=text,
+            threads=threads,
+            fresh=fresh,
+            listen=listen,
+            note=note,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        print(summary(result))
+    if not result["passed"]:
+        log(f"flatout: the budget cannot be met: {result['verdict']}")
+    return 0 if result["passed"] else 3
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The three columns, the verdict and the next command."""
+    columns = [result["baseline"], result["engine_original"], result["optimized"]]
+    work = result["request"]["workload"]
+    rows = [["", *(column["name"] for column in columns)]]
+    for phase in ("prefill", "decode"):
+        cells = [
+            f"{rate(c[f'{phase}_tokens_per_s'])} ({percent(c['floor_fraction'][phase])} of floor)"
+            for c in columns
+        ]
+        rows.append([f"{phase} tok/s", *cells])
+    rows.append(["weights + cache", *(megabytes(c["memory_bytes"]) for c in columns)])
+    rows.append(["perplexity", *(_or_dash(c["perplexity"], "{:.3f}".format) for c in columns)])
+    rows.append(["loss", *(_loss(c) for c in columns)])
+    ratio, interval = result["speedup"], result["speedup_interval"]
+    gains = ", ".join(
+        f"{phase} {times(ratio[phase])} ({times(interval[phase][0])} to {times(interval[phase][1])})"
+        for phase in ("decode", "prefill")
+    )
+    quality = result["quality"]
+    certificate = (
+        f"certificate {quality['verdict'].replace('_', ' ')}: {quality['clusters']} passages, "
+        f"{quality['tokens']:,} tokens, opening {quality['k']}"
+    )
+    lines = [
+        f"{result['model']['name']} on {result['hardware']['name']}, {result['threads']} threads, "
+        f"{work['prompt']} + {work['output']} tokens, batch {work['batch']}",
+        "",
+        aligned(rows),
+        "",
+        f"recipe {result['optimized']['recipe']}; against {result['baseline']['name']}: {gains}",
+        certificate,
+        result["verdict"],
+        f"report: {result['report']}",
+        f"next: flatout run {result['artifact']}",
+    ]
+    return "\n".join(lines)
+
+
+def _loss(column: Mapping[str, Any]) -> str:
+    if column["loss"] is None:
+        return "-"
+    bound = column["loss_upper_bound"]
+    most = "" if bound is None else f" (at most {percent(bound, signed=True)})"
+    return percent(column["loss"], signed=True) + most
+
+
+def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
+    return "-" if value is None else form(value)
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Listener, Callable[[str], None]]]:
+    """(listener, note) that show stages with the time left on stderr: a moving line on a terminal, else a
+    line each."""
+    if not sys.stderr.isatty():
+        yield _lines(), log
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[what]}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0, what="")
+
+        def listen(status: Status) -> None:
+            left = f"{status.what}  about {seconds(max(status.eta_s, 1))} left".strip()
+            stage = f"[{status.number}/{status.count}] {status.stage}"
+            bar.update(task, description=stage, completed=status.fraction, what=left)
+
+        yield listen, lambda message: console.print(message, markup=False, highlight=False)
+
+
+def _lines() -> Listener:
+    """One line when a stage begins."""
+    shown: list[str] = []
+
+    def listen(status: Status) -> None:
+        if status.stage not in shown:
+            shown.append(status.stage)
+            left = f"about {seconds(max(status.eta_s, 1))} left"
+            log(f"[{status.number}/{status.count}] {status.stage}, {left}")
+
+    return listen

@@ -1,0 +1,168 @@
+"""`flatout verify`: audit a checkpoint against its original, or check a certificate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flatout.cli.output import aligned, log, print_json
+from flatout.errors import ConfigError
+from flatout.search.request import parse_max_loss
+from flatout.search.units import percent, rate, times
+
+
+def verify(
+    model: Annotated[
+        str, typer.Argument(help="The optimised model, or a certificate (CERT.json, an artifact).")
+    ],
+    against: Annotated[str, typer.Option(help="The original that the model is compared with.")] = "",
+    margin: Annotated[str, typer.Option(help="Largest increase of the perplexity, e.g. 1%.")] = "1%",
+    text: Annotated[
+        str, typer.Option(help="UTF-8 text or .jsonl to judge by, instead of the shipped one.")
+    ] = "",
+    speed_seconds: Annotated[
+        float, typer.Option(help="Time for each of prefill and decode; 0 leaves speed out.", min=0)
+    ] = 60.0,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Score a certificate's text again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: quality, speed.")] = False,
+) -> int:
+    """Prove or refute that MODEL is as good as --against and faster; without --against, check a certificate.
+
+    Exit code 0: passed. 3: failed, or the text cannot decide.
+    """
+    show = None if as_json else _show
+    if against and not rerun:
+        from flatout.core.types import to_json
+        from flatout.verify.audit import audit
+
+        found = audit(
+            model,
+            against,
+            margin=parse_margin(margin),
+            text=text or None,
+            speed_seconds=speed_seconds,
+            listen=show,
+        )
+        if as_json:
+            print_json(found)
+        else:
+            print(_quality_table(to_json(found.quality)))
+            if found.speed is not None:
+                print("\n" + _speed_table(to_json(found.speed)))
+        return 0 if found.quality.passed else 3
+    if margin != "1%" or text:
+        raise ConfigError(
+            "a certificate fixes margin and text", "--margin or --text", "flatout verify A --against B"
+        )
+    return _certificate(model, against or None, rerun, show, as_json)
+
+
+def parse_margin(text: str) -> float:
+    """ "1%" or "0.01" as a fraction. Raises ConfigError."""
+    try:
+        return parse_max_loss(text)
+    except ConfigError as error:
+        rule = "--margin is a perplexity increase above 0% and below 100%"
+        raise ConfigError(rule, repr(text), "--margin 1%") from error
+
+
+def _certificate(path: str, original: str | None, rerun: bool, show: Any, as_json: bool) -> int:
+    from flatout.core.types import to_json
+    from flatout.verify.audit import again
+    from flatout.verify.certificate import recompute
+
+    if not Path(path).exists():
+        raise ConfigError(
+            "a certificate is a file, or an artifact's folder", path, "flatout verify A --against B"
+        )
+    certificate = recompute(path)
+    result: dict[str, Any] = {"quality": certificate, "speed": None}
+    if rerun:
+        _, new = again(path, original=original, listen=show)
+        pairs = zip(certificate.clusters, new.clusters, strict=True)
+        largest = max(abs(old.loss - fresh.loss) / old.tokens for old, fresh in pairs)
+        result |= {
+            "rerun": new,
+            "largest_difference": largest,
+            "verdict_stands": new.verdict == certificate.verdict,
+        }
+        certificate = new
+    if as_json:
+        print_json(result)
+    else:
+        print(_quality_table(to_json(certificate)))
+        if rerun:
+            kept = "the verdict stands" if result["verdict_stands"] else "the verdict changed"
+            print(
+                f"\nrerun: losses differ by at most {result['largest_difference']:.2e} nats a token; {kept}"
+            )
+    return 0 if certificate.passed and result.get("verdict_stands", True) else 3
+
+
+def _show(stage: str, done: int, total: int) -> None:
+    """Stages on stderr, one line each; a terminal sees the count move."""
+    last = done >= total
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{stage} {done}/{total}" + ("\n" if last else ""))
+        sys.stderr.flush()
+    elif last:
+        log(stage)
+
+
+def _loss(value: float | None) -> str:
+    return "unbounded" if value is None else percent(value, signed=True)
+
+
+def _quality_table(quality: dict[str, Any]) -> str:
+    verdict = quality["verdict"].replace("_", " ")
+    rows = [
+        ["verdict", f"{verdict}: {quality['reason']}"],
+        [
+            "loss",
+            f"{_loss(quality['loss'])}, at most {_loss(quality['loss_upper'])} ({quality['method']})",
+        ],
+        [
+            "perplexity",
+            f"{_number(quality['perplexity_original'])} -> {_number(quality['perplexity_optimised'])}",
+        ],
+        [
+            "text",
+            f"{quality['tokens']:,} tokens in {len(quality['clusters'])} passages, opening {quality['k']}",
+        ],
+        ["confidence", f"{1 - quality['alpha_k']:.2%} for this opening, {1 - quality['alpha']:.0%} over all"],
+        ["worst domain", f"{quality['worst_domain']}: {_loss(quality['worst_domain_loss'])}"],
+        ["optimised", f"{quality['optimised']['source']} ({quality['optimised']['recipe']})"],
+        ["original", f"{quality['original']['source']} ({quality['original']['recipe']})"],
+    ]
+    divergence = quality["divergence"]
+    if divergence is not None:
+        flips = f"{percent(divergence['flip_rate'])} of greedy tokens change"
+        rows.append(["predictions", f"KL {divergence['mean_kl']:.2e} nats a token, {flips}"])
+    rows += [["note", note] for note in quality["notes"]]
+    return aligned(rows, right=False)
+
+
+def _number(value: Any) -> str:
+    return "unbounded" if value is None else f"{value:.3f}"
+
+
+def _speed_table(speed: dict[str, Any]) -> str:
+    rows = [["", "original", "optimised", "ratio", "interval", "pairs", "thrown away"]]
+    work = speed["workload"]
+    for phase, tokens in (("prefill", work["prompt"]), ("decode", work["output"])):
+        result = speed[phase]
+        rates = [work["batch"] * tokens / result[side]["median"] for side in ("seconds_a", "seconds_b")]
+        rows.append(
+            [
+                phase,
+                *(f"{rate(value)} tokens/s" for value in rates),
+                times(result["ratio"]),
+                f"{result['low']:.2f}-{result['high']:.2f}",
+                str(result["pairs"]),
+                str(result["thrown_away"]),
+            ]
+        )
+    return aligned(rows)

@@ -1,0 +1,136 @@
+"""The CPU runner: a thin cover of the C++ extension, which executes a whole step in one call. No PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+
+from flatout.core.model import Model, expected_weights
+from flatout.core.quantized import QuantizedTensor
+from flatout.engine.runner import StepInput
+from flatout.errors import BackendError, ConfigError, ResourceError, UnsupportedModelError
+from flatout.hardware.detect import available_cores
+
+
+def extension() -> ModuleType:
+    """The compiled module flatout._cpu. Raises BackendError when it was not built or does not load."""
+    try:
+        from flatout import _cpu
+    except ImportError as error:
+        raise BackendError(
+            "the cpu runner needs flatout's compiled extension",
+            str(error),
+            "reinstall flatout, or --runner reference",
+        ) from error
+    module: ModuleType = _cpu
+    return module
+
+
+class CpuRunner:
+    """A Model packed for this machine's instructions, with its own threads and KV cache.
+
+    threads: default all cores this process may use. isa: one of the extension's paths by name ("amx",
+    "avx512", "avx2", "portable"), default the best. num_pages: pages of `page_size` tokens. The Model's
+    arrays are copied, not kept. Raises BackendError for an isa this machine has not, UnsupportedModelError
+    for a model the kernels cannot run, ResourceError when memory does not suffice.
+    """
+
+    def __init__(
+        self, model: Model, threads: int | None = None, isa: str | None = None, num_pages: int = 64
+    ) -> None:
+        cpu = extension()
+        usable = list(cpu.isas())
+        if isa is not None and isa not in usable:
+            raise BackendError(
+                f"the instruction set must be one this machine has: {', '.join(usable)}", repr(isa), usable[0]
+            )
+        if threads is None:
+            threads = available_cores()
+        if not 1 <= threads <= 1024:
+            raise ConfigError(
+                "threads lie between 1 and 1024", str(threads), f"--threads {available_cores()}"
+            )
+        self.spec = model.spec
+        self.recipe = model.recipe
+        try:
+            self._model: Any = cpu.Model(
+                dataclasses.asdict(model.spec) | {"kv_cache": model.recipe.kv_cache},
+                threads,
+                isa or usable[0],
+                num_pages,
+            )
+            _set_weights(self._model, model)
+            self._model.finalize()
+        except ValueError as error:
+            raise UnsupportedModelError(
+                "the model must fit the cpu runner's kernels", str(error), "--runner reference"
+            ) from error
+        except MemoryError as error:
+            raise ResourceError(
+                "weights and KV cache must fit into memory", str(error), "a smaller cache or recipe"
+            ) from error
+        self.threads = threads
+        self.page_size: int = self._model.page_size
+        self.num_pages: int = self._model.num_pages
+        self.name = f"cpu ({self._model.isa}, {threads} thread{'s' if threads > 1 else ''})"
+
+    def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:
+        logits: np.ndarray = self._model.forward(
+            batch.tokens, batch.starts, batch.lengths, batch.pages, rows == "all"
+        )
+        return logits
+
+    def score(self, batch: StepInput, targets: np.ndarray) -> np.ndarray:
+        scores: np.ndarray = self._model.score(
+            batch.tokens, batch.starts, batch.lengths, batch.pages, targets
+        )
+        return scores
+
+    def sample(
+        self,
+        batch: StepInput,
+        temperature: np.ndarray,
+        top_k: np.ndarray,
+        top_p: np.ndarray,
+        seeds: np.ndarray,
+    ) -> np.ndarray:
+        tokens: np.ndarray = self._model.sample(
+            batch.tokens, batch.starts, batch.lengths, batch.pages, temperature, top_k, top_p, seeds
+        )
+        return tokens
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return int(self._model.weight_bytes)
+
+    def profile(self, enable: bool) -> None:
+        """Switch the timers of the phases on or off."""
+        self._model.profile(enable)
+
+    def timings(self) -> dict[str, float]:
+        """Seconds of each phase since the last call."""
+        return dict(self._model.timings())
+
+
+def _set_weights(target: Any, model: Model) -> None:
+    for name, _, fmt in expected_weights(model.spec, model.recipe):
+        weight = model.weights[name]
+        if isinstance(weight, QuantizedTensor):
+            target.set_quantized(
+                name,
+                np.ascontiguousarray(weight.codes),
+                np.ascontiguousarray(weight.scales),
+                None if weight.zeros is None else np.ascontiguousarray(weight.zeros),
+                None if weight.minima is None else np.ascontiguousarray(weight.minima),
+                fmt.bits,
+                fmt.group,
+                fmt.zero,
+                fmt.activation,
+                fmt.activation_group,
+            )
+        else:
+            target.set_float(name, np.ascontiguousarray(weight, dtype=np.float32), fmt.name)

@@ -1,0 +1,118 @@
+"""load(): from a path or a name to an Engine that generates text."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from flatout.core.artifact import is_artifact, load_artifact
+from flatout.core.checkpoint import open_checkpoint
+from flatout.core.costs import kv_bytes_per_token, weight_bytes
+from flatout.core.formats import Recipe
+from flatout.core.fuse import assemble, native_recipe
+from flatout.core.model import Model, expected_weights
+from flatout.core.spec import ModelSpec
+from flatout.core.tokenizer import Tokenizer
+from flatout.engine.engine import Engine
+from flatout.engine.runner import Runner
+from flatout.errors import BackendError, ConfigError, ResourceError
+from flatout.hardware.detect import free_memory
+
+RUNNERS = ("auto", "cpu", "reference")
+PAGE_TOKENS = 64
+_CACHE_BYTES = 256 << 20  # of KV cache unless told otherwise, but no less than one context of up to:
+_CACHE_TOKENS = 4096
+
+
+def load(
+    model: str | Path,
+    runner: str = "auto",
+    threads: int | None = None,
+    max_tokens: int | None = None,
+    *,
+    max_batch: int = 32,
+    recipe: Recipe | None = None,
+) -> Engine:
+    """An Engine for an artifact of flatout, a GGUF file, a safetensors folder, a Hugging Face id or a
+    built-in name.
+
+    runner: "cpu", "reference", or "auto" (cpu where the extension was built; a line on stderr says when it
+    was not). threads: of the cpu runner, default all cores. max_tokens: what the KV cache holds, all
+    sequences together; default 256 MiB, but at least one context of up to 4096 tokens. recipe: how a
+    checkpoint's weights run, by formats that round nothing further; default its own integer blocks where it
+    has them and bf16 elsewhere; an artifact has its own. Raises ResourceError when memory would not suffice,
+    before it is taken.
+    """
+    if runner not in RUNNERS:
+        raise ConfigError(f"the runner is one of {', '.join(RUNNERS)}", repr(runner), "auto")
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError("the KV cache holds at least one token", str(max_tokens), "max_tokens=4096")
+    if runner == "auto":
+        runner = _available()
+    loaded, tokenizer, tokens = _open(model, recipe, max_tokens)
+    return Engine(_runner(loaded, runner, threads, -(-tokens // PAGE_TOKENS)), tokenizer, max_batch=max_batch)
+
+
+def cache_tokens(spec: ModelSpec, kv_cache: str) -> int:
+    """Tokens the KV cache holds unless told otherwise."""
+    affordable = int(_CACHE_BYTES / (spec.num_layers * kv_bytes_per_token(spec, kv_cache)))
+    return max(affordable, min(spec.max_positions, _CACHE_TOKENS))
+
+
+def check_memory(spec: ModelSpec, recipe: Recipe, tokens: int, read: bool) -> None:
+    """Raise ResourceError when loading would need more memory than is free now.
+
+    While it loads, a model is there twice: as read (float32, or a byte a code), unless it was `read` already,
+    and packed for the runner.
+    """
+    as_read = 0
+    if not read:
+        for _, shape, fmt in expected_weights(spec, recipe):
+            as_read += math.prod(shape) * (1 if fmt.is_integer else 4)
+    cache = tokens * spec.num_layers * kv_bytes_per_token(spec, recipe.kv_cache)
+    needed = as_read + weight_bytes(spec, recipe) + cache
+    free = free_memory()
+    if 0 < free < needed:
+        raise ResourceError(
+            f"loading needs about {needed / 1e9:.1f} GB, of which the KV cache {cache / 1e9:.1f} GB",
+            f"{free / 1e9:.1f} GB free",
+            "a smaller max_tokens or a smaller model",
+        )
+
+
+def _open(model: str | Path, recipe: Recipe | None, max_tokens: int | None) -> tuple[Model, Tokenizer, int]:
+    if is_artifact(model):
+        if recipe is not None:
+            raise ConfigError("an artifact runs under its own recipe", recipe.name, "no recipe")
+        loaded, tokenizer, _ = load_artifact(model)
+        tokens = max_tokens or cache_tokens(loaded.spec, loaded.recipe.kv_cache)
+        check_memory(loaded.spec, loaded.recipe, tokens, read=True)
+        return loaded, tokenizer, tokens
+    checkpoint = open_checkpoint(model)
+    recipe = recipe or native_recipe(checkpoint, kv_cache="bf16")
+    tokens = max_tokens or cache_tokens(checkpoint.spec, recipe.kv_cache)
+    tokenizer = checkpoint.tokenizer  # read first: it is small, and a model without one cannot be served
+    check_memory(checkpoint.spec, recipe, tokens, read=False)
+    return assemble(checkpoint, recipe), tokenizer, tokens
+
+
+def _available() -> str:
+    from flatout.engine.cpu import extension
+
+    try:
+        extension()
+    except BackendError as error:
+        print(f"flatout: the reference runner (slow) is used: {error}", file=sys.stderr)
+        return "reference"
+    return "cpu"
+
+
+def _runner(model: Model, runner: str, threads: int | None, num_pages: int) -> Runner:
+    if runner == "cpu":
+        from flatout.engine.cpu import CpuRunner
+
+        return CpuRunner(model, threads=threads, num_pages=num_pages)
+    from flatout.engine.reference import ReferenceRunner
+
+    return ReferenceRunner(model, num_pages, PAGE_TOKENS)

@@ -1,0 +1,94 @@
+"""The reference runner: models/llama.py over pages, sequence by sequence. Slow, runs anywhere, and defines
+what the fast runners must compute. Imports PyTorch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatout.core.fuse import Source
+from flatout.core.model import Model
+from flatout.core.spec import ModelSpec
+from flatout.engine.runner import StepInput, check_step
+from flatout.engine.sampler import log_probabilities, sample
+from flatout.errors import ConfigError
+from flatout.models.llama import Cache, Llama
+
+
+class ReferenceRunner:
+    """A Model as its recipe serves it (integer activations, the recipe's KV cache), or a Checkpoint exactly,
+    in float32. `as_served` overrides that choice."""
+
+    def __init__(
+        self, model: Model | Source, num_pages: int, page_size: int = 64, as_served: bool | None = None
+    ) -> None:
+        if num_pages < 1 or page_size < 1:
+            raise ConfigError(
+                "the KV cache needs at least one page of one token",
+                f"{num_pages} x {page_size}",
+                "num_pages=64",
+            )
+        served = isinstance(model, Model) if as_served is None else as_served
+        self._llama = Llama(model, as_served=served)
+        self.spec: ModelSpec = model.spec
+        self.recipe = self._llama.recipe
+        self.name = f"reference ({'as served' if served else 'exact'})"
+        self.page_size = page_size
+        self.num_pages = num_pages
+        shape = (self.spec.num_layers, num_pages * page_size, self.spec.num_kv_heads, self.spec.head_dim)
+        # NaN rather than zeros: reading a slot that was never written shows in the logits.
+        self._keys = torch.full(shape, torch.nan)
+        self._values = torch.full(shape, torch.nan)
+
+    def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:
+        check_step(batch, self.spec, self.page_size, self.num_pages)
+        logits = []
+        first = 0
+        for start, length, pages in zip(batch.starts, batch.lengths, batch.pages, strict=True):
+            tokens = batch.tokens[first : first + length]
+            cache = _Pages(self._keys, self._values, pages, self.page_size, int(start), int(length))
+            logits.append(self._llama.forward(tokens, cache, last_only=rows == "last"))
+            first += length
+        joined: np.ndarray = torch.cat(logits).numpy()
+        return joined
+
+    def score(self, batch: StepInput, targets: np.ndarray) -> np.ndarray:
+        return log_probabilities(self.forward(batch, "all"), targets)
+
+    def sample(
+        self,
+        batch: StepInput,
+        temperature: np.ndarray,
+        top_k: np.ndarray,
+        top_p: np.ndarray,
+        seeds: np.ndarray,
+    ) -> np.ndarray:
+        logits = self.forward(batch, "last")
+        return sample(logits, batch.starts + batch.lengths, temperature, top_k, top_p, seeds)
+
+
+class _Pages(Cache):
+    """One sequence's view of the pages: `length` tokens are in them, `new` more are about to be written."""
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, pages: np.ndarray, page_size: int, start: int, new: int
+    ) -> None:
+        super().__init__()
+        positions = np.arange(start + new)
+        slots = pages[positions // page_size].astype(np.int64) * page_size + positions % page_size
+        self._store = keys, values
+        self._slots = torch.from_numpy(slots)
+        self._start = start
+
+    @property
+    def length(self) -> int:
+        return self._start
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._store
+        keys[layer, self._slots[self._start :]] = k
+        values[layer, self._slots[self._start :]] = v
+        return keys[layer, self._slots], values[layer, self._slots]

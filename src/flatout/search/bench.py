@@ -1,0 +1,222 @@
+"""CpuBench: a checkpoint on this machine's cpu runner, beside the float32 reference and transformers.
+
+Building a candidate compresses the checkpoint and loads the result. The last few stay loaded, because races
+and scoring go back and forth between them; the reference and the baseline are loaded when they are needed and
+dropped when they are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import flatout
+from flatout.compress.apply import compress
+from flatout.core.artifact import load_artifact, save_artifact
+from flatout.core.checkpoint import Checkpoint, open_checkpoint
+from flatout.core.files import sha256_of
+from flatout.core.formats import Recipe
+from flatout.core.model import Model
+from flatout.core.tokenizer import Tokenizer
+from flatout.core.types import Hardware, Workload
+from flatout.engine.cpu import CpuRunner, extension
+from flatout.engine.runner import Runner
+from flatout.errors import EvidenceError
+from flatout.hardware.ceilings import measure_ceilings
+from flatout.hardware.detect import available_cores
+from flatout.perf.profile import Profile, profile_model
+from flatout.search.context import Step
+from flatout.search.recipes import ORIGINAL
+from flatout.verify.baseline import TransformersBaseline
+from flatout.verify.drivers import Driver, RunnerDriver, workload_prompts
+from flatout.verify.quality import BLOCK, Cluster, Divergence, divergence, score_model
+from flatout.verify.speed import SpeedResult, ab_test
+
+_PAGE = 64
+_KEPT = 3  # built recipes that stay loaded
+_CALIBRATION = 24  # passages that GPTQ sees, about 11,000 tokens
+_RACE_SHARE = {"prefill": 0.3, "decode": 0.7}  # of a race's time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Built:
+    """A loaded candidate. model is None for the original, whose weights are quicker to make again than to
+    keep."""
+
+    runner: CpuRunner
+    model: Model | None
+
+
+class CpuBench:
+    """See `context.Bench` for what each method promises."""
+
+    def __init__(self, model: str, threads: int | None, workload: Workload) -> None:
+        self._checkpoint: Checkpoint = open_checkpoint(model)
+        self._threads = threads or available_cores()
+        longest = -(-(workload.prompt + workload.output) // _PAGE)
+        self._pages = max(workload.batch * longest, 2 * (BLOCK // _PAGE)) + 1
+        self._built: dict[Recipe, _Built] = {}
+        self._reference: Runner | None = None
+        self._baseline_name = "transformers bf16"
+
+    @property
+    def name(self) -> str:
+        return self._checkpoint.name
+
+    @property
+    def path(self) -> str:
+        return str(self._checkpoint.path)
+
+    @property
+    def source(self) -> Checkpoint:
+        return self._checkpoint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._checkpoint.tokenizer
+
+    @property
+    def sha256(self) -> str:
+        return self._checkpoint.sha256
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self._checkpoint.tokenizer.sha256
+
+    @property
+    def threads(self) -> int:
+        return self._threads
+
+    @cached_property
+    def code(self) -> str:
+        """Every source file that a score depends on, the compiled kernels and the instruction set they
+        choose."""
+        cpu = extension()
+        folder = Path(flatout.__file__).parent
+        rooms = ("core", "kernels", "models", "engine", "compress", "verify")
+        files = sorted(path for room in rooms for path in (folder / room).rglob("*.py"))
+        kernels = Path(str(cpu.__file__))
+        digest = hashlib.sha256(f"{flatout.__version__} {cpu.isas()[0]}".encode())
+        digest.update(sha256_of([*files, kernels]).encode())
+        return digest.hexdigest()
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        found = {"python": platform.python_version()}
+        for package in ("numpy", "torch", "transformers", "compressed-tensors"):
+            try:
+                found[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+        return found
+
+    def hardware(self, step: Step) -> Hardware:
+        return measure_ceilings(step)
+
+    def score_original(self, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
+        return score_model(
+            self._original(), clusters, lambda done, total: step("scoring the original", done, total)
+        )
+
+    def _original(self) -> Runner:
+        from flatout.engine.reference import ReferenceRunner
+
+        if self._reference is None:
+            self._reference = ReferenceRunner(self._checkpoint, self._pages, _PAGE)
+        return self._reference
+
+    def build(self, recipe: Recipe, calibration: Sequence[Cluster], step: Step) -> None:
+        if recipe in self._built:
+            self._built[recipe] = self._built.pop(recipe)  # most recently used last
+            return
+        while len(self._built) >= _KEPT:
+            oldest = next(r for r in self._built if r != ORIGINAL)
+            del self._built[oldest]
+        tokens = (
+            [cluster.tokens for cluster in calibration[:_CALIBRATION]] if recipe.method == "gptq" else None
+        )
+        model = compress(
+            self._checkpoint, recipe, tokens, lambda what, done, of: step(f"{recipe.name}: {what}", done, of)
+        )
+        runner = CpuRunner(model, threads=self._threads, num_pages=self._pages)
+        self._built[recipe] = _Built(runner, None if recipe == ORIGINAL else model)
+
+    def _runner(self, recipe: Recipe) -> CpuRunner:
+        return self._built[recipe].runner
+
+    def _model(self, recipe: Recipe) -> Model:
+        return self._built[recipe].model or compress(self._checkpoint, recipe)
+
+    def score(self, recipe: Recipe, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
+        return score_model(self._runner(recipe), clusters, lambda done, total: step("scoring", done, total))
+
+    def divergence(self, recipe: Recipe, clusters: Sequence[Cluster]) -> Divergence:
+        return divergence(self._original(), self._runner(recipe), clusters)
+
+    def profile(self, recipe: Recipe, hardware: Hardware, workload: Workload, max_seconds: float) -> Profile:
+        return profile_model(
+            self._runner(recipe), recipe, hardware, workload, threads=self._threads, max_seconds=max_seconds
+        )
+
+    def race(
+        self, first: Recipe | None, second: Recipe, workload: Workload, max_seconds: float, step: Step
+    ) -> dict[str, SpeedResult]:
+        a: Driver
+        if first is None:
+            self._reference = None  # the baseline takes its place in memory
+            a = TransformersBaseline(self._checkpoint, self._threads)
+            self._baseline_name = a.name
+        else:
+            a = RunnerDriver(self._runner(first))
+        b = RunnerDriver(self._runner(second))
+        prompts = workload_prompts(self.tokenizer, workload)
+
+        def progress(phase: str) -> Callable[[int, int], None]:
+            return lambda done, total: step(f"{phase}: {done} clean pairs", min(done, total), total)
+
+        return {
+            "prefill": ab_test(
+                lambda: a.prefill(prompts),
+                lambda: b.prefill(prompts),
+                max_seconds=_RACE_SHARE["prefill"] * max_seconds,
+                progress=progress("prefill"),
+            ),
+            "decode": ab_test(
+                lambda: a.decode(prompts, workload.output),
+                lambda: b.decode(prompts, workload.output),
+                max_seconds=_RACE_SHARE["decode"] * max_seconds,
+                progress=progress("decode"),
+            ),
+        }
+
+    def runner_name(self, recipe: Recipe | None) -> str:
+        return self._baseline_name if recipe is None else self._runner(recipe).name
+
+    def weights_sha256(self, recipe: Recipe, near: Path) -> str:
+        near.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=near, prefix=".flatout-") as folder:
+            out = save_artifact(self._model(recipe), self.tokenizer, Path(folder) / "candidate", {})
+            return sha256_of([out / "model.safetensors"])
+
+    def save(self, recipe: Recipe, out: Path, manifest: Mapping[str, Any], witness: Cluster) -> None:
+        expected = score_model(self._runner(recipe), [witness])
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".flatout-") as folder:
+            trial = save_artifact(self._model(recipe), self.tokenizer, Path(folder) / "candidate", manifest)
+            model, _, _ = load_artifact(trial)
+            again = CpuRunner(model, threads=self._threads, num_pages=self._pages)
+            if not np.array_equal(expected[0], score_model(again, [witness])[0]):
+                raise EvidenceError(
+                    "a reloaded artifact must score as the model that was certified",
+                    f"{recipe.name} does not",
+                    "report this: the artifact was not written",
+                )
+        save_artifact(self._model(recipe), self.tokenizer, out, manifest)

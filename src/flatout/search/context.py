@@ -1,0 +1,179 @@
+"""What every step of the search shares: the bench it measures on, the request, the texts, the trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from flatout.core.formats import Recipe
+from flatout.core.fuse import Source
+from flatout.core.types import Hardware, Workload
+from flatout.perf.profile import Profile
+from flatout.search.request import Request
+from flatout.search.stages import Stages
+from flatout.search.texts import Texts, tokens_of
+from flatout.search.trials import Run, TrialStore
+from flatout.verify.quality import Cluster, Divergence, Encoder, tokens_sha256
+from flatout.verify.speed import SpeedResult
+
+Step = Callable[[str, int, int], None]
+"""step(what, done, total)."""
+
+_CHUNK = 8  # clusters scored and stored at a time, about 3,500 tokens
+
+
+class Bench(Protocol):
+    """A model on a machine: everything that costs time goes through here, so that tests can replace it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def source(self) -> Source: ...
+
+    @property
+    def tokenizer(self) -> Encoder: ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the original's weight files."""
+        ...
+
+    @property
+    def tokenizer_sha256(self) -> str: ...
+
+    @property
+    def code(self) -> str:
+        """Hash of the code, the kernels and the instruction set: scores hold only for the same."""
+        ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def versions(self) -> Mapping[str, str]: ...
+
+    def hardware(self, step: Step) -> Hardware:
+        """This machine with its ceilings."""
+        ...
+
+    def score_original(self, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
+        """Log-probabilities by the original in float32 on the reference runner."""
+        ...
+
+    def build(self, recipe: Recipe, calibration: Sequence[Cluster], step: Step) -> None:
+        """Compress and load, unless the recipe is loaded already."""
+        ...
+
+    def score(self, recipe: Recipe, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
+        """Log-probabilities by the runner that serves. The recipe must have been built."""
+        ...
+
+    def profile(self, recipe: Recipe, hardware: Hardware, workload: Workload, max_seconds: float) -> Profile:
+        """Where the time of the built recipe goes."""
+        ...
+
+    def race(
+        self, first: Recipe | None, second: Recipe, workload: Workload, max_seconds: float, step: Step
+    ) -> dict[str, SpeedResult]:
+        """Interleaved A/B of "prefill" and "decode"; `first` None is transformers in bf16."""
+        ...
+
+    def runner_name(self, recipe: Recipe | None) -> str:
+        """What runs a built recipe, for people; None is the baseline."""
+        ...
+
+    def divergence(self, recipe: Recipe, clusters: Sequence[Cluster]) -> Divergence:
+        """How the predictions of the built recipe differ from the original's."""
+        ...
+
+    def weights_sha256(self, recipe: Recipe, near: Path) -> str:
+        """Of the weight file that `save` would write; `near` is a folder whose disk it may use meanwhile."""
+        ...
+
+    def save(self, recipe: Recipe, out: Path, manifest: Mapping[str, Any], witness: Cluster) -> None:
+        """Write the artifact, load it again and refuse it unless it scores `witness` as the built recipe
+        does.
+        """
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Context:
+    """One search under way."""
+
+    bench: Bench
+    request: Request
+    texts: Texts
+    store: TrialStore
+    run: Run
+    stages: Stages
+    hardware: Hardware
+    note: Callable[[str], None]
+
+    def build(self, recipe: Recipe) -> None:
+        """Build a recipe on the bench, with the calibration text if its method asks for it."""
+        self.bench.build(recipe, self.texts.calibration, self.stages.step)
+
+    def original_scores(self, clusters: Sequence[Cluster]) -> list[np.ndarray]:
+        """Scores of the original, computed once for each text and kept."""
+        return self._scores("original", {}, clusters, self.bench.score_original)
+
+    def scores(self, recipe: Recipe, clusters: Sequence[Cluster]) -> list[np.ndarray]:
+        """Scores of a recipe, computed once for each text and kept."""
+
+        def compute(missing: Sequence[Cluster], step: Step) -> list[np.ndarray]:
+            self.build(recipe)
+            return self.bench.score(recipe, missing, step)
+
+        return self._scores(recipe.name, self.inputs(recipe), clusters, compute)
+
+    def inputs(self, recipe: Recipe) -> dict[str, Any]:
+        """What the weights of a recipe depend on besides the model."""
+        inputs: dict[str, Any] = {"recipe": recipe}
+        if recipe.method == "gptq":
+            inputs["calibration"] = tokens_sha256(self.texts.calibration)
+        return inputs
+
+    def _scores(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        clusters: Sequence[Cluster],
+        compute: Callable[[Sequence[Cluster], Step], list[np.ndarray]],
+    ) -> list[np.ndarray]:
+        """In chunks of a fixed size: a longer look reuses the shorter one, and a kill loses one chunk."""
+        found: list[np.ndarray] = []
+        total = tokens_of(clusters)
+        for start in range(0, len(clusters), _CHUNK):
+            part = clusters[start : start + _CHUNK]
+            base = tokens_of(clusters[:start])
+
+            def compute_part(part: Sequence[Cluster] = part, base: int = base) -> list[np.ndarray]:
+                def step(what: str, done: int, count: int) -> None:
+                    self.stages.step(f"{name}: {what}", base + tokens_of(part[:done]), total)
+
+                return compute(part, step)
+
+            key = {
+                "model": self.bench.sha256,
+                "code": self.bench.code,
+                "clusters": tokens_sha256(part),
+                **inputs,
+            }
+            found += self.store.scores("scores", name, key, compute_part)
+        return found
+
+    def timed(
+        self, stage: str, name: str, inputs: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """A timing, kept for this run alone."""
+        key = {"run": self.run.identity, "threads": self.bench.threads, **inputs}
+        return self.store.result(stage, name, key, compute)

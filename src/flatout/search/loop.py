@@ -1,0 +1,198 @@
+"""optimize(): the five steps. Profile, choose candidates, screen them, certify the fastest, prove it is never
+slower.
+
+Everything measured goes through a Bench and everything finished into the trial store, so an interrupted
+search goes on where it stopped. The artifact is written once, at the end, and replaces the folder as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flatout.core.files import write_atomic
+from flatout.core.sources import cache_dir
+from flatout.core.spec import ModelSpec
+from flatout.core.types import Workload, to_json
+from flatout.hardware.detect import detect
+from flatout.search.context import Bench, Context
+from flatout.search.preflight import check_output, preflight
+from flatout.search.prove import Proof, prove
+from flatout.search.recipes import ORIGINAL, Candidate, candidates, recipe_from_name
+from flatout.search.request import Request, parse_max_loss, parse_workload
+from flatout.search.result import assemble
+from flatout.search.screen import VALIDATION, Screen
+from flatout.search.stages import Listener, Stages
+from flatout.search.texts import read_texts, tokens_of
+from flatout.search.trials import Run, TrialStore
+from flatout.verify.certificate import certificate_to_json
+from flatout.verify.examination import FEWEST_SCORED
+from flatout.verify.quality import pair_scores, perplexities
+
+Json = dict[str, Any]
+
+_STAGES = {
+    "read the model": 3.0,
+    "measure the machine": 17.0,
+    "score the original": 20.0,
+    "screen candidates": 60.0,
+    "race the fastest": 16.0,
+    "certify on sealed text": 45.0,
+    "compare with transformers": 40.0,
+    "profile operators": 2.0,
+    "write the artifact": 3.0,
+}
+"""Every stage in order, with the seconds it takes for a model of 100 million parameters on a small
+machine."""
+
+_REFERENCE_OPS = 2.0e11
+_ENGINE_OPS = 1.2e12
+"""Operations a second that the plan of the stages assumes; the time left corrects itself as stages end."""
+
+
+def optimize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    max_loss: str | float = "1%",
+    recipe: str | None = None,
+    objective: str = "latency",
+    workload: Workload | str | None = None,
+    text: str | Path | None = None,
+    threads: int | None = None,
+    fresh: bool = False,
+    render: Callable[[Json], str] | None = None,
+    listen: Listener | None = None,
+    note: Callable[[str], None] | None = None,
+    open_bench: Callable[[Request], Bench] | None = None,
+) -> Json:
+    """Make `model` as fast as this machine allows inside a quality budget, and write it to the folder `out`.
+
+    max_loss: largest perplexity increase, "1%" or 0.01. recipe: fixes one (search/recipes.py has the grammar)
+    instead of searching. workload: what has to be fast, "512+64x8" or a Workload; its default depends on the
+    objective. text: a file to choose and judge by instead of the shipped passages. fresh: ignore results of
+    earlier runs. render turns the result into the page that is written beside the model. Returns the JSON
+    object of the command contract.
+
+    Raises ConfigError for nonsense, ResourceError when memory or disk will not do, EvidenceError for a text
+    that decides nothing, and what reading the model raises.
+    """
+    request = Request(
+        model=str(model),
+        out=Path(out),
+        max_loss=parse_max_loss(max_loss),
+        workload=workload if isinstance(workload, Workload) else parse_workload(workload, objective),
+        recipe=recipe,
+        text=None if text is None else Path(text),
+        threads=threads,
+    )
+    check_output(request.out, Path(request.model))
+    stages = Stages(_STAGES, listen)
+    with stages.stage("read the model"):
+        bench = (open_bench or _cpu_bench)(request)
+        needs = preflight(bench.source.spec, request.workload, request.out)
+        chosen = _candidates(bench, recipe)
+        texts = read_texts(bench.tokenizer, bench.tokenizer_sha256, bench.source.spec, request.text)
+    store = TrialStore(cache_dir() / "trials" / bench.sha256[:32], fresh)
+    run = Run(store, to_json(request) | {"out": str(request.out.absolute())})
+    tell = note or (lambda message: None)
+    if run.resumed:
+        tell(f"resuming; finished trials come from {store.folder}")
+    context = Context(
+        bench=bench,
+        request=request,
+        texts=texts,
+        store=store,
+        run=run,
+        stages=stages,
+        hardware=detect(),
+        note=tell,
+    )
+    stages.planned.update(_plan(context, len(chosen)))
+    result = _search(context, chosen, render)
+    run.finish()
+    return result | {"preflight": to_json(needs)}
+
+
+def _cpu_bench(request: Request) -> Bench:
+    from flatout.search.bench import CpuBench
+
+    return CpuBench(request.model, request.threads, request.workload)
+
+
+def _candidates(bench: Bench, recipe: str | None) -> list[Candidate]:
+    original = Candidate(recipe=ORIGINAL, why="original precision")
+    if recipe is None:
+        return candidates(bench.source)
+    asked = recipe_from_name(recipe, bench.source)
+    return [original] if asked == ORIGINAL else [Candidate(recipe=asked, why="asked for"), original]
+
+
+def _plan(context: Context, count: int) -> dict[str, float]:
+    """Seconds that the stages are expected to take with this model, for the time left."""
+    spec = context.bench.source.spec
+    size = spec.num_parameters() / 1e8
+    validation = tokens_of(context.texts.validation[:VALIDATION])
+    sealed = tokens_of(context.texts.holdout.clusters[:FEWEST_SCORED])
+    return {
+        "score the original": validation * _token_seconds(spec, _REFERENCE_OPS),
+        "screen candidates": count * (2 * size + 2 + validation * _token_seconds(spec, _ENGINE_OPS)),
+        "race the fastest": 16.0,
+        "certify on sealed text": 2 * size
+        + sealed * (_token_seconds(spec, _REFERENCE_OPS) + _token_seconds(spec, _ENGINE_OPS)),
+        "compare with transformers": 20 + 15 * size,
+        "write the artifact": 3 * size,
+    }
+
+
+def _token_seconds(spec: ModelSpec, operations_per_s: float) -> float:
+    return 2 * spec.num_parameters() / operations_per_s
+
+
+def _search(context: Context, chosen: list[Candidate], render: Callable[[Json], str] | None) -> Json:
+    stages = context.stages
+    with stages.stage("measure the machine"):
+        context.hardware = context.bench.hardware(stages.step)
+    with stages.stage("score the original"):
+        context.original_scores(context.texts.validation[:VALIDATION])
+    screen = Screen(context, chosen)
+    with stages.stage("screen candidates"):
+        finalists = screen.run()
+    proof = prove(screen, finalists)
+    with stages.stage("profile operators"):
+        profiles = {name: screen.profile(name) for name in {ORIGINAL.name, proof.row.name}}
+        original_quality = _original_quality(context, proof)
+    with stages.stage("write the artifact"):
+        result = assemble(screen, proof, profiles, original_quality)
+        return _write(context, proof, result, render)
+
+
+def _original_quality(context: Context, proof: Proof) -> tuple[float, float]:
+    """Perplexity and loss of the engine at original precision on the certificate's clusters. Reported, not
+    judged."""
+    clusters = context.texts.holdout.clusters[: len(proof.certificate.clusters)]
+    losses = pair_scores(clusters, context.original_scores(clusters), context.scores(ORIGINAL, clusters))
+    before, after = perplexities(losses)
+    return after, after / before - 1
+
+
+def _write(context: Context, proof: Proof, result: Json, render: Callable[[Json], str] | None) -> Json:
+    """The artifact folder, then its page; both replace what was there in one step."""
+    out = context.request.out
+    page = out / "report.html"
+    result = result | {"artifact": str(out), "report": str(page) if render is not None else None}
+    measurements = {
+        key: value for key, value in result.items() if key not in ("artifact", "report", "recipe")
+    }
+    manifest = {"measurements": measurements, "certificate": certificate_to_json(proof.certificate)}
+    context.build(proof.row.recipe)
+    context.bench.save(proof.row.recipe, out, manifest, context.texts.validation[0])
+    if render is not None:
+        html = render(result).encode()
+
+        def write(file: Any) -> None:
+            file.write(html)
+
+        write_atomic(page, write)
+    return result

@@ -1,0 +1,185 @@
+"""Steps 4 and 5 of the loop: race the candidates that passed, open the hold-out for the fastest, prove it is
+not slower.
+
+A candidate is delivered only if it beats the engine at original precision and transformers in interleaved A/B
+tests of the user's workload and its certificate passes. Otherwise the next one is tried, and when none is
+left the original comes back: a promise that cannot be kept is not made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flatout.core.formats import Recipe
+from flatout.core.types import Workload
+from flatout.search.context import Context
+from flatout.search.recipes import ORIGINAL
+from flatout.search.screen import Row, Screen, original_side
+from flatout.verify.certificate import Certificate, Side
+from flatout.verify.examination import examine
+
+_FINALISTS_S, _ORIGINAL_S, _BASELINE_S = 8.0, 14.0, 40.0
+"""Most seconds of the timed part of each A/B test."""
+
+_TIE = 1.10
+"""Finalists whose single timings lie closer than this are told apart by an A/B test."""
+
+_CERTAIN = 0.98  # lower bound of the time ratio that "not slower" needs when memory is the objective
+
+Race = dict[str, Any]
+"""JSON of a SpeedResult for "prefill" and "decode", and their "workload" ratio."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What is delivered and the evidence for it. fallback: the original comes back, for `reason`.
+
+    against_original is None when the delivered recipe is the original itself.
+    """
+
+    row: Row
+    certificate: Certificate
+    against_original: Race | None
+    against_baseline: Race
+    fallback: bool
+    reason: str
+
+
+def workload_ratio(race: Race, workload: Workload) -> dict[str, float]:
+    """Ratio of the whole workload's times with its interval, from the phases'.
+
+    The sums' ratio is the mean of the phases' ratios weighted by B's seconds; the interval's ends are
+    combined alike.
+    """
+    weights = {phase: race[phase]["seconds_b"]["median"] for phase in ("prefill", "decode")}
+    total = sum(weights.values())
+    return {
+        edge: sum(weights[phase] * race[phase][edge] for phase in weights) / total
+        for edge in ("ratio", "low", "high")
+    }
+
+
+def run_race(context: Context, first: Recipe | None, second: Recipe, max_seconds: float) -> Race:
+    """An A/B test of the workload, kept for this run. `first` None is transformers in bf16."""
+    workload = context.request.workload
+
+    def compute() -> Race:
+        if first is not None:
+            context.build(first)
+        context.build(second)
+        phases = context.bench.race(first, second, workload, max_seconds, context.stages.step)
+        return {"a": context.bench.runner_name(first), "b": context.bench.runner_name(second), **phases}
+
+    sides = {"first": context.inputs(first) if first else "baseline", "second": context.inputs(second)}
+    race = context.timed(
+        "race", second.name, {**sides, "workload": workload, "code": context.bench.code}, compute
+    )
+    return {**race, "workload": workload_ratio(race, workload)}
+
+
+def settle_order(screen: Screen, finalists: list[Row]) -> list[Row]:
+    """The finalists, the best first; the first two change places if an A/B test says so."""
+    context = screen.context
+    if len(finalists) < 2 or context.request.workload.objective == "memory":
+        return finalists
+    first, second, *rest = finalists
+    if screen.cost(second) > _TIE * screen.cost(first):
+        return finalists
+    race = run_race(context, first.recipe, second.recipe, _FINALISTS_S)
+    return [second, first, *rest] if race["workload"]["ratio"] > 1 else finalists
+
+
+def prove(screen: Screen, finalists: list[Row]) -> Proof:
+    """Race and certify the finalists in turn; the original comes back when none is faster and certified."""
+    context = screen.context
+    reason = "no candidate is expected to keep the quality budget"
+    if all(row.name == ORIGINAL.name for row in screen.rows):
+        reason = "original precision was asked for"
+    with context.stages.stage("race the fastest"):
+        order = settle_order(screen, finalists)
+    for row in order:
+        with context.stages.stage("race the fastest"):
+            against_original = run_race(context, ORIGINAL, row.recipe, _ORIGINAL_S)
+        if not _wins(screen, row, against_original):
+            reason = f"{row.name} is not {_better(context)} than the engine at original precision"
+            screen.mark(row.name, "slower", "not better than original precision in an A/B test")
+            continue
+        with context.stages.stage("certify on sealed text"):
+            certificate = certify_row(screen, row)
+        if not certificate.passed:
+            reason = f"{row.name} did not get its certificate: {certificate.reason}"
+            screen.mark(row.name, "failed", certificate.reason)
+            continue
+        with context.stages.stage("compare with transformers"):
+            against_baseline = run_race(context, None, row.recipe, _BASELINE_S)
+        if _wins(screen, row, against_baseline):
+            screen.mark(row.name, "chosen")
+            return Proof(
+                row=screen.row(row.name),
+                certificate=certificate,
+                against_original=against_original,
+                against_baseline=against_baseline,
+                fallback=False,
+                reason="",
+            )
+        reason = f"{row.name} is not {_better(context)} than transformers bf16"
+        screen.mark(row.name, "slower", "not better than transformers in an A/B test")
+    return _original(screen, reason)
+
+
+def _original(screen: Screen, reason: str) -> Proof:
+    """The original in bf16, certified like any other, with the reason why it comes back."""
+    context = screen.context
+    with context.stages.stage("certify on sealed text"):
+        row = screen.row(ORIGINAL.name)
+        certificate = certify_row(screen, row)
+    with context.stages.stage("compare with transformers"):
+        against_baseline = run_race(context, None, ORIGINAL, _BASELINE_S)
+    screen.mark(row.name, "chosen", "the original comes back")
+    return Proof(
+        row=row,
+        certificate=certificate,
+        against_original=None,
+        against_baseline=against_baseline,
+        fallback=True,
+        reason=reason,
+    )
+
+
+def _wins(screen: Screen, row: Row, race: Race) -> bool:
+    """Whether the objective is won beyond doubt: time, or memory at a time that is not worse."""
+    if screen.context.request.workload.objective != "memory":
+        return bool(race["workload"]["low"] > 1)
+    smaller = row.memory_bytes < screen.row(ORIGINAL.name).memory_bytes
+    return smaller and bool(race["workload"]["low"] > _CERTAIN)
+
+
+def _better(context: Context) -> str:
+    return "smaller at the same speed" if context.request.workload.objective == "memory" else "faster"
+
+
+def certify_row(screen: Screen, row: Row) -> Certificate:
+    """Open the hold-out for one candidate. Counts as an opening, even when it fails."""
+    context = screen.context
+    plan = row.plan or screen.plan(screen.losses(row.recipe))
+    context.note(f"certificate of {row.name}: {plan}")
+    context.build(row.recipe)
+    out = context.request.out.absolute()
+    return examine(
+        context.texts.holdout,
+        plan,
+        original=original_side(context),
+        optimised=Side(
+            source=str(out),
+            sha256=context.bench.weights_sha256(row.recipe, out.parent),
+            recipe=row.name,
+            runner=context.bench.runner_name(row.recipe),
+            derived_from=context.bench.sha256,
+        ),
+        score_original=context.original_scores,
+        score_optimised=lambda clusters: context.scores(row.recipe, clusters),
+        margin=context.request.max_loss,
+        hardware=context.hardware.name,
+        divergence=context.bench.divergence(row.recipe, context.texts.validation),
+    )

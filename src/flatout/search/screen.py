@@ -1,0 +1,294 @@
+"""Steps 1 to 3 of the loop: predict every candidate, build and time the promising ones, look at their loss.
+
+Candidates are tried in the order of their predicted time. One is passed over when even its optimistic
+prediction is no faster than a candidate that already passed, or when its expected loss is beyond the budget;
+every measured candidate corrects the predictions of the rest. A loss is first looked at on a few passages,
+which is enough to see a failure of tens of per cent, and then on all that the power analysis of the hold-out
+needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from flatout.core.costs import kv_bytes_per_token, weight_bytes
+from flatout.core.formats import Recipe
+from flatout.core.types import Prediction, Workload
+from flatout.errors import EvidenceError, UnsupportedModelError
+from flatout.perf.predict import StepTimes, calibrate, predict
+from flatout.perf.profile import Profile
+from flatout.search.context import Context
+from flatout.search.recipes import ORIGINAL, Candidate
+from flatout.verify.certificate import Side
+from flatout.verify.examination import Plan, plan_opening
+from flatout.verify.quality import ClusterLoss, arrays, pair_scores
+from flatout.verify.statistics import FEWEST_CLUSTERS, moments
+
+QUICK, VALIDATION = 8, FEWEST_CLUSTERS
+"""Validation passages of the first look (about 3,600 tokens), and of the whole one: as many as a plan
+takes."""
+
+_PROFILE_S = 1.5
+_PROFILE_STEPS = 16  # decode steps of a profile: all take alike
+_SLOWER = 1.05
+"""A candidate this much slower than one that passed is not scored: A/B tests resolve less than that."""
+
+_GPTQ_KEEPS = (0.15, 0.4, 0.85)
+"""Share of rounding's loss that GPTQ leaves: optimistic, usual, pessimistic. An assumption (for published
+4-bit results the share lies between 0.4 and 0.85, for small models it is lower) that only decides what is not
+worth building.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """Perplexity increase on validation text, as a fraction: two standard errors down and up."""
+
+    value: float
+    low: float
+    high: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A candidate with all that is known of it.
+
+    status: waiting, slower, rejected, failed, passed, chosen or original. Times in seconds; predicted is None
+    until the machine is known, times and loss until measured.
+    """
+
+    candidate: Candidate
+    memory_bytes: int
+    predicted: StepTimes | None = None
+    workload: Prediction | None = None
+    times: dict[str, float] | None = None
+    loss: Loss | None = None
+    expected_loss: tuple[float, float, float] | None = None
+    plan: Plan | None = None
+    status: str = "waiting"
+    reason: str = ""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.candidate.recipe
+
+    @property
+    def name(self) -> str:
+        return self.candidate.recipe.name
+
+
+def memory_bytes(context: Context, recipe: Recipe) -> int:
+    """Weights as the runner holds them and the KV cache of the workload at its end."""
+    spec, workload = context.bench.source.spec, context.request.workload
+    tokens = workload.batch * (workload.prompt + workload.output)
+    cache = tokens * spec.num_layers * kv_bytes_per_token(spec, recipe.kv_cache)
+    return weight_bytes(spec, recipe) + round(cache)
+
+
+def workload_seconds(workload: Workload, prefill_s: float, decode_s: float) -> float:
+    """Seconds of the whole workload from a prefill of all prompts and one decode step of all sequences."""
+    return prefill_s + workload.output * decode_s
+
+
+class Screen:
+    """Works through the candidates; `rows` holds what is known, in the order of the list of candidates."""
+
+    def __init__(self, context: Context, candidates: Sequence[Candidate]) -> None:
+        self.context = context
+        self.rows = [Row(candidate=c, memory_bytes=memory_bytes(context, c.recipe)) for c in candidates]
+        self.profiles: dict[str, Profile] = {}
+        self.residuals: list[float] = []
+
+    def run(self) -> list[Row]:
+        """Screen every candidate and return those that passed, the best first."""
+        self.predict()
+        self._measure(self.row(ORIGINAL.name))
+        self._set(ORIGINAL.name, status="original")
+        self.predict()
+        while (row := self._next()) is not None:
+            self._try(row)
+            self.predict()
+        return sorted((row for row in self.rows if row.status == "passed"), key=self.cost)
+
+    def cost(self, row: Row) -> float:
+        """What the objective minimises: measured (or else predicted) seconds of the workload, or bytes."""
+        if self.context.request.workload.objective == "memory":
+            return float(row.memory_bytes)
+        if row.times is not None:
+            return row.times["workload_s"]
+        return row.workload.mid if row.workload is not None else math.inf
+
+    def predict(self) -> None:
+        """Predict every candidate again with what has been measured so far."""
+        context = self.context
+        calibration = calibrate(self.profiles.values(), self.residuals) if self.profiles else None
+        for i, row in enumerate(self.rows):
+            if row.times is not None and row.predicted is not None:
+                continue  # keep the prediction that was made before it was measured
+            times = predict(
+                context.bench.source.spec,
+                row.recipe,
+                context.hardware,
+                context.request.workload,
+                calibration=calibration,
+                threads=context.bench.threads,
+            )
+            self.rows[i] = replace(
+                row, predicted=times, workload=_workload_prediction(context.request.workload, times)
+            )
+
+    def _next(self) -> Row | None:
+        """The waiting candidate with the least cost, after passing over those that cannot win."""
+        best = min((self.cost(row) for row in self.rows if row.status == "passed"), default=math.inf)
+        winner = next(
+            (row.name for row in self.rows if row.status == "passed" and self.cost(row) == best), ""
+        )
+        for row in [row for row in self.rows if row.status == "waiting"]:
+            if self._optimistic(row) >= best:
+                self._set(row.name, status="slower", reason=f"predicted no better than {winner}")
+                continue
+            expected = self._expected_loss(row)
+            if expected is not None:
+                self._set(row.name, expected_loss=expected)
+                if expected[0] > self.context.request.max_loss:
+                    reason = f"expected to lose at least {expected[0]:.1%}"
+                    self._set(row.name, status="rejected", reason=reason)
+        waiting = [row for row in self.rows if row.status == "waiting"]
+        return min(waiting, key=self.cost, default=None)
+
+    def _optimistic(self, row: Row) -> float:
+        if self.context.request.workload.objective == "memory" or row.workload is None:
+            return self.cost(row)
+        return row.workload.low
+
+    def _expected_loss(self, row: Row) -> tuple[float, float, float] | None:
+        """What a refined recipe may lose, from the measured loss of the cheaper one it refines."""
+        relative = next((r for r in self.rows if r.name == row.candidate.relative), None)
+        if relative is None or relative.loss is None:
+            return None
+        low, mid, high = (share * max(relative.loss.value, 0.0) for share in _GPTQ_KEEPS)
+        return low, mid, high
+
+    def _try(self, row: Row) -> None:
+        """Build, time and score one candidate until it is clear what becomes of it."""
+        max_loss = self.context.request.max_loss
+        try:
+            row = self._measure(row)
+            best = min((self.cost(r) for r in self.rows if r.status == "passed"), default=math.inf)
+            if self.cost(row) > best * _SLOWER:
+                self._set(row.name, status="slower", reason="measured slower than one that passed")
+                return
+            loss = _loss(self.losses(row.recipe, QUICK))
+            if loss.low > max_loss:
+                reason = f"loses {loss.value:.1%} on {loss.tokens:,} tokens"
+                self._set(row.name, loss=loss, status="rejected", reason=reason)
+                return
+            losses = self.losses(row.recipe)
+        except (EvidenceError, UnsupportedModelError) as error:  # broken logits, or no kernel for the format
+            if self.context.request.recipe is not None:
+                raise
+            self._set(row.name, status="rejected", reason=str(error))
+            return
+        plan = self.plan(losses)
+        likely = plan.needed is not None and plan.needed <= plan.available
+        self._set(
+            row.name,
+            loss=_loss(losses),
+            plan=plan,
+            status="passed" if likely else "failed",
+            reason="" if likely else f"a certificate is unlikely: {plan}",
+        )
+
+    def plan(self, losses: list[ClusterLoss]) -> Plan:
+        """How much sealed text a certificate takes, from validation losses."""
+        context = self.context
+        return plan_opening(
+            losses, context.texts.holdout, original_side(context), margin=context.request.max_loss
+        )
+
+    def losses(self, recipe: Recipe, passages: int = VALIDATION) -> list[ClusterLoss]:
+        """Paired losses on the first `passages` validation clusters."""
+        clusters = self.context.texts.validation[:passages]
+        original = self.context.original_scores(clusters)
+        return pair_scores(clusters, original, self.context.scores(recipe, clusters))
+
+    def _measure(self, row: Row) -> Row:
+        """Build and profile; keeps the times for this run and corrects later predictions."""
+        context = self.context
+        inputs = {
+            **context.inputs(row.recipe),
+            "workload": context.request.workload,
+            "code": context.bench.code,
+        }
+
+        def compute() -> dict[str, float]:
+            profile = self.profile(row.name)
+            prefill, decode = (profile.phase(phase).measured.median for phase in ("prefill", "decode"))
+            return {
+                "prefill_s": prefill,
+                "decode_s": decode,
+                "workload_s": workload_seconds(context.request.workload, prefill, decode),
+            }
+
+        times = context.timed("time", row.name, inputs, compute)
+        if row.workload is not None and row.workload.tier != "datasheet":
+            self.residuals.append(math.log(times["workload_s"] / row.workload.mid))
+        return self._set(row.name, times=times)
+
+    def profile(self, name: str) -> Profile:
+        """Where the time of a candidate goes; measured once a process."""
+        if name not in self.profiles:
+            context, recipe = self.context, self.row(name).recipe
+            context.build(recipe)
+            workload = context.request.workload
+            short = replace(workload, output=min(workload.output, _PROFILE_STEPS))
+            self.profiles[name] = context.bench.profile(recipe, context.hardware, short, _PROFILE_S)
+        return self.profiles[name]
+
+    def row(self, name: str) -> Row:
+        """The candidate called `name` as it is known now."""
+        return next(row for row in self.rows if row.name == name)
+
+    def _set(self, name: str, **changes: object) -> Row:
+        """Replace the row called `name` and return the new one."""
+        index = next(i for i, row in enumerate(self.rows) if row.name == name)
+        self.rows[index] = replace(self.rows[index], **changes)  # type: ignore[arg-type]
+        return self.rows[index]
+
+    def mark(self, name: str, status: str, reason: str = "") -> None:
+        """What later steps found out about a candidate."""
+        self._set(name, status=status, reason=reason)
+
+
+def original_side(context: Context) -> Side:
+    """The original as certificates name it."""
+    return Side(
+        source=context.request.model,
+        sha256=context.bench.sha256,
+        recipe="original",
+        runner="reference (float32)",
+    )
+
+
+def _workload_prediction(workload: Workload, times: StepTimes) -> Prediction:
+    low, mid, high = (
+        workload_seconds(workload, getattr(times.prefill, edge), getattr(times.decode, edge))
+        for edge in ("low", "mid", "high")
+    )
+    tiers = ("measured", "calibrated", "datasheet")
+    tier = max(times.prefill.tier, times.decode.tier, key=tiers.index)
+    return Prediction(low=low, mid=mid, high=high, unit="s", tier=tier)
+
+
+def _loss(losses: list[ClusterLoss]) -> Loss:
+    seen = moments(*arrays(losses))
+    error = 2 * seen.spread / math.sqrt(len(losses))
+    return Loss(
+        value=math.expm1(seen.delta),
+        low=math.expm1(seen.delta - error),
+        high=math.expm1(seen.delta + error),
+        tokens=sum(cluster.tokens for cluster in losses),
+    )

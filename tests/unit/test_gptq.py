@@ -1,0 +1,171 @@
+"""compress/gptq.py against the method's definition, transformers' activations and round-to-nearest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.tiny import tiny_checkpoint_folder, tiny_model, tiny_source, tiny_spec
+
+from flatout.compress.apply import compress
+from flatout.compress.gptq import gptq, gptq_layers
+from flatout.compress.rtn import group_rows, round_to_nearest, search_grid
+from flatout.core.formats import Format, Recipe, parse_format, uniform
+from flatout.errors import ConfigError
+from flatout.models.llama import Llama
+
+
+def problem(n: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random weight and the second moments of correlated inputs."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((k, k)) * np.exp(rng.standard_normal(k))
+    x = rng.standard_normal((4 * k, k // 2)) @ mixing[: k // 2] + 0.1 * rng.standard_normal((4 * k, k))
+    return rng.standard_normal((n, k)).astype(np.float32), (x.T @ x / len(x)).astype(np.float32)
+
+
+def loss(weight: np.ndarray, rounded: np.ndarray, hessian: np.ndarray) -> float:
+    error = (weight - rounded).astype(np.float64)
+    return float(np.einsum("nk,kj,nj->", error, hessian.astype(np.float64), error))
+
+
+def by_definition(weight: np.ndarray, hessian: np.ndarray, name: str, damping: float) -> np.ndarray:
+    """Optimal brain quantisation in a given order, straight from its formulas: after each column the
+    inverse Hessian of the remaining ones is computed afresh."""
+    fmt = parse_format(name)
+    h = hessian.astype(np.float64) + np.eye(len(hessian)) * damping * np.diag(hessian).mean()
+    importance = np.diag(h).astype(np.float32)
+    grouped = group_rows(weight, fmt)
+    grid = search_grid(grouped, fmt, importance.reshape(grouped.shape[1:]))
+    w = weight.astype(np.float64)
+    order = list(np.argsort(-np.diag(hessian), kind="stable"))
+    result = np.empty_like(w)
+    while order:
+        j = order[0]
+        inverse = np.linalg.inv(h[np.ix_(order, order)])
+        scale, zero = grid.scales[:, j // fmt.group], grid.zeros[:, j // fmt.group]
+        code = np.clip(np.rint(w[:, j] / scale) + zero, grid.low, grid.high)
+        result[:, j] = scale * (code - zero)
+        w[:, order] -= np.outer((w[:, j] - result[:, j]) / inverse[0, 0], inverse[0])
+        order = order[1:]
+    return result
+
+
+@pytest.mark.parametrize("name", ["w4a8-g32", "w4a16-g32-asym", "w8a8-g32"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_follows_the_definition(name: str, seed: int) -> None:
+    weight, hessian = problem(5, 64, seed)
+    ours = gptq(weight, hessian, parse_format(name)).dequantize()
+    expected = by_definition(weight, hessian, name, 0.01)
+    # One early tie broken the other way changes what follows, so a few codes may differ.
+    assert np.mean(ours != expected) < 0.02
+    assert loss(weight, ours, hessian) == pytest.approx(loss(weight, expected, hessian), rel=0.02)
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["w4a8-g32", "w4a8-g64-asym", "w8a8"]), st.booleans())
+def test_independent_inputs_leave_nothing_to_spread(seed: int, name: str, order: bool) -> None:
+    weight = np.random.default_rng(seed).standard_normal((4, 192)).astype(np.float32)
+    fmt = parse_format(name)
+    ours = gptq(weight, np.eye(192, dtype=np.float32), fmt, order=order)
+    expected = round_to_nearest(weight, fmt, search_clip=True)
+    np.testing.assert_array_equal(ours.codes, expected.codes)
+    np.testing.assert_array_equal(ours.scales, expected.scales)
+
+
+@pytest.mark.parametrize("name", ["w4a8-g32", "w4a16-g64-asym", "w8a8"])
+def test_smaller_error_than_rounding(name: str) -> None:
+    weight, hessian = problem(32, 256, 3)  # two blocks of columns
+    fmt = parse_format(name)
+    nearest = loss(weight, round_to_nearest(weight, fmt, search_clip=True).dequantize(), hessian)
+    assert loss(weight, gptq(weight, hessian, fmt).dequantize(), hessian) < 0.5 * nearest
+
+
+def test_inputs_that_never_fire() -> None:
+    weight, hessian = problem(4, 64, 0)
+    hessian[:, 10] = hessian[10, :] = 0
+    assert np.isfinite(gptq(weight, hessian, parse_format("w4a8-g32")).dequantize()).all()
+    silent = gptq(weight, np.zeros((64, 64), np.float32), parse_format("w4a8-g32"))
+    assert np.isfinite(silent.dequantize()).all()
+
+
+def test_bad_hessian() -> None:
+    weight, hessian = problem(4, 64, 0)
+    with pytest.raises(ConfigError, match=r"the Hessian is finite and \(64, 64\)"):
+        gptq(weight, hessian[:32], parse_format("w4a8-g32"))
+    with pytest.raises(ConfigError, match="the Hessian is finite"):
+        gptq(weight, hessian * np.nan, parse_format("w4a8-g32"))
+    with pytest.raises(ConfigError, match="positive definite"):
+        gptq(weight, -hessian, parse_format("w4a8-g32"))
+
+
+def test_hessians_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second moments of what each linear receives in transformers' own forward pass over separate documents.
+    Rounding is left out, so that later layers receive the same."""
+    from transformers import AutoModelForCausalLM
+
+    spec = tiny_spec("qwen3")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny_checkpoint_folder(tmp_path / "m", spec), dtype=torch.float32
+    )
+    documents = [np.random.default_rng(i).integers(0, spec.vocab_size, 17 + i) for i in range(3)]
+    seen: dict[str, list[torch.Tensor]] = {}
+    for i, layer in enumerate(theirs.model.layers):
+        modules = (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+        for name, module in zip(spec.linears(), modules, strict=True):
+            inputs = seen.setdefault(f"layers.{i}.{name}", [])
+            module.register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x[0][0]))
+    with torch.no_grad():
+        for document in documents:
+            theirs(torch.from_numpy(document)[None])
+    hessians = []
+
+    def unrounded(weight: np.ndarray, hessian: np.ndarray, fmt: Format) -> SimpleNamespace:
+        hessians.append(hessian)
+        return SimpleNamespace(dequantize=lambda: weight)
+
+    monkeypatch.setattr("flatout.compress.gptq.gptq", unrounded)
+    steps: list[int] = []
+    gptq_layers(tiny_source(spec), uniform("w8a8"), documents, lambda _, done, total: steps.append(done))
+    assert steps == list(range(8))
+    for (name, inputs), ours in zip(seen.items(), hessians, strict=True):
+        x = torch.cat(inputs).numpy()
+        np.testing.assert_allclose(ours, x.T @ x / len(x), rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_whole_model_is_closer_than_rounding() -> None:
+    spec = tiny_spec("llama", num_layers=3)
+    source = tiny_source(spec)
+    documents = [np.random.default_rng(i).integers(0, spec.vocab_size, 96).tolist() for i in range(12)]
+    tokens = np.random.default_rng(99).integers(0, spec.vocab_size, 96)
+    exact = Llama(source).forward(tokens)
+    recipe = Recipe(
+        name="r", layers="w4a16-g64", overrides=(("layers.1.o", "bf16"), ("layers.2.down", "w8a8"))
+    )
+    steps: list[tuple[str, int, int]] = []
+    errors = {}
+    for method in ("rtn", "gptq"):
+        chosen = Recipe(name=method, layers=recipe.layers, method=method, overrides=recipe.overrides)
+        model = compress(source, chosen, documents, lambda *step: steps.append(step))
+        errors[method] = float((Llama(model).forward(tokens) - exact).norm())
+    assert errors["gptq"] < 0.9 * errors["rtn"]
+    assert all(done <= total for _, done, total in steps)
+    assert steps[-1][0] == "done"
+
+
+def test_gptq_is_repeatable() -> None:
+    spec = tiny_spec("llama")
+    documents = [list(range(50)), list(range(40, 90))]
+    a, b = (compress(tiny_source(spec), uniform("w4a8-g32", method="gptq"), documents) for _ in range(2))
+    for name, weight in a.weights.items():
+        other = b.weights[name]
+        np.testing.assert_array_equal(getattr(weight, "codes", weight), getattr(other, "codes", other))
+
+
+def test_gptq_needs_text() -> None:
+    with pytest.raises(ConfigError, match="method gptq needs calibration text"):
+        tiny_model(tiny_spec(), uniform("w4a8-g32", method="gptq"))

@@ -1,0 +1,126 @@
+"""Candidates fit the model, and a recipe's name says what it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from fake_bench import SPEC, FakeSource
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flatout.errors import ConfigError
+from flatout.search.recipes import ORIGINAL, candidates, layer_map, recipe_from_name
+
+SOURCE = FakeSource()
+
+
+def test_candidates_of_a_quantised_file() -> None:
+    found = {c.recipe.name: c.recipe for c in candidates(SOURCE)}
+    assert [list(found)[i] for i in (0, -1)] == ["native", "bf16"]
+    native = found["native"]
+    assert (native.layers, native.head, native.embedding) == ("q4_1", "q8_0", "q8_0")
+    assert (native.kv_cache, native.method) == ("int8", "native")
+    assert {"w8a8-g64", "w8a8-g32", "w8a8", "w4a8-g32", "w4a8-g64", "w4a8-g32/gptq"} <= set(found)
+    assert found["w4a8-g64/gptq"].method == "gptq"
+    assert found["w4a8-g64"].head == "w8a8-g64"
+    sensitive = found["w8a8,layers.*.down=w8a8-g32"]
+    assert {sensitive.format_of(i, "down").name for i in range(3)} == {"w8a8-g32"}
+    assert {sensitive.format_of(i, "qkv").name for i in range(3)} == {"w8a8"}
+
+
+def test_a_float_file_has_no_native_candidate() -> None:
+    names = [c.recipe.name for c in candidates(FakeSource(native=False))]
+    assert "native" not in names
+    assert "w8a8-g64" in names
+    with pytest.raises(ConfigError, match="native takes the blocks q4_0, q4_1 and q8_0 of a GGUF file"):
+        recipe_from_name("native", FakeSource(native=False))
+
+
+def test_groups_that_do_not_divide_the_width_are_left_out() -> None:
+    narrow = FakeSource(native=False, spec=replace(SPEC, hidden_size=96, intermediate_size=160))
+    names = [c.recipe.name for c in candidates(narrow)]
+    assert "w8a8-g64" not in names
+    assert "w4a8-g64" not in names
+    assert "w8a8-g32" in names
+    for candidate in candidates(narrow):
+        candidate.recipe.check(narrow.spec)
+
+
+def test_a_partly_native_file_is_rounded_where_it_must_be() -> None:
+    source = FakeSource()
+    for name in [n for n in source._native if n.endswith("down_proj.weight")]:
+        del source._native[name]
+    recipe = candidates(source)[0].recipe
+    assert recipe.name == "native"
+    assert recipe.method == "rtn"
+    assert recipe.format_of(0, "qkv").name == "q4_1"
+    assert recipe.format_of(0, "down").name == "w8a8-g32"
+
+
+def test_a_refined_recipe_names_the_one_it_refines() -> None:
+    found = {c.recipe.name: c for c in candidates(SOURCE)}
+    refined = [c for c in found.values() if c.relative is not None]
+    assert refined
+    assert all(c.relative in found for c in refined)
+
+
+@pytest.mark.parametrize("name", [c.recipe.name for c in candidates(SOURCE)])
+def test_every_candidate_can_be_asked_for_by_name(name: str) -> None:
+    recipe = next(c.recipe for c in candidates(SOURCE) if c.recipe.name == name)
+    assert recipe_from_name(name, SOURCE) == recipe
+
+
+BODIES = st.sampled_from(["native", "bf16", "w8a8", "w8a8-g64", "w8a8-g32-asym", "w4a8-g32", "w4a16-g64"])
+CHANGES = st.sampled_from(
+    ["head=w8a8", "embedding=bf16", "kv=bf16", "kv=int8", "layers.*.down=w8a8-g32", "layers.1=bf16",
+     "layers.0.qkv=w8a8-g64"]
+)  # fmt: skip
+
+
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(BODIES, st.lists(CHANGES, max_size=3))
+def test_changes_take_effect_in_order(body: str, changes: list[str]) -> None:
+    recipe = recipe_from_name(",".join([body, *changes]), SOURCE)
+    assert recipe.name == ",".join([body, *changes])
+    for change in changes:
+        place, _, value = change.partition("=")
+        last = [c for c in changes if c.startswith(place + "=")][-1].partition("=")[2]
+        if place == "kv":
+            assert recipe.kv_cache == last
+        elif place in ("head", "embedding"):
+            assert getattr(recipe, place) == last
+        else:
+            assert (place, value) in recipe.overrides
+    rounded = [f for f in (recipe.layers, recipe.head, recipe.embedding) if f.startswith("w")]
+    assert not (rounded and recipe.method == "native")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "a format is"),
+        ("w3a8", "a format is"),
+        ("w4a8", "4-bit weights need one"),
+        ("w8a8-g128", "groups must divide the width"),
+        ("w8a8/awq", "after the slash stands gptq or rtn"),
+        ("w8a8,head", "a change is PLACE=FORMAT"),
+        ("w8a8,head=", "a change is PLACE=FORMAT"),
+        ("w8a8,kv=fp8", "the KV cache is int8 or bf16"),
+        ("w8a8,layers.x.down=w8a8", "an override names"),
+        ("w8a8,tail=w8a8", "an override names"),
+    ],
+)
+def test_bad_names_are_refused_with_the_rule(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe_from_name(name, SOURCE)
+
+
+def test_the_layer_map_names_every_place() -> None:
+    recipe = recipe_from_name("w8a8,layers.1.down=w8a8-g32", SOURCE)
+    places = layer_map(SPEC, recipe)
+    assert places["down"] == ["w8a8", "w8a8-g32", "w8a8"]
+    assert places["qkv"] == ["w8a8"] * 3
+    assert places["head"] == ["w8a8"]
+    assert places["kv_cache"] == ["int8"]
+    assert layer_map(SPEC, ORIGINAL)["kv_cache"] == ["bf16"]
