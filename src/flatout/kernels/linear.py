@@ -47,7 +47,8 @@ def quantize_activations(x: Tensor, group: int, limit: int = BYTE) -> tuple[Tens
     tokens, k = x.shape
     grouped = x.float().reshape(tokens, -1, group or k)
     amax = grouped.abs().amax(dim=2)
-    inverse = torch.where(amax > 0, limit / amax, torch.zeros_like(amax))
+    # A division by tensors: `limit / amax` would multiply by a rounded reciprocal.
+    inverse = torch.where(amax > 0, torch.full_like(amax, limit) / amax, torch.zeros_like(amax))
     codes = torch.clamp(torch.round(grouped * inverse[:, :, None]), -limit, limit)
     return codes.to(torch.int8 if limit == BYTE else torch.int16).reshape(tokens, k), amax / limit
 

@@ -59,9 +59,10 @@ def roofline(result: Json, width: float) -> str:
     fixed = []
     for name, value in roofs:
         ridge = x(value / bandwidth)
-        fixed.append(Label(ridge + 10, y(value) - 4, f"{name} {si(value, 'op/s')}"))
+        words = Label(ridge + 10, y(value) - 4, f"{name} {si(value, 'op/s')}")
         body.append(svg.path([(ridge, y(value)), (x.end, y(value))], "roof"))
-    body += [svg.text(label.x, label.y, label.words, "roof-name") for label in fixed]
+        body.append(svg.text(words.x, words.y, words.words, "roof-name"))
+        fixed += [words.box, (ridge, x.end, y(value) + 4)]  # the line itself is kept clear of too
     body += _slope(x, y, bandwidth, top_roof)
     labels = []
     for p in points:
@@ -153,7 +154,7 @@ def trade_off(result: Json, width: float) -> str:
         body.append(svg.rect(x.start, y(budget), x.end - x.start, y.start - y(budget), "allowed"))
         body.append(svg.line(x.start, y(budget), x.end, y(budget), "budget"))
         words = f"budget {percent(budget)}"
-        fixed.append(Label(x.end - Label(0, 0, words).width, y(budget) - 5, words))
+        fixed.append((x.end - Label(0, 0, words).width, x.end, y(budget) - 5))
         body.append(svg.text(x.end, y(budget) - 5, words, "budget-name", "end"))
     body.append(svg.line(x.start, rail, x.end, rail, "rail"))
     labels = []

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_CHARACTER = 6.3  # average advance of a 12 px sans-serif letter, in px
+_CHARACTER = 7.0  # average advance of a 12 px letter in a wide sans-serif face, in px
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +146,11 @@ class Label:
     def width(self) -> float:
         return len(self.words) * _CHARACTER
 
+    @property
+    def box(self) -> tuple[float, float, float]:
+        """(x from, x to, baseline) when the words start at the point."""
+        return self.x, self.x + self.width, self.y
+
 
 def place_labels(
     labels: Sequence[Label],
@@ -154,16 +159,16 @@ def place_labels(
     top: float,
     bottom: float,
     lift: float = 0,
-    fixed: Sequence[Label] = (),
+    fixed: Sequence[tuple[float, float, float]] = (),
 ) -> list[str]:
     """Draw labels beside their points, moved up or down until no two overlap, with a thin line where one
-    moved far.
+    moved.
 
     Greedy: from the top, each label takes the free place nearest to `lift` px above its point, to the right
     of it where that fits inside [left, right] and to the left otherwise. A lifted label starts over its
-    point.
+    point. fixed: (x from, x to, baseline) of other words and lines, which are kept clear of.
     """
-    taken: list[tuple[float, float, float]] = []  # x from, x to, baseline
+    taken = list(fixed)
     body = []
     gap = -4 if lift else 9
     for label in sorted(labels, key=lambda item: (item.y, item.x)):

@@ -40,7 +40,7 @@ _STAGES = {
     "race the fastest": 16.0,
     "certify on sealed text": 45.0,
     "compare with transformers": 40.0,
-    "profile operators": 2.0,
+    "profile operators": 8.0,
     "write the artifact": 3.0,
 }
 """Every stage in order, with the seconds it takes for a model of 100 million parameters on a small
@@ -142,6 +142,7 @@ def _plan(context: Context, count: int) -> dict[str, float]:
         "certify on sealed text": 2 * size
         + sealed * (_token_seconds(spec, _REFERENCE_OPS) + _token_seconds(spec, _ENGINE_OPS)),
         "compare with transformers": 20 + 15 * size,
+        "profile operators": 2 + sealed * _token_seconds(spec, _ENGINE_OPS),
         "write the artifact": 3 * size,
     }
 

@@ -20,6 +20,8 @@ class Status:
     eta_s: float
 
 
+_TRUST_S = 20.0  # the plan counts like this many seconds that went as planned
+
 Listener = Callable[[Status], None]
 
 
@@ -76,5 +78,5 @@ class Stages:
         planned_here = self.planned.get(self._stage, 0.0)
         here = max(planned_here * (1 - fraction), 0.0) if fraction else max(planned_here - spent, 0.0)
         expected = sum(self.planned[name] for name in self.timings)
-        pace = sum(self.timings.values()) / expected if expected > 0 else 1.0
+        pace = (sum(self.timings.values()) + _TRUST_S) / (expected + _TRUST_S)
         return (here + later) * min(max(pace, 0.5), 3.0)

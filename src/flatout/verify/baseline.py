@@ -57,6 +57,15 @@ class TransformersBaseline:
                 )
             return time.perf_counter() - start
 
+    def score(self, document: Sequence[int]) -> list[float]:
+        """log p of tokens 1.. of one document, in nats, from logits widened to float32."""
+        import torch
+
+        with _Inference(self._threads):
+            ids = _ids([document])
+            log_p = torch.log_softmax(self._model(ids).logits[0, :-1].float(), dim=-1)
+            return list(log_p.gather(1, ids[0, 1:, None])[:, 0].tolist())
+
 
 class _Inference:
     """No autograd, and the baseline's thread count, for the length of a `with` block."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from flatout.core.types import Measurement, measurement
 from flatout.errors import ConfigError, EvidenceError
 from flatout.hardware.detect import available_cores
-from flatout.verify.foreign_load import foreign_load, read_ticks
+from flatout.verify.foreign_load import Ticks, foreign_load, read_ticks
 from flatout.verify.statistics import Interval, order_statistic_interval
 
 Timed = Callable[[], float]
@@ -31,6 +31,7 @@ Timed = Callable[[], float]
 
 _FEWEST = 6  # pairs below which no 95 % interval of a median exists
 _METER_S = 0.02  # CPU seconds that /proc/stat may be off by: two ticks
+SETTLE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,15 @@ class SpeedResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """One timing. foreign: cores that others kept busy meanwhile, None without a meter; noisy: too many."""
+
+    seconds: float
+    foreign: float | None
+    noisy: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Pair:
     a: float
     b: float
@@ -84,7 +94,7 @@ def ab_test(
     coverage: float = 0.95,
     warmups: int = 1,
     max_foreign: float = 0.1,
-    settle_s: float = 0.05,
+    settle_s: float = SETTLE_S,
     seed: int = 0,
     cores: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -108,7 +118,7 @@ def ab_test(
         run_a()
         run_b()
     pairs: list[_Pair] = []
-    with _without_garbage_collection():
+    with without_garbage_collection():
         started = time.perf_counter()
         while True:
             a_first = draw.random() < 0.5
@@ -128,7 +138,7 @@ def ab_test(
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """A collection would hit one side of a pair."""
     enabled = gc.isenabled()
     gc.collect()
@@ -140,25 +150,32 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def time_sample(
+    run: Timed, *, allowed: float, settle_s: float = SETTLE_S, ticks: Callable[[], Ticks | None] | None = None
+) -> Sample:
+    """Time one side once, after a pause in which spinning threads of the other side go to sleep.
+
+    allowed: cores that others may keep busy before the sample counts as noisy, beyond what two ticks of the
+    meter could feign in a short one. ticks: the meter, where the work is not all done by this process. Raises
+    EvidenceError when the time is not positive.
+    """
+    read = ticks or read_ticks
+    time.sleep(settle_s)
+    before = read()
+    value = run()
+    load = foreign_load(before, read())
+    if not (math.isfinite(value) and value > 0):
+        raise EvidenceError("a timing must be positive", f"{value} s", "a longer run")
+    return Sample(value, load, load is not None and load > allowed + _METER_S / value)
+
+
 def _time_pair(run_a: Timed, run_b: Timed, a_first: bool, settle_s: float, allowed: float) -> _Pair:
-    """Time both sides in the given order. The pair is noisy when others kept more than `allowed` cores busy
-    during either sample, beyond what two ticks of the meter could feign in a short one."""
-    seconds: list[float] = []
-    loads: list[float] = []
-    noisy = False
-    for run in (run_a, run_b) if a_first else (run_b, run_a):
-        time.sleep(settle_s)
-        before = read_ticks()
-        value = run()
-        load = foreign_load(before, read_ticks())
-        if not (math.isfinite(value) and value > 0):
-            raise EvidenceError("a timing must be positive", f"{value} s", "a longer run")
-        seconds.append(value)
-        if load is not None:
-            loads.append(load)
-            noisy = noisy or load > allowed + _METER_S / value
-    a, b = seconds if a_first else seconds[::-1]
-    return _Pair(a, b, max(loads) if loads else None, noisy)
+    """Time both sides in the given order. The pair is noisy when either sample is."""
+    runs = (run_a, run_b) if a_first else (run_b, run_a)
+    samples = [time_sample(run, allowed=allowed, settle_s=settle_s) for run in runs]
+    a, b = samples if a_first else samples[::-1]
+    loads = [sample.foreign for sample in samples if sample.foreign is not None]
+    return _Pair(a.seconds, b.seconds, max(loads) if loads else None, a.noisy or b.noisy)
 
 
 def _interval(pairs: list[_Pair], coverage: float) -> Interval:

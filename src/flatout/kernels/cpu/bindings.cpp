@@ -88,9 +88,10 @@ void check_rows(const AnyMatrix& a, const Source& s, const char* what) {
     throw std::invalid_argument(std::string(what) + " must have one value a row and group");
 }
 
-void set_quantized(Model& model, const std::string& name, const AnyMatrix& codes, const AnyMatrix& scales,
-                   const nb::object& zeros_object, const nb::object& minima_object, int bits, int group,
-                   const std::string& zero, const std::string& activation, int activation_group) {
+// The caller's arrays as a Source; it borrows them.
+Source quantized_source(const AnyMatrix& codes, const AnyMatrix& scales, const nb::object& zeros_object,
+                        const nb::object& minima_object, int bits, int group, const std::string& zero,
+                        const std::string& activation, int activation_group) {
   Source s;
   s.kind = WeightKind::kInteger;
   s.n = (int)codes.shape(0);
@@ -104,42 +105,64 @@ void set_quantized(Model& model, const std::string& name, const AnyMatrix& codes
   if (activation != "int8" && activation != "int16") throw std::invalid_argument("activations are int8 or int16");
   if (activation_group != 0 && activation_group != group)
     throw std::invalid_argument("the activation group is 0 or the weight group");
-  s.zero = zero == "minimum" ? Zero::kMinimum : zero == "asymmetric" ? Zero::kAsymmetric : Zero::kSymmetric;
-  s.half_scales = is_half(scales);
   s.planes = activation == "int8" ? 1 : 2;
+  s.zero = zero == "minimum" ? Zero::kMinimum : zero == "asymmetric" ? Zero::kAsymmetric : Zero::kSymmetric;
+  if (s.zero == Zero::kMinimum && s.planes == 2)
+    throw std::invalid_argument("weights with a float minimum take int8 activations");
+  s.half_scales = is_half(scales);
   s.activation_group = activation_group;
   s.codes = (const uint8_t*)codes.data();
   s.scales = scales.data();
   check_rows(scales, s, "scales");
-  AnyMatrix zeros, minima;
   if (s.zero == Zero::kAsymmetric) {
-    zeros = nb::cast<AnyMatrix>(zeros_object);
+    const AnyMatrix zeros = nb::cast<AnyMatrix>(zeros_object);
     check_rows(zeros, s, "zeros");
     if (zeros.itemsize() != 1) throw std::invalid_argument("zeros must be bytes");
     s.zeros = (const uint8_t*)zeros.data();
   }
   if (s.zero == Zero::kMinimum) {
-    minima = nb::cast<AnyMatrix>(minima_object);
+    const AnyMatrix minima = nb::cast<AnyMatrix>(minima_object);
     check_rows(minima, s, "minima");
     if (is_half(minima) != s.half_scales) throw std::invalid_argument("minima must have the type of the scales");
     s.minima = minima.data();
   }
+  return s;
+}
+
+void set_quantized(Model& model, const std::string& name, const AnyMatrix& codes, const AnyMatrix& scales,
+                   const nb::object& zeros, const nb::object& minima, int bits, int group, const std::string& zero,
+                   const std::string& activation, int activation_group) {
+  const Source s = quantized_source(codes, scales, zeros, minima, bits, group, zero, activation, activation_group);
   nb::gil_scoped_release release;
   model.set_weight(name, s);
 }
 
-void set_float(Model& model, const std::string& name, nb::ndarray<const float, nb::c_contig, nb::device::cpu> values,
-               const std::string& format) {
-  if (values.ndim() == 1) return model.set_vector(name, values.data(), (int)values.shape(0));
-  if (values.ndim() != 2) throw std::invalid_argument("a weight has one or two dimensions");
+Source float_source(const Matrix<float>& values, const std::string& format) {
   Source s;
   s.kind = format == "bf16" ? WeightKind::kBFloat16 : WeightKind::kFloat32;
   s.bits = format == "bf16" ? 16 : 32;
   s.n = (int)values.shape(0);
   s.k = (int)values.shape(1);
   s.values = values.data();
+  return s;
+}
+
+void set_vector(Model& model, const std::string& name, const Array<float>& values) {
+  model.set_vector(name, values.data(), (int)values.shape(0));
+}
+
+void set_matrix(Model& model, const std::string& name, const Matrix<float>& values, const std::string& format) {
+  const Source s = float_source(values, format);
   nb::gil_scoped_release release;
   model.set_weight(name, s);
+}
+
+Result<float> run_linear(const std::string& isa, const Matrix<float>& x, const Source& s) {
+  if (x.shape(1) != (size_t)s.k) throw std::invalid_argument("x must be as wide as the weight");
+  float* out;
+  auto result_array = result<float>({x.shape(0), (size_t)s.n}, &out);
+  linear_once(*ops_for(isa), s, x.data(), (int)x.shape(0), out);
+  return result_array;
 }
 
 }  // namespace
@@ -151,13 +174,29 @@ NB_MODULE(_cpu, m) {
   m.def("features", &cpu_features);
   m.def("isas", &usable_isas);
   bind_ceilings(m);
+  // One linear by itself, for comparing kernels with their reference.
+  m.def("linear_quantized",
+        [](const std::string& isa, const Matrix<float>& x, const AnyMatrix& codes, const AnyMatrix& scales,
+           const nb::object& zeros, const nb::object& minima, int bits, int group, const std::string& zero,
+           const std::string& activation, int activation_group) {
+          return run_linear(isa, x, quantized_source(codes, scales, zeros, minima, bits, group, zero, activation,
+                                                     activation_group));
+        },
+        nb::arg("isa"), nb::arg("x"), nb::arg("codes"), nb::arg("scales"), nb::arg("zeros").none(),
+        nb::arg("minima").none(), nb::arg("bits"), nb::arg("group"), nb::arg("zero"), nb::arg("activation"),
+        nb::arg("activation_group"));
+  m.def("linear_float", [](const std::string& isa, const Matrix<float>& x, const Matrix<float>& weight,
+                           const std::string& format) { return run_linear(isa, x, float_source(weight, format)); });
   nb::class_<Model>(m, "Model")
       .def("__init__",
            [](Model* self, const nb::dict& config, int threads, const std::string& isa, int num_pages) {
              if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
              new (self) Model(parse_config(config), threads, isa, num_pages);
            })
-      .def("set_float", &set_float)
+      .def("set_float", [](Model& m, const std::string& name, const Array<float>& v, const std::string&) {
+        set_vector(m, name, v);
+      })
+      .def("set_float", &set_matrix)
       .def("set_quantized", &set_quantized, nb::arg("name"), nb::arg("codes"), nb::arg("scales"),
            nb::arg("zeros").none(), nb::arg("minima").none(), nb::arg("bits"), nb::arg("group"), nb::arg("zero"),
            nb::arg("activation"), nb::arg("activation_group"))

@@ -126,65 +126,85 @@ static void grouped_block(const Linear& w, const uint8_t* panel, const int8_t* s
   for (int r = 0; r < kTileRows; ++r) store(out + (size_t)r * kLanes, acc[r]);
 }
 
-// Sums of 16 tokens x 16 rows to outputs, one group: the group values of the tokens lie together from `first` on.
-static inline f32x16 zero_corrected(const Linear& w, const int32_t* tile, const int32_t* a_sum, int r) {
-  return to_float(load<i32x16>(tile + r * kLanes) - splat_i32(w.integer_zero * a_sum[r]));
-}
-static inline void scale_tile(const Linear& w, const Activations& a, int first, f32x16 scale, const int32_t* tile,
-                              float* out) {
-  const float* a_scale = a.scales + first;
-  const int32_t* a_sum = a.sums[0] + first;
-#pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r)
-    store(out + r * kLanes, fma(zero_corrected(w, tile, a_sum, r), splat(a_scale[r]) * scale, splat(0.0f)));
-}
-static inline void scale_planes(const Linear& w, const Activations& a, int first, f32x16 scale, const int32_t* high,
-                                const int32_t* low, float* out) {
-  const float* a_scale = a.scales + first;
-#pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) {
-    const f32x16 c = splat(a_scale[r]) * scale;
-    const f32x16 value = fma(zero_corrected(w, high, a.sums[0] + first, r), c * splat(128.0f), splat(0.0f));
-    store(out + r * kLanes, fma(zero_corrected(w, low, a.sums[1] + first, r), c, value));
+// A 2 x 2 block of one-scale-a-row products whose sums wait to be scaled. The second row of tiles is 16 more tokens (one
+// plane) or the low plane of the same 16 tokens (two planes).
+struct WholeRowBlock {
+  alignas(64) int32_t sums[4][kTileRows * kLanes];
+  float* out[2];
+  f32x16 scale[2];
+  int first = 0, units = 0;  // a unit is 8 tokens of one panel
+};
+
+// Scale one unit: the sums are of unsigned codes, so the weights' zero times the tokens' code sum comes off first.
+static inline void scale_unit(const Linear& w, const Activations& a, const WholeRowBlock& b, int unit) {
+  const int tile = unit / 2, panel = tile % 2, row = unit % 2 * 8, token = tile / 2 * kTileRows + row;
+  const float* a_scale = a.scales + b.first + token;
+  const int32_t* a_sum = a.sums[0] + b.first + token;
+  const int32_t* high = b.sums[tile] + row * kLanes;
+  float* out = b.out[panel] + (size_t)token * kLanes;
+  const auto value = [&](const int32_t* sums, const int32_t* code_sums, int r) {
+    return to_float(load<i32x16>(sums + r * kLanes) - (splat_i32(code_sums[r]) << 7));  // the zero is 128
+  };
+  if (w.planes == 1) {
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r)
+      store(out + r * kLanes, fma(value(high, a_sum, r), splat(a_scale[r]) * b.scale[panel], splat(0.0f)));
+    return;
+  }
+  const int32_t *low = b.sums[tile + 2] + row * kLanes, *a_low = a.sums[1] + b.first + token;
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+    const f32x16 c = splat(a_scale[r]) * b.scale[panel];
+    const f32x16 sum = fma(value(high, a_sum, r), c * splat(128.0f), splat(0.0f));
+    store(out + r * kLanes, fma(value(low, a_low, r), c, sum));
   }
 }
 
-// One scale a row: 2 x 2 tiles share their operands, four products to four loads, and the fp32 work is done once an
-// output. The second row of tiles is 16 more tokens (one plane) or the low plane of the same 16 (two planes).
-static void whole_row_block(const Linear& w, const uint8_t* const* panel, const Activations& a, int first, bool second,
-                            float* const* out) {
-  alignas(64) int32_t sums[4][kTileRows * kLanes];
-  const int8_t* upper = a.codes[0] + (size_t)first * w.row_stride;
-  const int8_t* lower = w.planes == 2 ? a.codes[1] + (size_t)first * w.row_stride
-                        : second      ? upper + (size_t)kTileRows * w.row_stride
-                                      : upper;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int k = 0; k < w.k_padded; k += 64) {
-    _tile_loadd(4, upper + k, w.row_stride);
-    _tile_loadd(6, panel[0] + (size_t)k * kLanes, 64);
-    _tile_loadd(7, panel[1] + (size_t)k * kLanes, 64);
-    _tile_loadd(5, lower + k, w.row_stride);
-    _tile_dpbsud(0, 4, 6);
-    _tile_dpbsud(1, 4, 7);
-    _tile_dpbsud(2, 5, 6);
-    _tile_dpbsud(3, 5, 7);
-  }
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
-  for (int p = 0; p < 2; ++p) {
-    const f32x16 scale = load_scale(w, panel[p] + w.scales_offset, 0);
-    if (w.planes == 2) {
-      scale_planes(w, a, first, scale, sums[p], sums[2 + p], out[p]);
-      continue;
+// One scale a row: 2 x 2 tiles share their operands, four products to four loads; the fp32 work of the last block is
+// done between the products of the next.
+static void whole_row_panels(const Linear& w, const uint8_t* const* panel, const Activations& a, int first, int count,
+                             float* const* out) {
+  WholeRowBlock blocks[2];
+  blocks[1].units = 0;
+  int side = 0;
+  for (int m = 0; m < count; side ^= 1) {
+    WholeRowBlock &now = blocks[side], &last = blocks[side ^ 1];
+    const bool second = w.planes == 1 && count - m > kTileRows;
+    const int8_t* upper = a.codes[0] + (size_t)(first + m) * w.row_stride;
+    const int8_t* lower = w.planes == 2 ? a.codes[1] + (size_t)(first + m) * w.row_stride
+                          : second      ? upper + (size_t)kTileRows * w.row_stride
+                                        : upper;
+    int unit = 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int k = 0; k < w.k_padded; k += 64) {
+      _tile_loadd(4, upper + k, w.row_stride);
+      _tile_loadd(6, panel[0] + (size_t)k * kLanes, 64);
+      _tile_loadd(7, panel[1] + (size_t)k * kLanes, 64);
+      _tile_loadd(5, lower + k, w.row_stride);
+      _tile_dpbsud(0, 4, 6);
+      _tile_dpbsud(1, 4, 7);
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
+      if (unit < last.units) scale_unit(w, a, last, unit++);
     }
-    scale_tile(w, a, first, scale, sums[p], out[p]);
-    if (second) scale_tile(w, a, first + kTileRows, scale, sums[2 + p], out[p] + kTileRows * kLanes);
+    while (unit < last.units) scale_unit(w, a, last, unit++);
+    _tile_stored(0, now.sums[0], 64);
+    _tile_stored(1, now.sums[1], 64);
+    _tile_stored(2, now.sums[2], 64);
+    _tile_stored(3, now.sums[3], 64);
+    now.first = first + m;
+    now.units = second ? 8 : 4;
+    for (int p = 0; p < 2; ++p) {
+      now.out[p] = out[p] + (size_t)m * kLanes;
+      now.scale[p] = load_scale(w, panel[p] + w.scales_offset, 0);
+    }
+    m += second ? 2 * kTileRows : kTileRows;
   }
+  const WholeRowBlock& last = blocks[side ^ 1];
+  for (int unit = 0; unit < last.units; ++unit) scale_unit(w, a, last, unit);
 }
 
 // bf16 weights and activations: the same 2 x 2 tiles, 32 columns a product, fp32 sums straight to `out`. Sums round in
@@ -223,14 +243,12 @@ void linear_panels_amx(const Linear& w, const uint8_t* const* panel, int panels,
   if (w.kind == WeightKind::kFloat32 || count < kTileMinimum)
     return linear_panels(w, panel, panels, scratch, a, first, count, out);
   const uint8_t* panel_pair[2] = {panel[0], panel[panels - 1]};  // a last single panel is computed twice
+  if (whole_row(w)) return whole_row_panels(w, panel_pair, a, first, count, out);
   for (int m = 0; m < count;) {
-    if (bf16 || whole_row(w)) {
-      const bool second = w.planes < 2 && count - m > kTileRows;
+    if (bf16) {
+      const bool second = count - m > kTileRows;
       float* to[2] = {out[0] + (size_t)m * kLanes, out[1] + (size_t)m * kLanes};
-      if (bf16)
-        bf16_block(w, panel_pair, a, first + m, second, to);
-      else
-        whole_row_block(w, panel_pair, a, first + m, second, to);
+      bf16_block(w, panel_pair, a, first + m, second, to);
       m += second ? 2 * kTileRows : kTileRows;
       continue;
     }

@@ -6,7 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "pack.h"
+#include "matmul.h"
 #include "threads.h"
 
 namespace flatout {
@@ -71,7 +71,6 @@ class Model {
   struct ThreadScratch {
     Buffer activations, panel, normed;
   };
-  enum class Epilogue { kStore, kAdd, kGated };
 
   void check(const Batch&) const;
   void begin(const Batch&);
@@ -100,7 +99,6 @@ class Model {
   Buffer embedding_codes_, embedding_scales_, embedding_minima_, embedding_zeros_;
   Buffer cache_, x_, qkv_, attended_, gated_, shared_, logits_;
   std::vector<ThreadScratch> scratch_;
-  size_t activation_bytes_ = 0;
   std::vector<int32_t> token_sequence_, token_position_, last_rows_;
   struct Block {
     int sequence, first_token, rows;
@@ -112,6 +110,8 @@ class Model {
   double last_mark_ = 0.0;
 };
 
+// The next token by the rules of engine/sampler.py, or kNotFinite when a logit is not a number.
+constexpr int32_t kNotFinite = -1;
 int32_t sample_token(const float* logits, int n, float temperature, int top_k, float top_p, uint64_t seed,
                      int64_t position);
 

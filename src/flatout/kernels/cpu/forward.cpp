@@ -1,0 +1,299 @@
+// The forward step: every thread runs the same sequence of phases and meets the others between them.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "model.h"
+
+namespace flatout {
+
+const char* const kPhaseNames[kPhases] = {"embedding", "qkv", "attention", "o", "gate_up", "down", "head", "other"};
+
+namespace {
+
+constexpr int kQueryBlock = 16;   // queries of one head that attention takes together
+constexpr int kLocalRows = 2;     // up to this many rows every thread prepares its own copy instead of meeting
+
+int round_up(int v, int to) { return (v + to - 1) / to * to; }
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void expect(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+}  // namespace
+
+void Model::check(const Batch& b) const {
+  expect(finalized_, "the model has weights missing: call finalize first");
+  expect(b.sequences >= 1, "a step needs at least one sequence");
+  expect(b.total <= kMaxStepTokens,
+         "a step takes at most " + std::to_string(kMaxStepTokens) + " tokens, got " + std::to_string(b.total));
+  int64_t total = 0;
+  for (int s = 0; s < b.sequences; ++s) {
+    expect(b.lengths[s] >= 1 && b.starts[s] >= 0, "lengths must be at least 1 and starts at least 0");
+    const int64_t end = (int64_t)b.starts[s] + b.lengths[s];
+    const int64_t needed = (end + kPage - 1) / kPage;
+    expect(end <= (int64_t)num_pages_ * kPage && needed <= b.page_columns,
+           "position " + std::to_string(end - 1) + " is beyond the page table or the cache");
+    for (int p = 0; p < needed; ++p) {
+      const int32_t page = b.pages[(size_t)s * b.page_columns + p];
+      expect(page >= 0 && page < num_pages_, "page " + std::to_string(page) + " does not exist");
+    }
+    total += b.lengths[s];
+  }
+  expect(total == b.total, "lengths must add up to the number of tokens");
+  for (int t = 0; t < b.total; ++t)
+    expect(b.tokens[t] >= 0 && b.tokens[t] < config_.vocab_size,
+           "token " + std::to_string(b.tokens[t]) + " is outside the vocabulary");
+}
+
+void Model::begin(const Batch& b) {
+  check(b);
+  token_sequence_.clear();
+  token_position_.clear();
+  last_rows_.clear();
+  blocks_.clear();
+  for (int s = 0; s < b.sequences; ++s) {
+    for (int first = 0; first < b.lengths[s]; first += kQueryBlock)
+      blocks_.push_back({s, (int)token_sequence_.size() + first, std::min(kQueryBlock, b.lengths[s] - first)});
+    for (int i = 0; i < b.lengths[s]; ++i) {
+      token_sequence_.push_back(s);
+      token_position_.push_back(b.starts[s] + i);
+    }
+    last_rows_.push_back((int32_t)token_sequence_.size() - 1);
+  }
+  for (auto& next : next_block_) next.store(0, std::memory_order_relaxed);
+  if (profiling_) last_mark_ = now();
+}
+
+void Model::mark(Phase phase, int thread) {
+  if (!profiling_ || thread != 0) return;
+  const double t = now();
+  timings_[phase] += t - last_mark_;
+  last_mark_ = t;
+}
+
+std::vector<double> Model::take_timings() {
+  std::vector<double> t(timings_, timings_ + kPhases);
+  std::fill(timings_, timings_ + kPhases, 0.0);
+  return t;
+}
+
+uint8_t* Model::page_head(int layer, int kv_head) const {
+  return cache_.data + ((size_t)layer * config_.num_kv_heads + kv_head) * num_pages_ * page_bytes_;
+}
+
+void Model::lookup(int32_t token, float* out) const {
+  const Source& e = embedding_;
+  const size_t row = (size_t)token * e.k;
+  if (e.kind == WeightKind::kFloat32) {
+    std::memcpy(out, embedding_codes_.data + row * 4, (size_t)e.k * 4);
+  } else if (e.kind == WeightKind::kBFloat16) {
+    for (int k = 0; k < e.k; ++k) {
+      const uint32_t bits = (uint32_t)((const uint16_t*)embedding_codes_.data)[row + k] << 16;
+      std::memcpy(out + k, &bits, 4);
+    }
+  } else {
+    const int group = e.group ? e.group : e.k, groups = e.k / group;
+    const auto value = [&](const Buffer& b, size_t i) {
+      if (!e.half_scales) return ((const float*)b.data)[i];
+      _Float16 h;
+      std::memcpy(&h, b.data + 2 * i, 2);
+      return (float)h;
+    };
+    for (int g = 0; g < groups; ++g) {
+      const size_t at = (size_t)token * groups + g;
+      const float scale = value(embedding_scales_, at);
+      const float minimum = e.zero == Zero::kMinimum ? value(embedding_minima_, at) : 0.0f;
+      const int zero = e.zero == Zero::kAsymmetric ? embedding_zeros_.data[at] : (e.bits == 4 && e.zero == Zero::kSymmetric ? 8 : 0);
+      const bool is_signed = e.bits == 8 && e.zero == Zero::kSymmetric;
+      for (int k = g * group; k < (g + 1) * group; ++k) {
+        const int code = is_signed ? (int8_t)embedding_codes_.data[row + k] : embedding_codes_.data[row + k];
+        out[k] = scale * (float)(code - zero) + minimum;
+      }
+    }
+  }
+  if (config_.embedding_scale != 1.0f)
+    for (int k = 0; k < e.k; ++k) out[k] *= config_.embedding_scale;
+}
+
+Activations Model::prepare(const Linear& w, const float* x, int stride, const int32_t* rows, int count,
+                           const std::vector<float>* norm, int thread) {
+  const bool local = count <= kLocalRows;
+  const Activations a = place_activations(w, local ? scratch_[thread].activations.data : shared_.data,
+                                          local ? kTileRows : round_up(count, kTileRows));
+  float* normed = (float*)scratch_[thread].normed.data;
+  const int step = local ? 1 : pool_.size();
+  for (int r = local ? 0 : thread; r < count; r += step) {
+    const float* in = x + (size_t)(rows ? rows[r] : r) * stride;
+    if (norm) {
+      ops_->rms_norm(in, norm->data(), config_.rms_norm_eps, w.k, normed);
+      in = normed;
+    }
+    write_activations(*ops_, w, in, a, r);
+  }
+  if (!local) pool_.barrier();
+  return a;
+}
+
+void Model::linear(const Linear& w, const Activations& a, int count, Epilogue epilogue, const float* bias, float* out,
+                   int stride, int thread) {
+  const int64_t pairs = panel_pairs(w), threads = pool_.size();
+  const Output o{epilogue, bias, config_.gelu, out, stride};
+  multiply_panels(*ops_, w, a, count, o, (int)(pairs * thread / threads), (int)(pairs * (thread + 1) / threads),
+                  (int8_t*)scratch_[thread].panel.data);
+}
+
+// Rotate q and k, normalise them where the model does, and store k and v: one item a token and head.
+void Model::write_cache(const Batch& b, int layer, int thread) {
+  const Config& c = config_;
+  const Layer& l = layers_[layer];
+  const int heads = c.num_heads + c.num_kv_heads, items = b.total * heads;
+  const int first = (int)((int64_t)items * thread / pool_.size());
+  const int last = (int)((int64_t)items * (thread + 1) / pool_.size());
+  for (int item = first; item < last; ++item) {
+    const int t = item / heads, h = item % heads, position = token_position_[t];
+    float* row = (float*)qkv_.data + (size_t)t * qkv_stride_;
+    float* x = row + (size_t)h * c.head_dim;  // k heads follow the q heads
+    if (c.qk_norm) {
+      const std::vector<float>& weight = h < c.num_heads ? l.q_norm : l.k_norm;
+      ops_->rms_norm(x, weight.data(), c.rms_norm_eps, c.head_dim, x);
+    }
+    ops_->rope(x, rope_.data() + (size_t)position * c.head_dim, c.head_dim);
+    if (h < c.num_heads) continue;
+    const int kv = h - c.num_heads;
+    const int32_t page = b.pages[(size_t)token_sequence_[t] * b.page_columns + position / kPage];
+    ops_->write_kv(x, x + (size_t)c.num_kv_heads * c.head_dim, c.head_dim, head_dim_padded_, position % kPage,
+                   c.int8_cache, page_head(layer, kv) + (size_t)page * page_bytes_);
+  }
+  pool_.barrier();
+}
+
+void Model::attention(const Batch& b, int layer, int thread) {
+  const Config& c = config_;
+  const int items = (int)blocks_.size() * c.num_heads;
+  (void)thread;
+  for (;;) {
+    const int item = next_block_[layer].fetch_add(1, std::memory_order_relaxed);
+    if (item >= items) break;
+    // Later blocks of a sequence see more keys: hand the longest out first.
+    const Block& block = blocks_[blocks_.size() - 1 - item / c.num_heads];
+    const int h = item % c.num_heads;
+    Attention a;
+    a.q = (const float*)qkv_.data + (size_t)block.first_token * qkv_stride_ + (size_t)h * c.head_dim;
+    a.q_stride = qkv_stride_;
+    a.out = (float*)attended_.data + (size_t)block.first_token * attention_stride_ + (size_t)h * c.head_dim;
+    a.out_stride = attention_stride_;
+    a.rows = block.rows;
+    a.first_position = token_position_[block.first_token];
+    a.window = c.sliding_window;
+    a.head_dim = c.head_dim;
+    a.head_dim_padded = head_dim_padded_;
+    a.pages = b.pages + (size_t)block.sequence * b.page_columns;
+    a.cache = page_head(layer, h / (c.num_heads / c.num_kv_heads));
+    a.page_stride = page_bytes_;
+    a.scale = 1.0f / std::sqrt((float)c.head_dim);
+    ops_->attend(a, c.int8_cache);
+  }
+  pool_.barrier();
+}
+
+void Model::layers(const Batch& b, int thread) {
+  float* x = (float*)x_.data;
+  float* qkv = (float*)qkv_.data;
+  float* attended = (float*)attended_.data;
+  float* gated = (float*)gated_.data;
+  const int T = b.total;
+  for (int t = thread; t < T; t += pool_.size()) lookup(b.tokens[t], x + (size_t)t * hidden_stride_);
+  pool_.barrier();
+  mark(kEmbedding, thread);
+  for (int i = 0; i < config_.num_layers; ++i) {
+    const Layer& l = layers_[i];
+    Activations a = prepare(l.qkv.view, x, hidden_stride_, nullptr, T, &l.input_norm, thread);
+    const float* bias = l.qkv_bias.empty() ? nullptr : l.qkv_bias.data();
+    linear(l.qkv.view, a, T, Epilogue::kStore, bias, qkv, qkv_stride_, thread);
+    pool_.barrier();
+    mark(kQkv, thread);
+    write_cache(b, i, thread);
+    attention(b, i, thread);
+    mark(kAttention, thread);
+    a = prepare(l.o.view, attended, attention_stride_, nullptr, T, nullptr, thread);
+    linear(l.o.view, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
+    pool_.barrier();
+    mark(kO, thread);
+    a = prepare(l.gate_up.view, x, hidden_stride_, nullptr, T, &l.post_norm, thread);
+    linear(l.gate_up.view, a, T, Epilogue::kGated, nullptr, gated, gate_stride_, thread);
+    pool_.barrier();
+    mark(kGateUp, thread);
+    a = prepare(l.down.view, gated, gate_stride_, nullptr, T, nullptr, thread);
+    linear(l.down.view, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
+    pool_.barrier();
+    mark(kDown, thread);
+  }
+}
+
+// Logits of `rows` of the hidden state; every thread returns once all are written.
+void Model::head(const float* hidden, const int32_t* rows, int count, float* logits, int thread) {
+  const Activations a = prepare(head_.view, hidden, hidden_stride_, rows, count, &norm_, thread);
+  linear(head_.view, a, count, Epilogue::kStore, nullptr, logits, config_.vocab_size, thread);
+  pool_.barrier();
+  mark(kHead, thread);
+}
+
+void Model::forward(const Batch& b, bool all, float* logits) {
+  begin(b);
+  pool_.run([&](int thread) {
+    layers(b, thread);
+    const float* x = (const float*)x_.data;
+    if (all)
+      head(x, nullptr, b.total, logits, thread);
+    else
+      head(x, last_rows_.data(), b.sequences, logits, thread);
+  });
+}
+
+void Model::score(const Batch& b, const int32_t* targets, float* out) {
+  for (int t = 0; t < b.total; ++t)
+    expect(targets[t] >= 0 && targets[t] < config_.vocab_size, "a target is outside the vocabulary");
+  begin(b);
+  const size_t needed = (size_t)kTokenBlock * config_.vocab_size * sizeof(float);
+  if (logits_.bytes < needed) logits_ = Buffer(needed);
+  float* logits = (float*)logits_.data;
+  pool_.run([&](int thread) {
+    layers(b, thread);
+    for (int t = 0; t < b.total; t += kTokenBlock) {
+      const int count = std::min(kTokenBlock, b.total - t);
+      head((const float*)x_.data + (size_t)t * hidden_stride_, nullptr, count, logits, thread);
+      for (int r = thread; r < count; r += pool_.size()) {
+        const float* row = logits + (size_t)r * config_.vocab_size;
+        out[t + r] = row[targets[t + r]] - ops_->log_sum_exp(row, config_.vocab_size);
+      }
+      pool_.barrier();
+    }
+    mark(kOther, thread);
+  });
+}
+
+void Model::sample(const Batch& b, const Sampling& s, int32_t* out) {
+  begin(b);
+  const size_t needed = (size_t)b.sequences * config_.vocab_size * sizeof(float);
+  if (logits_.bytes < needed) logits_ = Buffer(needed);
+  float* logits = (float*)logits_.data;
+  pool_.run([&](int thread) {
+    layers(b, thread);
+    head((const float*)x_.data, last_rows_.data(), b.sequences, logits, thread);
+    for (int r = thread; r < b.sequences; r += pool_.size())
+      out[r] = sample_token(logits + (size_t)r * config_.vocab_size, config_.vocab_size, s.temperature[r], s.top_k[r],
+                            s.top_p[r], s.seeds[r], (int64_t)b.starts[r] + b.lengths[r]);
+    mark(kOther, thread);
+  });
+  for (int r = 0; r < b.sequences; ++r)
+    if (out[r] == kNotFinite) throw std::runtime_error("the model's logits are not numbers: its weights are damaged");
+}
+
+}  // namespace flatout

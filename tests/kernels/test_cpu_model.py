@@ -1,0 +1,108 @@
+"""The whole forward step on every instruction set: same bits where the arithmetic is exact, bounded elsewhere."""
+
+import numpy as np
+import pytest
+from tests.tiny import tiny_model, tiny_spec
+
+from flatout import _cpu
+from flatout.core.formats import Recipe, uniform
+from flatout.core.fuse import float_recipe
+from flatout.engine.cpu import CpuRunner
+from flatout.engine.reference import ReferenceRunner
+from flatout.engine.runner import StepInput
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
+ISAS = _cpu.isas()
+PAGES = 6
+
+
+def step(tokens, start=0, first_page=0):
+    pages = (np.arange(PAGES, dtype=np.int32) + first_page) % PAGES
+    return StepInput(
+        np.asarray(tokens, np.int32),
+        np.array([start], np.int32),
+        np.array([len(tokens)], np.int32),
+        np.ascontiguousarray(pages[None]),
+    )
+
+
+def prompt(spec, length=150):
+    return np.random.default_rng(11).integers(3, spec.vocab_size, length).tolist()
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integer_formats_give_the_same_bits_on_every_instruction_set(family, kv_cache):
+    spec = tiny_spec(family)
+    recipe = Recipe(
+        name="mixed",
+        layers="w8a8",
+        embedding="q8_0",
+        head="w8a16",
+        kv_cache=kv_cache,
+        overrides=(("layers.0.down", "w4a8-g32-asym"), ("layers.1.qkv", "w8a8-g64")),
+    )
+    model = tiny_model(spec, recipe, seed=1)
+    tokens = prompt(spec)
+    expected = CpuRunner(model, 1, "portable", PAGES).forward(step(tokens), "all")
+    assert np.isfinite(expected).all()
+    for isa in ISAS:
+        runner = CpuRunner(model, 2, isa, PAGES)
+        np.testing.assert_array_equal(runner.forward(step(tokens), "all"), expected, err_msg=isa)
+        # One token at a time from the middle of a page, over the next page's edge.
+        for position in range(100, 135):
+            one = runner.forward(step(tokens[position : position + 1], position), "last")
+            np.testing.assert_array_equal(one[0], expected[position], err_msg=f"{isa} at {position}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_cache", ["int8", "bf16"])
+def test_what_an_earlier_sequence_left_in_its_pages_changes_nothing(isa, kv_cache):
+    spec = tiny_spec("llama")
+    model = tiny_model(spec, uniform("w8a8", kv_cache=kv_cache), seed=2)
+    tokens = prompt(spec, 70)
+    fresh = CpuRunner(model, 1, isa, PAGES).forward(step(tokens), "all")
+    used = CpuRunner(model, 1, isa, PAGES)
+    used.forward(step(prompt(spec, 300), first_page=3), "last")
+    np.testing.assert_array_equal(used.forward(step(tokens), "all"), fresh)
+
+
+# Greatest difference of a logit over the greatest logit. fp32 weights: sums of at most 256 products in another order,
+# through 2 layers and a bf16 cache whose roundings may flip; bf16: activations rounded to 8 bits of mantissa at every
+# linear; int8: the cache's and the attention weights' 8 bits, which the reference rounds per page or not at all.
+BOUNDS = {"fp32": 2e-3, "bf16": 3e-2, "w8a8": 5e-2, "w4a8-g32": 5e-2, "w8a16": 5e-2, "q4_1": 5e-2, "q8_0": 5e-2}
+
+
+@pytest.mark.parametrize("name", list(BOUNDS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_stay_within_the_stated_distance_of_the_reference(family, name):
+    spec = tiny_spec(family)
+    recipe = float_recipe(name, kv_cache="bf16") if name in ("fp32", "bf16") else uniform(name)
+    model = tiny_model(spec, recipe, seed=3)
+    tokens = prompt(spec, 90)
+    expected = ReferenceRunner(model, PAGES).forward(step(tokens), "all")
+    for isa in ISAS:
+        got = CpuRunner(model, 1, isa, PAGES).forward(step(tokens), "all")
+        error = np.abs(got - expected).max() / np.abs(expected).max()
+        assert error <= BOUNDS[name], (isa, error)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [5, 999]}, "outside the vocabulary"),
+        ({"tokens": [-1]}, "outside the vocabulary"),
+        ({"start": 6 * 64}, "beyond the page table or the cache"),
+        ({"start": -1}, "starts at least 0"),
+    ],
+)
+def test_impossible_steps_are_refused_and_leave_the_model_usable(change, message):
+    spec = tiny_spec("llama")
+    runner = CpuRunner(tiny_model(spec, uniform("w8a8"), seed=4), 2, None, PAGES)
+    before = runner.forward(step([3, 4]), "last")
+    with pytest.raises(ValueError, match=message):
+        runner.forward(step(**({"tokens": [3, 4]} | change)), "last")
+    bad_page = StepInput(*(np.array(x, np.int32) for x in ([3], [0], [1], [[77]])))
+    with pytest.raises(ValueError, match="page 77 does not exist"):
+        runner.forward(bad_page, "last")
+    np.testing.assert_array_equal(runner.forward(step([3, 4]), "last"), before)
