@@ -144,7 +144,7 @@ class FakeBench:
                 losses = (
                     self.sealed if cluster.tokens in self.holdout and name in self.sealed else self.losses
                 )
-                loss = losses[name] * (1 + 0.3 * draw.standard_normal())
+                loss = losses.get(name, 0.0003) * (1 + 0.3 * draw.standard_normal())
             found.append((original - loss).astype(np.float32))
         self.scored[name] = self.scored.get(name, 0) + len(clusters)
         return found
@@ -152,6 +152,10 @@ class FakeBench:
     def score_original(self, clusters: Sequence[Cluster], step: Any) -> list[np.ndarray]:
         self._call(f"score original {len(clusters)}")
         return self._scores("original", clusters)
+
+    def score_baseline(self, clusters: Sequence[Cluster], step: Any) -> list[np.ndarray]:
+        self._call(f"score transformers {len(clusters)}")
+        return self._scores("transformers", clusters)
 
     def build(self, recipe: Recipe, calibration: Sequence[Cluster], step: Any) -> None:
         if recipe not in self.built:

@@ -26,6 +26,7 @@ FLAGS = {
         "--resume", "--json",
     },
     "verify": {"--against", "--margin", "--text", "--speed-seconds", "--rerun", "--json"},
+    "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
     "run": {
         "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner", "--json",
     },

@@ -27,12 +27,13 @@ LEVEL = {
     "train": 7,
     "verify": 7,
     "search": 8,
+    "bench": 9,
     "report": 9,
     "export": 9,
     "serve": 9,
     "cli": 10,
 }
-DATA_USERS = {"verify", "search", "cli"}  # data is a leaf: it may use errors only
+DATA_USERS = {"verify", "search", "bench", "cli"}  # data is a leaf: it may use errors only
 ANYONE = {"errors", "_version"}
 LOWEST_USER_OF_EXTENSION = LEVEL["kernels"]
 
@@ -62,7 +63,7 @@ def breaks_rule(room: str, target: str) -> str | None:
         allowed = room != "data" and LEVEL[room] >= LOWEST_USER_OF_EXTENSION
         return None if allowed else "only kernels and rooms above may call the extension"
     if target == "data":
-        return None if room in DATA_USERS else "only verify, search and cli read the packaged text"
+        return None if room in DATA_USERS else "only verify, search, bench and cli read the packaged text"
     if room == "data":
         return "data is a leaf"
     if target not in LEVEL:
@@ -114,6 +115,8 @@ def test_every_room_has_a_level() -> None:
         ("search", "report", False),
         ("report", "search", True),
         ("cli", "report", True),
+        ("bench", "data", True),
+        ("bench", "report", False),
         ("core", "_cpu", False),
         ("engine", "_cpu", True),
         ("core", "utils", False),

@@ -75,6 +75,15 @@ def test_the_fastest_that_keeps_the_budget_is_delivered(tmp_path: Path) -> None:
     assert quality["loss"] < quality["upper_bound"] < quality["margin"] == 0.01
     assert quality["optimized"] / quality["baseline"] == pytest.approx(1 + quality["loss"])
     assert result["verdict"].startswith("tiny decodes 25.0")
+    reported = {name: result[name] for name in ("baseline", "engine_original", "optimized")}
+    assert reported["baseline"]["loss"] == pytest.approx(0.0003, rel=0.3)
+    assert reported["engine_original"]["loss"] == pytest.approx(0.00005, rel=0.3)
+    for column in reported.values():
+        assert column["perplexity"] == pytest.approx(quality["baseline"] * (1 + column["loss"]))
+    # 0.1 s of prefill and 64 steps of 3 ms at speed 1
+    assert reported["engine_original"]["prefill_tokens_per_s"] == pytest.approx(512 / 0.1)
+    assert reported["optimized"]["decode_tokens_per_s"] == pytest.approx(2.5 / 0.003)
+    assert reported["baseline"]["decode_tokens_per_s"] == pytest.approx(0.1 / 0.003)
 
 
 def test_the_result_holds_the_keys_of_the_contract(tmp_path: Path) -> None:
@@ -94,6 +103,21 @@ def test_the_result_holds_the_keys_of_the_contract(tmp_path: Path) -> None:
     predicted = [row["predicted"]["workload_s"] for row in result["candidates"]]
     assert all(p["low"] <= p["mid"] <= p["high"] and p["tier"] for p in predicted)
     assert sum(stage["seconds"] for stage in result["timings"]) > 0
+
+
+def test_memory_of_the_columns_by_hand(tmp_path: Path) -> None:
+    """64 wide, 128 inside, 3 layers, 4 heads of 16 and 2 for keys and values; 512 + 64 tokens in the
+    cache."""
+    result = run(FakeBench(LOSSES, SPEEDS), tmp_path / "out")
+    linears = 3 * (128 * 64 + 64 * 64 + 256 * 64 + 64 * 128)
+    norms, embedding = 3 * 2 * 64 + 64, 128 * 64
+    cache_bf16 = 576 * 3 * 2 * 32 * 2
+    assert result["baseline"]["memory_bytes"] == 2 * (linears + norms + embedding) + cache_bf16
+    assert result["engine_original"]["memory_bytes"] == 2 * (linears + 2 * embedding) + 4 * norms + cache_bf16
+    q4_1 = linears * 4 // 8 + linears // 32 * 4
+    q8_0 = embedding + embedding // 32 * 2
+    cache_int8 = 576 * 3 * 2 * (32 + 4 * 2)
+    assert result["optimized"]["memory_bytes"] == q4_1 + 2 * q8_0 + 4 * norms + cache_int8
 
 
 def test_time_is_not_spent_on_what_cannot_win(tmp_path: Path) -> None:
@@ -219,6 +243,18 @@ def test_close_finalists_are_told_apart_by_an_interleaved_test(tmp_path: Path) -
     result = run(bench, tmp_path / "out")
     assert "race native w8a8" in bench.calls
     assert result["optimized"]["recipe"] == "w8a8"
+
+
+def test_a_better_method_is_tried_only_where_rounding_fails(tmp_path: Path) -> None:
+    speeds = SPEEDS | {"w8a8": 3.2, "w8a8/smooth": 3.2}
+    bench = FakeBench(LOSSES | {"w8a8": 0.034, "w8a8/smooth": 0.004}, speeds)
+    result = run(bench, tmp_path / "out")
+    assert statuses(result)["w8a8"] == "rejected"
+    assert result["optimized"]["recipe"] == "w8a8/smooth"
+    unneeded = FakeBench(LOSSES | {"w8a8": 0.001}, speeds)
+    result = run(unneeded, tmp_path / "other", fresh=True)
+    assert result["optimized"]["recipe"] == "w8a8"
+    assert "build w8a8/smooth" not in unneeded.calls
 
 
 def test_a_candidate_with_broken_logits_is_rejected_and_the_search_goes_on(tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ def compress(
     fp32 and bf16 weights stay float32 arrays. q4_0, q4_1 and q8_0 take the file's blocks whatever the
     method, and so does any weight that the file already holds in the format asked for. The rest is rounded
     by `recipe.method`: rtn searches each 4-bit group's range; gptq needs `calibration`, token lists whose
-    activations decide how errors are spread, and rounds embedding and head to nearest; native rounds
-    nothing.
+    activations decide how errors are spread, and rounds embedding and head to nearest; smooth and
+    smooth-gptq first rescale, by the same text, what feeds linears with one activation scale a token;
+    native rounds nothing.
 
     Raises ConfigError for a recipe that does not fit before any work, and UnsupportedModelError where
     blocks are missing.
@@ -37,12 +38,22 @@ def compress(
     recipe.check(source.spec)
     if recipe.method == "native":
         return assemble(source, recipe)
-    if recipe.method == "gptq" and not any(len(document) for document in calibration or ()):
-        raise ConfigError("method gptq needs calibration text", "none", "method rtn, or give token lists")
-    expected = list(expected_weights(source.spec, recipe))
+    documents = [np.asarray(document, dtype=np.int64) for document in calibration or () if len(document)]
+    if recipe.needs_calibration and not documents:
+        raise ConfigError(
+            f"method {recipe.method} needs calibration text", "none", "method rtn, or give token lists"
+        )
+    spec = source.spec
+    if recipe.method in ("smooth", "smooth-gptq"):
+        from flatout.compress.smooth import smooth  # loads PyTorch
+
+        source = smooth(source, recipe, documents, progress)
     calibrated: Mapping[str, Weight] = {}
-    if recipe.method == "gptq":
-        calibrated = _calibrated(source, recipe, calibration or (), progress)
+    if recipe.method in ("gptq", "smooth-gptq"):
+        from flatout.compress.gptq import gptq_layers  # loads PyTorch
+
+        calibrated = gptq_layers(source, recipe, documents, progress)
+    expected = list(expected_weights(spec, recipe))
     weights: dict[str, Weight] = {}
     for done, (name, _, fmt) in enumerate(expected):
         if progress is not None:
@@ -50,7 +61,7 @@ def compress(
         weights[name] = calibrated[name] if name in calibrated else _rounded(source, name, fmt)
     if progress is not None:
         progress("done", len(expected), len(expected))
-    return Model(spec=source.spec, recipe=recipe, weights=weights)
+    return Model(spec=spec, recipe=recipe, weights=weights)
 
 
 def _rounded(source: Source, name: str, fmt: Format) -> Weight:
@@ -59,12 +70,3 @@ def _rounded(source: Source, name: str, fmt: Format) -> Weight:
     if fmt.is_native or native_format(source, name) == fmt.name:
         return native_weight(source, name, fmt)
     return round_to_nearest(float_weight(source, name), fmt, search_clip=fmt.bits == 4)
-
-
-def _calibrated(
-    source: Source, recipe: Recipe, calibration: Sequence[Sequence[int]], progress: Progress | None
-) -> Mapping[str, Weight]:
-    from flatout.compress.gptq import gptq_layers  # loads PyTorch
-
-    documents = [np.asarray(document, dtype=np.int64) for document in calibration if len(document)]
-    return gptq_layers(source, recipe, documents, progress)

@@ -98,7 +98,7 @@ def _round_columns(weight: np.ndarray, factor: np.ndarray, grid: Grid, groups: n
     return codes.T
 
 
-class _Documents(Cache):
+class Documents(Cache):
     """Attention within each of several documents that lie one after the other. Nothing is kept."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -148,7 +148,7 @@ def gptq_layers(
             weight = float_weight(source, name)
         return x @ as_tensor(weight).T
 
-    cache = _Documents([len(document) for document in documents])
+    cache = Documents([len(document) for document in documents])
     positions = torch.cat([torch.arange(len(document)) for document in documents])
     x = Llama(source).embed(torch.from_numpy(np.concatenate(documents).astype(np.int64)))
     for layer in range(spec.num_layers):

@@ -20,6 +20,8 @@ from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 
 _GRAMMAR = re.compile(r"w(?P<bits>[48])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
+METHODS = ("rtn", "gptq", "smooth", "smooth-gptq", "native")
+"""How codes are made: rounding to nearest; GPTQ; either after smoothing activations; or as the file has them."""
 _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmetric")}
 
 
@@ -98,7 +100,7 @@ class Recipe:
 
     `layers` applies to every fused linear of every layer unless `overrides` names it:
     "layers.7.down" (one), "layers.*.down" (that linear everywhere) or "layers.7" (the whole layer);
-    the last matching override wins. method: "rtn", "gptq" or "native" (codes come from the file).
+    the last matching override wins. method: one of METHODS.
     kv_cache: "int8" or "bf16". A tied head is stored once for look-up and once for multiplication,
     so `embedding` and `head` may differ.
     """
@@ -123,8 +125,13 @@ class Recipe:
                 )
         if self.kv_cache not in ("int8", "bf16"):
             raise ConfigError("the KV cache is int8 or bf16", repr(self.kv_cache), "int8")
-        if self.method not in ("rtn", "gptq", "native"):
-            raise ConfigError("the method is rtn, gptq or native", repr(self.method), "rtn")
+        if self.method not in METHODS:
+            raise ConfigError(f"the method is one of {', '.join(METHODS)}", repr(self.method), "rtn")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the weights depend on calibration text."""
+        return self.method not in ("rtn", "native")
 
     def format_of(self, layer: int, linear: str) -> Format:
         """Format of fused linear `linear` (qkv, o, gate_up, down) of layer `layer`."""

@@ -21,6 +21,7 @@ OP_NAMES = {
     "down": "down",
     "head": "head",
     "other": "norms, sampling",
+    "outside": "call, Python",
 }
 
 
@@ -36,16 +37,17 @@ def roofline(result: Json, width: float) -> str:
     points = _roofline_points(result)
     if not points:
         return ""
+    places = [p["at"] for p in points] + [p["before"] for p in points if p["before"] is not None]
     height = min(400, max(340, width * 0.78))
     top_roof = max(value for _, value in roofs)
     x = Scale(
-        low=10 ** _floor10(min(p["intensity"] for p in points) * 0.8),
-        high=max(8 * max(p["intensity"] for p in points), 8 * top_roof / bandwidth),
+        low=10 ** _floor10(min(place[0] for place in places) * 0.8),
+        high=max(8 * max(place[0] for place in places), 8 * top_roof / bandwidth),
         start=46,
         end=width - 8,
         log=True,
     )
-    lowest = min([p["achieved"] for p in points] + [bandwidth * x.low])
+    lowest = min([place[1] for place in places] + [bandwidth * x.low])
     y = Scale(low=lowest / 1.6, high=2.2 * top_roof, start=height - 44, end=34, log=True)
     few = 4 if width < 420 else 6
     body = svg.frame(
@@ -67,12 +69,13 @@ def roofline(result: Json, width: float) -> str:
     labels = []
     for p in points:
         draw = svg.circle if p["phase"] == "decode" else svg.square
+        at = (x(p["at"][0]), y(p["at"][1]))
         if p["before"] is not None:
-            fx, fy = p["before"]
-            body.append(svg.line(x(fx), y(fy), x(p["intensity"]), y(p["achieved"]), "move"))
-            body.append(draw(x(fx), y(fy), 3.5, "before", f"{p['title']}, original precision"))
-        body.append(draw(x(p["intensity"]), y(p["achieved"]), 4.5, "after", p["title"]))
-        labels.append(Label(x(p["intensity"]), y(p["achieved"]), p["name"]))
+            before = (x(p["before"][0]), y(p["before"][1]))
+            body.append(svg.line(*before, *at, "move"))
+            body.append(draw(*before, 3.5, "before", f"{p['title']}, original precision"))
+        body.append(draw(*at, 4.5, "after", p["title"]))
+        labels.append(Label(*at, p["name"]))
     body += svg.place_labels(labels, x.start, x.end, y.end, y.start, fixed=fixed)
     return svg.svg(width, height, "Roofline of each operator before and after", body)
 
@@ -108,8 +111,7 @@ def _roofline_points(result: Json) -> list[dict[str, Any]]:
                     "phase": phase,
                     "name": name,
                     "title": f"{name}, {phase}: {seconds(op['seconds'])}, floor {seconds(op['floor_s'])}",
-                    "intensity": place[0],
-                    "achieved": place[1],
+                    "at": place,
                     "before": _intensity(before[op["op"]]) if op["op"] in before else None,
                 }
             )
@@ -166,7 +168,7 @@ def trade_off(result: Json, width: float) -> str:
             kind = "label chosen" if c["status"] == "chosen" else "label"
             labels.append(Label(x(_time(c)), height_px, c["name"], kind))
     if any(_loss(c) is None for c in rows):
-        body.append(svg.text(x.end, rail + 4, "loss not measured", "rail-name", "end"))
+        body.append(svg.text(x.start, rail + 4, "loss not measured", "rail-name"))
     body += svg.place_labels(labels, x.start, x.end, y.end, y.start, lift=10, fixed=fixed)
     return svg.svg(width, height, "Perplexity increase over time of every candidate", body)
 
@@ -217,7 +219,7 @@ def operators(ops: Sequence[Json], width: float) -> str:
     if not rows:
         return ""
     rows = sorted(rows, key=lambda op: -op["seconds"])
-    step, left, right = 26.0, 112.0, 132.0
+    step, left, right = 26.0, 112.0, 152.0
     x = Scale(low=0, high=max(op["seconds"] for op in rows), start=left, end=width - right)
     body = []
     for i, op in enumerate(rows):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import Hardware, Workload
 from flatout.engine.cpu import CpuRunner, extension
 from flatout.engine.runner import Runner
-from flatout.errors import EvidenceError
+from flatout.errors import BackendError, EvidenceError
 from flatout.hardware.ceilings import measure_ceilings
 from flatout.hardware.detect import available_cores
 from flatout.perf.profile import Profile, profile_model
@@ -38,12 +39,12 @@ from flatout.search.context import Step
 from flatout.search.recipes import ORIGINAL
 from flatout.verify.baseline import TransformersBaseline
 from flatout.verify.drivers import Driver, RunnerDriver, workload_prompts
-from flatout.verify.quality import BLOCK, Cluster, Divergence, divergence, score_model
+from flatout.verify.quality import BLOCK, Cluster, Divergence, check_scores, divergence, score_model
 from flatout.verify.speed import SpeedResult, ab_test
 
 _PAGE = 64
 _KEPT = 3  # built recipes that stay loaded
-_CALIBRATION = 24  # passages that GPTQ sees, about 11,000 tokens
+_CALIBRATION = 24  # passages that calibrate, about 11,000 tokens
 _RACE_SHARE = {"prefill": 0.3, "decode": 0.7}  # of a race's time
 
 
@@ -60,13 +61,19 @@ class CpuBench:
     """See `context.Bench` for what each method promises."""
 
     def __init__(self, model: str, threads: int | None, workload: Workload) -> None:
+        if find_spec("transformers") is None:  # found out now, not after minutes of work
+            raise BackendError(
+                "the comparison with transformers needs transformers",
+                "not installed",
+                "pip install 'flatout[baselines]'",
+            )
         self._checkpoint: Checkpoint = open_checkpoint(model)
         self._threads = threads or available_cores()
         longest = -(-(workload.prompt + workload.output) // _PAGE)
         self._pages = max(workload.batch * longest, 2 * (BLOCK // _PAGE)) + 1
         self._built: dict[Recipe, _Built] = {}
         self._reference: Runner | None = None
-        self._baseline_name = "transformers bf16"
+        self._baseline: TransformersBaseline | None = None
 
     @property
     def name(self) -> str:
@@ -134,6 +141,20 @@ class CpuBench:
             self._reference = ReferenceRunner(self._checkpoint, self._pages, _PAGE)
         return self._reference
 
+    def _transformers(self) -> TransformersBaseline:
+        if self._baseline is None:
+            self._reference = None  # the baseline takes its place in memory
+            self._baseline = TransformersBaseline(self._checkpoint, self._threads)
+        return self._baseline
+
+    def score_baseline(self, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
+        scores = []
+        for done, cluster in enumerate(clusters):
+            step("scoring transformers", done, len(clusters))
+            scores.append(np.array(self._transformers().score(cluster.tokens), dtype=np.float32))
+        check_scores(clusters, scores)
+        return scores
+
     def build(self, recipe: Recipe, calibration: Sequence[Cluster], step: Step) -> None:
         if recipe in self._built:
             self._built[recipe] = self._built.pop(recipe)  # most recently used last
@@ -141,11 +162,12 @@ class CpuBench:
         while len(self._built) >= _KEPT:
             oldest = next(r for r in self._built if r != ORIGINAL)
             del self._built[oldest]
-        tokens = (
-            [cluster.tokens for cluster in calibration[:_CALIBRATION]] if recipe.method == "gptq" else None
-        )
+        used = calibration[:_CALIBRATION] if recipe.needs_calibration else ()
         model = compress(
-            self._checkpoint, recipe, tokens, lambda what, done, of: step(f"{recipe.name}: {what}", done, of)
+            self._checkpoint,
+            recipe,
+            [cluster.tokens for cluster in used],
+            lambda what, done, of: step(f"{recipe.name}: {what}", done, of),
         )
         runner = CpuRunner(model, threads=self._threads, num_pages=self._pages)
         self._built[recipe] = _Built(runner, None if recipe == ORIGINAL else model)
@@ -171,12 +193,7 @@ class CpuBench:
         self, first: Recipe | None, second: Recipe, workload: Workload, max_seconds: float, step: Step
     ) -> dict[str, SpeedResult]:
         a: Driver
-        if first is None:
-            self._reference = None  # the baseline takes its place in memory
-            a = TransformersBaseline(self._checkpoint, self._threads)
-            self._baseline_name = a.name
-        else:
-            a = RunnerDriver(self._runner(first))
+        a = self._transformers() if first is None else RunnerDriver(self._runner(first))
         b = RunnerDriver(self._runner(second))
         prompts = workload_prompts(self.tokenizer, workload)
 
@@ -199,7 +216,7 @@ class CpuBench:
         }
 
     def runner_name(self, recipe: Recipe | None) -> str:
-        return self._baseline_name if recipe is None else self._runner(recipe).name
+        return self._transformers().name if recipe is None else self._runner(recipe).name
 
     def weights_sha256(self, recipe: Recipe, near: Path) -> str:
         near.mkdir(parents=True, exist_ok=True)
@@ -208,6 +225,7 @@ class CpuBench:
             return sha256_of([out / "model.safetensors"])
 
     def save(self, recipe: Recipe, out: Path, manifest: Mapping[str, Any], witness: Cluster) -> None:
+        self._reference = self._baseline = None
         expected = score_model(self._runner(recipe), [witness])
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".flatout-") as folder:
             trial = save_artifact(self._model(recipe), self.tokenizer, Path(folder) / "candidate", manifest)

@@ -68,6 +68,10 @@ class Bench(Protocol):
         """Log-probabilities by the original in float32 on the reference runner."""
         ...
 
+    def score_baseline(self, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
+        """Log-probabilities by transformers in bf16."""
+        ...
+
     def build(self, recipe: Recipe, calibration: Sequence[Cluster], step: Step) -> None:
         """Compress and load, unless the recipe is loaded already."""
         ...
@@ -126,6 +130,10 @@ class Context:
         """Scores of the original, computed once for each text and kept."""
         return self._scores("original", {}, clusters, self.bench.score_original)
 
+    def baseline_scores(self, clusters: Sequence[Cluster]) -> list[np.ndarray]:
+        """Scores of the baseline, for the report."""
+        return self._scores("transformers", {"baseline": "bf16"}, clusters, self.bench.score_baseline)
+
     def scores(self, recipe: Recipe, clusters: Sequence[Cluster]) -> list[np.ndarray]:
         """Scores of a recipe, computed once for each text and kept."""
 
@@ -138,7 +146,7 @@ class Context:
     def inputs(self, recipe: Recipe) -> dict[str, Any]:
         """What the weights of a recipe depend on besides the model."""
         inputs: dict[str, Any] = {"recipe": recipe}
-        if recipe.method == "gptq":
+        if recipe.needs_calibration:
             inputs["calibration"] = tokens_sha256(self.texts.calibration)
         return inputs
 

@@ -7,9 +7,11 @@ search goes on where it stopped. The artifact is written once, at the end, and r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flatout.core.files import write_atomic
 from flatout.core.sources import cache_dir
@@ -28,7 +30,7 @@ from flatout.search.texts import read_texts, tokens_of
 from flatout.search.trials import Run, TrialStore
 from flatout.verify.certificate import certificate_to_json
 from flatout.verify.examination import FEWEST_SCORED
-from flatout.verify.quality import pair_scores, perplexities
+from flatout.verify.quality import Cluster, ClusterLoss, pair_scores
 
 Json = dict[str, Any]
 
@@ -141,7 +143,7 @@ def _plan(context: Context, count: int) -> dict[str, float]:
         "race the fastest": 16.0,
         "certify on sealed text": 2 * size
         + sealed * (_token_seconds(spec, _REFERENCE_OPS) + _token_seconds(spec, _ENGINE_OPS)),
-        "compare with transformers": 20 + 15 * size,
+        "compare with transformers": 20 + 15 * size + sealed * _token_seconds(spec, 2 * _REFERENCE_OPS),
         "profile operators": 2 + sealed * _token_seconds(spec, _ENGINE_OPS),
         "write the artifact": 3 * size,
     }
@@ -161,21 +163,24 @@ def _search(context: Context, chosen: list[Candidate], render: Callable[[Json], 
     with stages.stage("screen candidates"):
         finalists = screen.run()
     proof = prove(screen, finalists)
+    with stages.stage("compare with transformers"):
+        baseline = _losses(context, proof, context.baseline_scores)
     with stages.stage("profile operators"):
+        original = _losses(context, proof, lambda clusters: context.scores(ORIGINAL, clusters))
+        screen.note_loss(ORIGINAL.name, original)
         profiles = {name: screen.profile(name) for name in {ORIGINAL.name, proof.row.name}}
-        original_quality = _original_quality(context, proof)
     with stages.stage("write the artifact"):
-        result = assemble(screen, proof, profiles, original_quality)
+        result = assemble(screen, proof, profiles, baseline, original)
         return _write(context, proof, result, render)
 
 
-def _original_quality(context: Context, proof: Proof) -> tuple[float, float]:
-    """Perplexity and loss of the engine at original precision on the certificate's clusters. Reported, not
-    judged."""
+def _losses(
+    context: Context, proof: Proof, score: Callable[[Sequence[Cluster]], list[np.ndarray]]
+) -> list[ClusterLoss]:
+    """Losses on the certificate's text of a column that is only reported: nothing is judged, or chosen by
+    it."""
     clusters = context.texts.holdout.clusters[: len(proof.certificate.clusters)]
-    losses = pair_scores(clusters, context.original_scores(clusters), context.scores(ORIGINAL, clusters))
-    before, after = perplexities(losses)
-    return after, after / before - 1
+    return pair_scores(clusters, context.original_scores(clusters), score(clusters))
 
 
 def _write(context: Context, proof: Proof, result: Json, render: Callable[[Json], str] | None) -> Json:

@@ -1,18 +1,19 @@
 """Candidate recipes of a model, and the grammar in which a recipe is named.
 
-    BODY[/gptq][,PLACE=FORMAT]...
+    BODY[/METHOD][,PLACE=FORMAT]...
 
-BODY is a format for all layers or `native` (the blocks of a GGUF file as they are); PLACE is head, embedding,
-kv or an override such as layers.*.down. Every recipe that the search prints can be given back to `--recipe`:
+BODY is a format for all layers or `native` (the blocks of a GGUF file as they are); METHOD makes the codes
+(rtn if not given); PLACE is head, embedding, kv or an override such as layers.*.down. Every recipe that the
+search prints can be given back to `--recipe`:
 
-    native      w8a8-g64      w8a8,layers.*.down=w8a8-g32      w4a8-g64/gptq,head=w8a8
+    native      w8a8-g64      w8a8/smooth,layers.*.down=w8a8-g32      w4a8-g64/gptq,head=w8a8
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flatout.core.formats import Recipe, parse_format
+from flatout.core.formats import METHODS, Recipe, parse_format
 from flatout.core.fuse import Source, float_recipe, native_recipe
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
@@ -23,8 +24,9 @@ ORIGINAL = float_recipe("bf16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A recipe worth a look, with the reason it is one. `relative` names the cheaper recipe it refines, if
-    any.
+    """A recipe worth a look, with the reason it is one.
+
+    relative: the recipe of the same formats whose codes are quicker to make, if there is one.
     """
 
     recipe: Recipe
@@ -44,8 +46,9 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
     """The recipe called `name` in the grammar above. Raises ConfigError unless it fits the model."""
     body, *changes = [part.strip() for part in name.split(",")]
     body, _, method = body.partition("/")
-    if method not in ("", "gptq", "rtn"):
-        raise ConfigError("after the slash stands gptq or rtn", repr(method), f"{body}/gptq")
+    methods = [known for known in METHODS if known != "native"]
+    if method not in ("", *methods):
+        raise ConfigError(f"after the slash stands {', '.join(methods)}", repr(method), f"{body}/gptq")
     if body == "native":
         recipe = _native(source)
         if recipe is None:
@@ -53,9 +56,9 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
                 "native takes the blocks q4_0, q4_1 and q8_0 of a GGUF file", "none in this model", "w8a8-g64"
             )
     else:
-        recipe = _uniform(body, source.spec, method or "rtn")
-    if method == "gptq":
-        recipe = replace(recipe, method="gptq")
+        recipe = _uniform(body, source.spec)
+    if method and parse_format(recipe.layers).is_integer:
+        recipe = replace(recipe, method=method)
     for change in changes:
         recipe = _changed(recipe, change)
     recipe.check(source.spec)
@@ -78,13 +81,12 @@ def _changed(recipe: Recipe, change: str) -> Recipe:
     return replace(recipe, overrides=(*recipe.overrides, (place, value)))
 
 
-def _uniform(body: str, spec: ModelSpec, method: str) -> Recipe:
+def _uniform(body: str, spec: ModelSpec) -> Recipe:
     fmt = parse_format(body)
     if not fmt.is_integer:
         return float_recipe(body)
     head = eight_bit(spec.hidden_size) if fmt.bits == 4 and not fmt.is_native else body
-    if fmt.is_native:
-        method = "native"
+    method = "native" if fmt.is_native else "rtn"
     return Recipe(name=body, layers=body, embedding=head, head=head, kv_cache="int8", method=method)
 
 
@@ -110,7 +112,13 @@ def candidates(source: Source) -> list[Candidate]:
         ("w8a8-g64", "8-bit codes, a scale for 64 weights", None),
         ("w8a8-g32", "8-bit codes, a scale for 32 weights", None),
         ("w8a8", "8-bit codes, a scale a row", None),
+        ("w8a8/smooth", "8-bit codes, a scale a row, outliers moved into the weights", "w8a8"),
         ("w8a8,layers.*.down=w8a8-g32", "as w8a8, finer where outliers gather", None),
+        (
+            "w8a8/smooth,layers.*.down=w8a8-g32",
+            "as w8a8/smooth, finer where outliers gather",
+            "w8a8,layers.*.down=w8a8-g32",
+        ),
         ("w4a8-g32", "4-bit codes rounded to nearest, a scale for 32 weights", None),
         ("w4a8-g64", "4-bit codes rounded to nearest, a scale for 64 weights", None),
         ("w4a8-g32/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g32"),

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flatout._version import __version__
+from flatout.core.costs import kv_bytes_per_token
 from flatout.core.files import shown
 from flatout.core.formats import Recipe
 from flatout.core.types import Workload, to_json
@@ -22,20 +23,24 @@ from flatout.search.prove import Proof, Race
 from flatout.search.recipes import ORIGINAL, layer_map
 from flatout.search.screen import Row, Screen, memory_bytes
 from flatout.search.units import percent, times
+from flatout.verify.quality import ClusterLoss, perplexities
 
 PHASES = ("prefill", "decode")
 Json = dict[str, Any]
 
 
 def assemble(
-    screen: Screen, proof: Proof, profiles: Mapping[str, Profile], original_quality: tuple[float, float]
+    screen: Screen,
+    proof: Proof,
+    profiles: Mapping[str, Profile],
+    baseline: Sequence[ClusterLoss],
+    original: Sequence[ClusterLoss],
 ) -> Json:
-    """The whole result but `artifact` and `report`. original_quality: perplexity and loss of the engine at
-    original precision on the certificate's clusters.
-    """
+    """The whole result but `artifact` and `report`. baseline, original: losses of transformers and of the
+    engine at original precision on the certificate's text."""
     context = screen.context
     request, bench = context.request, context.bench
-    columns = _columns(context, proof, original_quality)
+    columns = _columns(context, proof, baseline, original)
     speedup = proof.against_baseline
     compression = proof.against_original or _no_change()
     quality = _quality(proof)
@@ -89,60 +94,55 @@ def met(context: Context, proof: Proof) -> bool:
     return proof.certificate.passed and asked in (None, proof.row.name)
 
 
-def _columns(context: Context, proof: Proof, original_quality: tuple[float, float]) -> dict[str, Json]:
+def _columns(
+    context: Context, proof: Proof, baseline: Sequence[ClusterLoss], original: Sequence[ClusterLoss]
+) -> dict[str, Json]:
     """The three columns: what the user has today, our engine with the same numbers, and what is delivered."""
     certificate = proof.certificate
-    baseline = proof.against_baseline
-    original = proof.against_original
-    perplexity, loss = original_quality
+    final = proof.against_baseline
+    own, side = (final, "b") if proof.against_original is None else (proof.against_original, "a")
     return {
-        "baseline": _column(context, "transformers bf16", baseline["a"], ORIGINAL, baseline, "a"),
-        "engine_original": _column(
-            context,
-            "engine, original precision",
-            (original or baseline)["a" if original else "b"],
-            ORIGINAL,
-            original or baseline,
-            "a" if original else "b",
-            perplexity=perplexity,
-            loss=loss,
-        ),
-        "optimized": _column(
-            context,
-            "engine, optimised",
-            baseline["b"],
-            proof.row.recipe,
-            baseline,
-            "b",
-            perplexity=certificate.perplexity_optimised,
-            loss=certificate.loss,
-            loss_upper_bound=_finite(certificate.loss_upper),
-        ),
+        "baseline": _column(context, "transformers bf16", ORIGINAL, final, "a")
+        | {"memory_bytes": _transformers_bytes(context)}
+        | _quality_of(baseline),
+        "engine_original": _column(context, "engine, original precision", ORIGINAL, own, side)
+        | _quality_of(original),
+        "optimized": _column(context, "engine, optimised", proof.row.recipe, final, "b")
+        | {
+            "perplexity": certificate.perplexity_optimised,
+            "loss": certificate.loss,
+            "loss_upper_bound": _finite(certificate.loss_upper),
+        },
     }
 
 
-def _column(
-    context: Context, name: str, runner: str, recipe: Recipe, race: Race, side: str, **quality: float | None
-) -> Json:
+def _quality_of(losses: Sequence[ClusterLoss]) -> Json:
+    before, after = perplexities(losses)
+    return {"perplexity": after, "loss": after / before - 1, "loss_upper_bound": None}
+
+
+def _column(context: Context, name: str, recipe: Recipe, race: Race, side: str) -> Json:
     workload = context.request.workload
     seconds = {phase: race[phase][f"seconds_{side}"] for phase in PHASES}
     tokens = {"prefill": workload.batch * workload.prompt, "decode": workload.batch * workload.output}
     floor = floors(context, recipe)
+    spread = ("median", "p20", "p80", "samples")
     return {
         "name": name,
-        "runner": runner,
+        "runner": race[side],
         "recipe": recipe.name,
         **{f"{phase}_tokens_per_s": tokens[phase] / seconds[phase]["median"] for phase in PHASES},
-        **{
-            f"{phase}_s": {k: seconds[phase][k] for k in ("median", "p20", "p80", "samples")}
-            for phase in PHASES
-        },
+        **{f"{phase}_s": {key: seconds[phase][key] for key in spread} for phase in PHASES},
         "memory_bytes": memory_bytes(context, recipe),
-        "perplexity": quality.get("perplexity"),
-        "loss": quality.get("loss"),
-        "loss_upper_bound": quality.get("loss_upper_bound"),
         "floor_fraction": {phase: floor[phase] / seconds[phase]["median"] for phase in PHASES},
     }
+
+
+def _transformers_bytes(context: Context) -> int:
+    """bf16 weights, a tied head stored once, and a bf16 cache of the workload."""
+    spec, workload = context.bench.source.spec, context.request.workload
+    tokens = workload.batch * (workload.prompt + workload.output)
+    return 2 * spec.num_parameters() + round(tokens * spec.num_layers * kv_bytes_per_token(spec, "bf16"))
 
 
 def floors(context: Context, recipe: Recipe) -> dict[str, float]:

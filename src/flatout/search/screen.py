@@ -35,11 +35,10 @@ _PROFILE_STEPS = 16  # decode steps of a profile: all take alike
 _SLOWER = 1.05
 """A candidate this much slower than one that passed is not scored: A/B tests resolve less than that."""
 
-_GPTQ_KEEPS = (0.15, 0.4, 0.85)
-"""Share of rounding's loss that GPTQ leaves: optimistic, usual, pessimistic. An assumption (for published
-4-bit results the share lies between 0.4 and 0.85, for small models it is lower) that only decides what is not
-worth building.
-"""
+_KEEPS = {"gptq": (0.15, 0.4, 0.85), "smooth": (0.02, 0.3, 1.0), "smooth-gptq": (0.02, 0.2, 0.9)}
+"""Share of rounding's loss that a method leaves: optimistic, usual, pessimistic. An assumption (GPTQ leaves
+0.4 to 0.85 in published 4-bit results and less on small models) that only decides what is not worth
+building."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +149,10 @@ class Screen:
             if self._optimistic(row) >= best:
                 self._set(row.name, status="slower", reason=f"predicted no better than {winner}")
                 continue
+            relative = self._relative(row)
+            if relative is not None and relative.status in ("passed", "slower"):
+                self._set(row.name, status="slower", reason=f"runs like {relative.name}, for more work")
+                continue
             expected = self._expected_loss(row)
             if expected is not None:
                 self._set(row.name, expected_loss=expected)
@@ -164,12 +167,15 @@ class Screen:
             return self.cost(row)
         return row.workload.low
 
+    def _relative(self, row: Row) -> Row | None:
+        return next((r for r in self.rows if r.name == row.candidate.relative), None)
+
     def _expected_loss(self, row: Row) -> tuple[float, float, float] | None:
         """What a refined recipe may lose, from the measured loss of the cheaper one it refines."""
-        relative = next((r for r in self.rows if r.name == row.candidate.relative), None)
+        relative = self._relative(row)
         if relative is None or relative.loss is None:
             return None
-        low, mid, high = (share * max(relative.loss.value, 0.0) for share in _GPTQ_KEEPS)
+        low, mid, high = (share * max(relative.loss.value, 0.0) for share in _KEEPS[row.recipe.method])
         return low, mid, high
 
     def _try(self, row: Row) -> None:
@@ -257,6 +263,11 @@ class Screen:
         index = next(i for i, row in enumerate(self.rows) if row.name == name)
         self.rows[index] = replace(self.rows[index], **changes)  # type: ignore[arg-type]
         return self.rows[index]
+
+    def note_loss(self, name: str, losses: list[ClusterLoss]) -> None:
+        """A loss measured outside the screening, for the report; a loss on validation text stays."""
+        if self.row(name).loss is None:
+            self._set(name, loss=_loss(losses))
 
     def mark(self, name: str, status: str, reason: str = "") -> None:
         """What later steps found out about a candidate."""

@@ -15,6 +15,9 @@ namespace {
 
 constexpr int kQueryBlock = 16;   // queries of one head that attention takes together
 constexpr int kLocalRows = 2;     // up to this many rows every thread prepares its own copy instead of meeting
+// From this many tokens a thread on, each thread takes tokens through the whole layer instead of rows of each weight:
+// the weights are read once a thread, but no activation ever moves from core to core.
+constexpr int kTokensAThread = 64;
 
 int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
@@ -26,7 +29,18 @@ void expect(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
+// Thread's tokens when the step is split by tokens: an early and a late chunk, so that causal attention balances.
+std::vector<Rows> token_shares(int count, int thread, int threads) {
+  const auto edge = [&](int i) {
+    return std::min(count, round_up((int)((int64_t)count * i / (2 * threads)), kTileRows));
+  };
+  const int late = 2 * threads - 1 - thread;
+  return {{edge(thread), edge(thread + 1)}, {edge(late), edge(late + 1)}};
+}
+
 }  // namespace
+
+bool Model::by_token(int count) const { return pool_.size() > 1 && count >= kTokensAThread * pool_.size(); }
 
 void Model::check(const Batch& b) const {
   expect(finalized_, "the model has weights missing: call finalize first");
@@ -59,8 +73,13 @@ void Model::begin(const Batch& b) {
   last_rows_.clear();
   blocks_.clear();
   for (int s = 0; s < b.sequences; ++s) {
-    for (int first = 0; first < b.lengths[s]; first += kQueryBlock)
-      blocks_.push_back({s, (int)token_sequence_.size() + first, std::min(kQueryBlock, b.lengths[s] - first)});
+    // Query blocks end where a tile of 16 tokens ends, so that none lies across two threads' tokens.
+    const int start = (int)token_sequence_.size(), stop = start + b.lengths[s];
+    for (int first = start; first < stop;) {
+      const int last = std::min(stop, first / kQueryBlock * kQueryBlock + kQueryBlock);
+      blocks_.push_back({s, first, last - first});
+      first = last;
+    }
     for (int i = 0; i < b.lengths[s]; ++i) {
       token_sequence_.push_back(s);
       token_position_.push_back(b.starts[s] + i);
@@ -128,16 +147,23 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
   const Activations a = place_activations(w, local ? scratch_[thread].activations.data : shared_.data,
                                           local ? kTileRows : round_up(count, kTileRows));
   float* normed = (float*)scratch_[thread].normed.data;
-  const int step = local ? 1 : pool_.size();
-  for (int r = local ? 0 : thread; r < count; r += step) {
+  const auto prepare_row = [&](int r) {
     const float* in = x + (size_t)(rows ? rows[r] : r) * stride;
     if (norm) {
       ops_->rms_norm(in, norm->data(), config_.rms_norm_eps, w.k, normed);
       in = normed;
     }
     write_activations(*ops_, w, in, a, r);
+  };
+  if (local) {
+    for (int r = 0; r < count; ++r) prepare_row(r);
+  } else if (by_token(count)) {
+    for (const Rows& share : token_shares(count, thread, pool_.size()))
+      for (int r = share.first; r < share.last; ++r) prepare_row(r);
+  } else {
+    for (int r = thread; r < count; r += pool_.size()) prepare_row(r);
+    pool_.barrier();
   }
-  if (!local) pool_.barrier();
   return a;
 }
 
@@ -145,8 +171,14 @@ void Model::linear(const Linear& w, const Activations& a, int count, Epilogue ep
                    int stride, int thread) {
   const int64_t pairs = panel_pairs(w), threads = pool_.size();
   const Output o{epilogue, bias, config_.gelu, out, stride};
-  multiply_panels(*ops_, w, a, count, o, (int)(pairs * thread / threads), (int)(pairs * (thread + 1) / threads),
-                  (int8_t*)scratch_[thread].panel.data);
+  int8_t* scratch = (int8_t*)scratch_[thread].panel.data;
+  if (by_token(count)) {
+    multiply_panels(*ops_, w, a, token_shares(count, thread, (int)threads), o, 0, (int)pairs, scratch);
+  } else {
+    multiply_panels(*ops_, w, a, {{0, count}}, o, (int)(pairs * thread / threads),
+                    (int)(pairs * (thread + 1) / threads), scratch);
+    pool_.barrier();
+  }
 }
 
 // Rotate q and k, normalise them where the model does, and store k and v: one item a token and head.
@@ -154,9 +186,7 @@ void Model::write_cache(const Batch& b, int layer, int thread) {
   const Config& c = config_;
   const Layer& l = layers_[layer];
   const int heads = c.num_heads + c.num_kv_heads, items = b.total * heads;
-  const int first = (int)((int64_t)items * thread / pool_.size());
-  const int last = (int)((int64_t)items * (thread + 1) / pool_.size());
-  for (int item = first; item < last; ++item) {
+  const auto rotate = [&](int item) {
     const int t = item / heads, h = item % heads, position = token_position_[t];
     float* row = (float*)qkv_.data + (size_t)t * qkv_stride_;
     float* x = row + (size_t)h * c.head_dim;  // k heads follow the q heads
@@ -165,25 +195,25 @@ void Model::write_cache(const Batch& b, int layer, int thread) {
       ops_->rms_norm(x, weight.data(), c.rms_norm_eps, c.head_dim, x);
     }
     ops_->rope(x, rope_.data() + (size_t)position * c.head_dim, c.head_dim);
-    if (h < c.num_heads) continue;
+    if (h < c.num_heads) return;
     const int kv = h - c.num_heads;
     const int32_t page = b.pages[(size_t)token_sequence_[t] * b.page_columns + position / kPage];
     ops_->write_kv(x, x + (size_t)c.num_kv_heads * c.head_dim, c.head_dim, head_dim_padded_, position % kPage,
                    c.int8_cache, page_head(layer, kv) + (size_t)page * page_bytes_);
+  };
+  if (by_token(b.total)) {
+    for (const Rows& share : token_shares(b.total, thread, pool_.size()))
+      for (int item = share.first * heads; item < share.last * heads; ++item) rotate(item);
+  } else {
+    const int64_t threads = pool_.size();
+    for (int item = (int)(items * thread / threads); item < (int)(items * (thread + 1) / threads); ++item) rotate(item);
   }
   pool_.barrier();
 }
 
 void Model::attention(const Batch& b, int layer, int thread) {
   const Config& c = config_;
-  const int items = (int)blocks_.size() * c.num_heads;
-  (void)thread;
-  for (;;) {
-    const int item = next_block_[layer].fetch_add(1, std::memory_order_relaxed);
-    if (item >= items) break;
-    // Later blocks of a sequence see more keys: hand the longest out first.
-    const Block& block = blocks_[blocks_.size() - 1 - item / c.num_heads];
-    const int h = item % c.num_heads;
+  const auto attend = [&](const Block& block, int h) {
     Attention a;
     a.q = (const float*)qkv_.data + (size_t)block.first_token * qkv_stride_ + (size_t)h * c.head_dim;
     a.q_stride = qkv_stride_;
@@ -199,7 +229,18 @@ void Model::attention(const Batch& b, int layer, int thread) {
     a.page_stride = page_bytes_;
     a.scale = 1.0f / std::sqrt((float)c.head_dim);
     ops_->attend(a, c.int8_cache);
+  };
+  if (by_token(b.total)) {
+    for (const Rows& share : token_shares(b.total, thread, pool_.size()))
+      for (const Block& block : blocks_)
+        for (int h = 0; h < c.num_heads && block.first_token >= share.first && block.first_token < share.last; ++h)
+          attend(block, h);
+    return;
   }
+  const int items = (int)blocks_.size() * c.num_heads;
+  for (int item; (item = next_block_[layer].fetch_add(1, std::memory_order_relaxed)) < items;)
+    // Later blocks of a sequence see more keys: hand the longest out first.
+    attend(blocks_[blocks_.size() - 1 - item / c.num_heads], item % c.num_heads);
   pool_.barrier();
 }
 
@@ -209,39 +250,41 @@ void Model::layers(const Batch& b, int thread) {
   float* attended = (float*)attended_.data;
   float* gated = (float*)gated_.data;
   const int T = b.total;
-  for (int t = thread; t < T; t += pool_.size()) lookup(b.tokens[t], x + (size_t)t * hidden_stride_);
-  pool_.barrier();
+  if (by_token(T)) {
+    for (const Rows& share : token_shares(T, thread, pool_.size()))
+      for (int t = share.first; t < share.last; ++t) lookup(b.tokens[t], x + (size_t)t * hidden_stride_);
+  } else {
+    for (int t = thread; t < T; t += pool_.size()) lookup(b.tokens[t], x + (size_t)t * hidden_stride_);
+    pool_.barrier();
+  }
   mark(kEmbedding, thread);
   for (int i = 0; i < config_.num_layers; ++i) {
     const Layer& l = layers_[i];
-    Activations a = prepare(l.qkv.view, x, hidden_stride_, nullptr, T, &l.input_norm, thread);
+    Activations a = prepare(l.qkv, x, hidden_stride_, nullptr, T, &l.input_norm, thread);
     const float* bias = l.qkv_bias.empty() ? nullptr : l.qkv_bias.data();
-    linear(l.qkv.view, a, T, Epilogue::kStore, bias, qkv, qkv_stride_, thread);
-    pool_.barrier();
+    linear(l.qkv, a, T, Epilogue::kStore, bias, qkv, qkv_stride_, thread);
     mark(kQkv, thread);
     write_cache(b, i, thread);
     attention(b, i, thread);
     mark(kAttention, thread);
-    a = prepare(l.o.view, attended, attention_stride_, nullptr, T, nullptr, thread);
-    linear(l.o.view, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
-    pool_.barrier();
+    a = prepare(l.o, attended, attention_stride_, nullptr, T, nullptr, thread);
+    linear(l.o, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
     mark(kO, thread);
-    a = prepare(l.gate_up.view, x, hidden_stride_, nullptr, T, &l.post_norm, thread);
-    linear(l.gate_up.view, a, T, Epilogue::kGated, nullptr, gated, gate_stride_, thread);
-    pool_.barrier();
+    a = prepare(l.gate_up, x, hidden_stride_, nullptr, T, &l.post_norm, thread);
+    linear(l.gate_up, a, T, Epilogue::kGated, nullptr, gated, gate_stride_, thread);
     mark(kGateUp, thread);
-    a = prepare(l.down.view, gated, gate_stride_, nullptr, T, nullptr, thread);
-    linear(l.down.view, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
-    pool_.barrier();
+    a = prepare(l.down, gated, gate_stride_, nullptr, T, nullptr, thread);
+    linear(l.down, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
     mark(kDown, thread);
   }
+  if (by_token(T)) pool_.barrier();  // the head may be split otherwise
 }
 
 // Logits of `rows` of the hidden state; every thread returns once all are written.
 void Model::head(const float* hidden, const int32_t* rows, int count, float* logits, int thread) {
-  const Activations a = prepare(head_.view, hidden, hidden_stride_, rows, count, &norm_, thread);
-  linear(head_.view, a, count, Epilogue::kStore, nullptr, logits, config_.vocab_size, thread);
-  pool_.barrier();
+  const Activations a = prepare(head_, hidden, hidden_stride_, rows, count, &norm_, thread);
+  linear(head_, a, count, Epilogue::kStore, nullptr, logits, config_.vocab_size, thread);
+  if (by_token(count)) pool_.barrier();
   mark(kHead, thread);
 }
 

@@ -43,11 +43,12 @@ void write_activations(const Ops& ops, const Linear& w, const float* x, const Ac
   }
 }
 
-void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, int count, const Output& o, int begin,
-                     int end, int8_t* scratch_memory) {
+void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, const std::vector<Rows>& shares,
+                     const Output& o, int begin, int end, int8_t* scratch_memory) {
   const bool gate = o.epilogue == Epilogue::kGated;  // panels of gate and up alternate
   const int width = gate ? w.n / 2 : w.n;
-  const bool tiles = count >= kTileMinimum;
+  bool tiles = false;
+  for (const Rows& share : shares) tiles |= share.count() >= kTileMinimum;
   const int8_t* scratch[2] = {scratch_memory, scratch_memory + (size_t)kLanes * w.k_padded};
   alignas(64) float tile[2][kTokenBlock * kLanes];
   float* const to[2] = {tile[0], tile[1]};
@@ -58,19 +59,21 @@ void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, int 
     const uint8_t* panel[2] = {first, first + w.panel_bytes};
     for (int p = 0; ops.prepare_panel && tiles && p < panels; ++p)
       ops.prepare_panel(w, panel[p], scratch_memory + (size_t)p * kLanes * w.k_padded);
-    for (int m = 0; m < count; m += kTokenBlock) {
-      const int rows = std::min(kTokenBlock, count - m);
-      ops.linear_panels(w, panel, panels, scratch, a, m, rows, to);
-      float* row = o.out + (size_t)m * o.stride;
-      if (gate) {
-        const int column = u * kLanes;
-        ops.gated(tile[0], tile[1], rows, std::min(kLanes, width - column), o.gelu, row + column, o.stride);
-        continue;
-      }
-      for (int p = 0; p < panels; ++p) {
-        const int column = (2 * u + p) * kLanes;
-        ops.epilogue(tile[p], rows, std::min(kLanes, width - column), o.bias ? o.bias + column : nullptr,
-                     o.epilogue == Epilogue::kAdd, row + column, o.stride);
+    for (const Rows& share : shares) {
+      for (int m = share.first; m < share.last; m += kTokenBlock) {
+        const int rows = std::min(kTokenBlock, share.last - m);
+        ops.linear_panels(w, panel, panels, scratch, a, m, rows, to);
+        float* row = o.out + (size_t)m * o.stride;
+        if (gate) {
+          const int column = u * kLanes;
+          ops.gated(tile[0], tile[1], rows, std::min(kLanes, width - column), o.gelu, row + column, o.stride);
+          continue;
+        }
+        for (int p = 0; p < panels; ++p) {
+          const int column = (2 * u + p) * kLanes;
+          ops.epilogue(tile[p], rows, std::min(kLanes, width - column), o.bias ? o.bias + column : nullptr,
+                       o.epilogue == Epilogue::kAdd, row + column, o.stride);
+        }
       }
     }
   }
@@ -78,8 +81,8 @@ void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, int 
 }
 
 void linear_once(const Ops& ops, const Source& source, const float* x, int tokens, float* out) {
-  const PackedLinear packed = pack_linear(source, false);
-  const Linear& w = packed.view;
+  Arena arena;
+  const Linear w = pack_linear(source, false, arena);
   const int rows = (tokens + kTileRows - 1) / kTileRows * kTileRows;
   Buffer memory(activation_bytes(rows, w.row_stride, w.groups)), scratch((size_t)2 * kLanes * w.k_padded);
   const Activations a = place_activations(w, memory.data, rows);
@@ -87,7 +90,7 @@ void linear_once(const Ops& ops, const Source& source, const float* x, int token
   Output o;
   o.out = out;
   o.stride = w.n;
-  multiply_panels(ops, w, a, tokens, o, 0, panel_pairs(w), (int8_t*)scratch.data);
+  multiply_panels(ops, w, a, {{0, tokens}}, o, 0, panel_pairs(w), (int8_t*)scratch.data);
 }
 
 }  // namespace flatout

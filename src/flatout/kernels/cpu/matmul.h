@@ -1,6 +1,8 @@
 // A linear over a block of tokens: activations in the form the weight needs, then panel pairs.
 #pragma once
 
+#include <vector>
+
 #include "pack.h"
 
 namespace flatout {
@@ -24,10 +26,16 @@ size_t activation_bytes(int rows, int row_stride, int groups);
 Activations place_activations(const Linear&, uint8_t* memory, int rows);
 void write_activations(const Ops&, const Linear&, const float* x, const Activations&, int row);
 
-// Panel pairs begin .. end of a weight times `count` tokens; scratch holds 2 * 16 * k_padded bytes.
+// Tokens first .. last of a step; first is a multiple of 16.
+struct Rows {
+  int first, last;
+  int count() const { return last - first; }
+};
+
+// Panel pairs begin .. end of a weight times the tokens of `shares`; scratch holds 2 * 16 * k_padded bytes.
 inline int panel_pairs(const Linear& w) { return (w.panels + 1) / 2; }
-void multiply_panels(const Ops&, const Linear&, const Activations&, int count, const Output&, int begin, int end,
-                     int8_t* scratch);
+void multiply_panels(const Ops&, const Linear&, const Activations&, const std::vector<Rows>& shares, const Output&,
+                     int begin, int end, int8_t* scratch);
 
 // out (tokens, n) = x (tokens, k) times a weight on one thread: the linear of the forward pass by itself.
 void linear_once(const Ops&, const Source&, const float* x, int tokens, float* out);

@@ -106,7 +106,7 @@ void Model::set_weight(const std::string& name, const Source& s) {
   int layer = -1;
   char field[32] = {};
   if (name == "head") {
-    head_ = pack_linear(s, false);
+    head_ = pack_linear(s, false, arena_);
   } else if (name == "embedding") {
     embedding_ = s;
     const size_t values = (size_t)s.n * s.k, groups = s.group ? (size_t)s.n * (s.k / s.group) : (size_t)s.n;
@@ -130,10 +130,10 @@ void Model::set_weight(const std::string& name, const Source& s) {
              layer < config_.num_layers) {
     Layer& l = layers_[layer];
     const std::string f = field;
-    if (f == "qkv") l.qkv = pack_linear(s, false);
-    else if (f == "o") l.o = pack_linear(s, false);
-    else if (f == "gate_up") l.gate_up = pack_linear(s, true);
-    else if (f == "down") l.down = pack_linear(s, false);
+    if (f == "qkv") l.qkv = pack_linear(s, false, arena_);
+    else if (f == "o") l.o = pack_linear(s, false, arena_);
+    else if (f == "gate_up") l.gate_up = pack_linear(s, true, arena_);
+    else if (f == "down") l.down = pack_linear(s, false, arena_);
     else throw std::invalid_argument("unknown weight " + name);
   } else {
     throw std::invalid_argument("unknown weight " + name);
@@ -144,10 +144,10 @@ void Model::finalize() {
   const Config& c = config_;
   const int q = c.num_heads * c.head_dim, qkv = q + 2 * c.num_kv_heads * c.head_dim;
   int widest = 0, most_groups = 0;
-  const auto check_linear = [&](const PackedLinear& w, int n, int k, const std::string& name) {
-    expect(w.view.n == n && w.view.k == k, name + " is missing or has the wrong shape");
-    widest = std::max(widest, w.view.row_stride);
-    most_groups = std::max(most_groups, w.view.groups);
+  const auto check_linear = [&](const Linear& w, int n, int k, const std::string& name) {
+    expect(w.n == n && w.k == k, name + " is missing or has the wrong shape");
+    widest = std::max(widest, w.row_stride);
+    most_groups = std::max(most_groups, w.groups);
   };
   const auto check_vector = [&](const std::vector<float>& v, int n, const std::string& name) {
     expect((int)v.size() == n, name + " is missing or has the wrong length");
@@ -179,10 +179,7 @@ void Model::finalize() {
 }
 
 size_t Model::weight_bytes() const {
-  size_t total = head_.memory.bytes + embedding_codes_.bytes + embedding_scales_.bytes + embedding_minima_.bytes;
-  for (const Layer& l : layers_)
-    total += l.qkv.memory.bytes + l.o.memory.bytes + l.gate_up.memory.bytes + l.down.memory.bytes;
-  return total;
+  return arena_.taken() + embedding_codes_.bytes + embedding_scales_.bytes + embedding_minima_.bytes;
 }
 
 }  // namespace flatout

@@ -66,12 +66,13 @@ class Model {
  private:
   struct Layer {
     std::vector<float> input_norm, post_norm, qkv_bias, q_norm, k_norm;
-    PackedLinear qkv, o, gate_up, down;
+    Linear qkv, o, gate_up, down;
   };
   struct ThreadScratch {
     Buffer activations, panel, normed;
   };
 
+  bool by_token(int count) const;  // whether threads take tokens rather than rows of the weights
   void check(const Batch&) const;
   void begin(const Batch&);
   void layers(const Batch&, int thread);
@@ -94,7 +95,8 @@ class Model {
   size_t page_bytes_;
   std::vector<Layer> layers_;
   std::vector<float> norm_, rope_;
-  PackedLinear head_;
+  Arena arena_;
+  Linear head_;
   Source embedding_;
   Buffer embedding_codes_, embedding_scales_, embedding_minima_, embedding_zeros_;
   Buffer cache_, x_, qkv_, attended_, gated_, shared_, logits_;

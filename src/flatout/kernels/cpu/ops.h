@@ -13,7 +13,7 @@ constexpr int kLanes = 16;     // rows of a panel, lanes of a vector
 constexpr int kPage = 64;      // tokens of a KV page; also the block of the online softmax
 constexpr int kTileRows = 16;  // activation buffers are padded to this many rows
 constexpr int kTileMinimum = 6;  // fewer tokens than this are faster without tiles
-constexpr int kPrefetchBytes = 2048;  // how far ahead of the multiply the weight stream is fetched
+constexpr int kPrefetchBytes = 8192;  // how far ahead of the multiply the weight stream is fetched
 
 enum class WeightKind { kFloat32, kBFloat16, kInteger };
 enum class Zero { kSymmetric, kAsymmetric, kMinimum };

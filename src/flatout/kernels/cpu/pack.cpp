@@ -28,6 +28,19 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
 }
 Buffer::~Buffer() { std::free(data); }
 
+uint8_t* Arena::take(size_t bytes) {
+  constexpr size_t kBlock = 32 << 20;
+  bytes = (bytes + 63) / 64 * 64;
+  if (blocks_.empty() || used_ + bytes > blocks_.back().bytes) {
+    blocks_.emplace_back(bytes > kBlock ? bytes : kBlock);
+    used_ = 0;
+  }
+  uint8_t* start = blocks_.back().data + used_;
+  used_ += bytes;
+  taken_ += bytes;
+  return start;
+}
+
 uint16_t round_to_bf16(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);
@@ -84,7 +97,7 @@ void pack_scales(const Linear& w, const void* in, int lane, int row, uint8_t* ou
 
 }  // namespace
 
-PackedLinear pack_linear(const Source& s, bool interleaved) {
+Linear pack_linear(const Source& s, bool interleaved, Arena& arena) {
   Linear w;
   w.kind = s.kind;
   w.n = s.n;
@@ -113,10 +126,10 @@ PackedLinear pack_linear(const Source& s, bool interleaved) {
   } else {
     w.panel_bytes = (size_t)w.k_padded * kLanes * s.bits / 8;
   }
-  PackedLinear packed{w, Buffer((size_t)w.panels * w.panel_bytes)};
-  packed.view.data = packed.memory.data;
+  uint8_t* memory = arena.take((size_t)w.panels * w.panel_bytes);
+  w.data = memory;
   for (int p = 0; p < w.panels; ++p) {
-    uint8_t* panel = packed.memory.data + (size_t)p * w.panel_bytes;
+    uint8_t* panel = memory + (size_t)p * w.panel_bytes;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int row = source_row(s, interleaved, p, lane);
       if (row < 0) continue;  // zero scales: a padded row yields zero
@@ -132,7 +145,7 @@ PackedLinear pack_linear(const Source& s, bool interleaved) {
           panel[w.extra_offset + (size_t)g * kLanes + lane] = s.zeros[(size_t)row * w.groups + g];
     }
   }
-  return packed;
+  return w;
 }
 
 }  // namespace flatout

@@ -32,13 +32,19 @@ struct Source {
   const float* values = nullptr;
 };
 
-struct PackedLinear {
-  Linear view;
-  Buffer memory;
+// Weights one after another in blocks of huge pages, in the order they are set: one token streams them in that order.
+class Arena {
+ public:
+  uint8_t* take(size_t bytes);  // zeroed, 64-byte aligned
+  size_t taken() const { return taken_; }
+
+ private:
+  std::vector<Buffer> blocks_;
+  size_t used_ = 0, taken_ = 0;
 };
 
 // `interleaved` weights hold two halves of n / 2 rows (gate, up): their panels alternate, each half padded to 16 rows.
-PackedLinear pack_linear(const Source&, bool interleaved);
+Linear pack_linear(const Source&, bool interleaved, Arena&);
 
 uint16_t round_to_bf16(float);
 

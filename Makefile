@@ -1,0 +1,80 @@
+# make demo    optimise a real model on this machine, prove it, and say what to type next
+# make test    every test that a CPU can run
+# make lint    ruff and mypy
+# make bench   beside other engines; the result goes to benchmarks/results (builds them once, 10 minutes)
+# make nightly the C++ engine's tests under the address and undefined-behaviour sanitizers
+# make clean   everything that make has made
+#
+# All of it lives in .venv, which the first target creates. Nothing is repeated unless what it depends on changed.
+
+PYTHON ?= python3
+MODEL := smollm2-135m
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find src -type f -not -name '*.pyc' -not -name '*.so' -not -path '*/.*')
+
+# Requirements of pyproject.toml at the given keys, as arguments for pip.
+requirements = $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
+
+.PHONY: demo test lint bench nightly clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:  # timings must not compete; the compiler uses all cores by itself
+
+demo: demo/result.json
+	@$(BIN)/python -c 'import json, sys; from flatout.cli.optimize import summary; \
+		result = json.load(open("demo/result.json")); print(summary(result)); \
+		print("(again: rm demo/result.json; make demo)"); sys.exit(0 if result["passed"] else 3)'
+
+# Exit code 3 is a result too: the folder then holds the original.
+demo/result.json: $(VENV)/package
+	mkdir -p demo
+	$(BIN)/flatout optimize $(MODEL) --max-loss 1% --out demo/artifact --json > $@ || test $$? -eq 3
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/package demo/result.json
+	mkdir -p build
+	$(BIN)/flatout bench demo/artifact --original $(MODEL) --against llama.cpp,transformers --out build/bench.json
+	$(BIN)/python benchmarks/record.py bench build/bench.json
+
+# Both sanitizers' runtimes must come before Python's own libraries. Python never frees some of what it allocates, so
+# leaks are not looked for; AVX-512 code that crosses the end of a buffer is.
+SANITIZED := build/sanitized
+nightly: $(VENV)/dev
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-DCMAKE_CXX_FLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
+	$(BIN)/cmake --build $(SANITIZED)
+	rm -rf $(SANITIZED)/site
+	mkdir -p $(SANITIZED)/site
+	cp -r src/flatout $(SANITIZED)/site/
+	rm -f $(SANITIZED)/site/flatout/_cpu*.so
+	cp $(SANITIZED)/_cpu*.so $(SANITIZED)/site/flatout/
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/site $(BIN)/python -m pytest tests/kernels $(ARGS)
+
+clean:
+	rm -rf $(VENV) build demo
+
+# The virtual environment with the tools that build the extension; they stay, so that a rebuild compiles only what changed.
+$(VENV)/tools: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+		"flatout needs Python 3.11 or newer, not " + sys.version.split()[0] + "; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) cmake ninja $(call requirements,["build-system"]["requires"])
+	touch $@
+
+$(VENV)/package: $(VENV)/tools pyproject.toml CMakeLists.txt $(SOURCES)
+	$(INSTALL) --no-build-isolation '.[baselines]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/package
+	$(INSTALL) $(call requirements,["project"]["optional-dependencies"]["dev"])
+	touch $@

@@ -1,0 +1,165 @@
+"""llama.cpp as a peer, through the C interface that llama-cpp-python binds.
+
+Batches are numpy arrays that the C structure points into, so that a step costs Python a few microseconds.
+Flash attention is on, the KV cache is float16 (the default), every sequence has a cache stream of its own,
+and a context is as long as its work needs: what llama.cpp's own benchmarks do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import time
+from typing import Any
+
+import numpy as np
+
+_STEP = 512  # tokens of a batch, logical and physical
+_ROWS = 64  # of logits turned into probabilities at a time
+
+
+class Peer:
+    """See `serve`."""
+
+    def __init__(self) -> None:
+        # By name: the package is in this peer's environment only.
+        self._llama: Any = importlib.import_module("llama_cpp")
+        self._llama.llama_backend_init()
+        self._contexts: dict[tuple[int, int], _Context] = {}
+
+    def quantize(self, source: str, target: str, ftype: str, pure: bool, threads: int) -> bool:
+        """Write `source` as `target` with the weights rounded to LLAMA_FTYPE_MOSTLY_<ftype>."""
+        params = self._llama.llama_model_quantize_default_params()
+        params.ftype = getattr(self._llama, f"LLAMA_FTYPE_MOSTLY_{ftype}")
+        params.allow_requantize = True
+        params.pure = pure
+        params.nthread = threads
+        if self._llama.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)) != 0:
+            raise RuntimeError(f"llama_model_quantize could not make {ftype}")
+        return True
+
+    def load(self, path: str, threads: int) -> dict[str, object]:
+        params = self._llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model = self._llama.llama_model_load_from_file(path.encode(), params)
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        self._threads = threads
+        self._vocab = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
+        return {
+            "vocab_size": self._vocab,
+            "version": f"llama-cpp-python {self._llama.__version__}",
+            "details": self._llama.llama_print_system_info().decode(errors="replace").strip(),
+        }
+
+    def prefill(self, prompts: list[list[int]]) -> float:
+        context = self._context(len(prompts), max(map(len, prompts)))
+        context.clear()
+        start = time.perf_counter()
+        context.take_in(prompts)
+        return time.perf_counter() - start
+
+    def decode(self, prompts: list[list[int]], tokens: int) -> float:
+        count = len(prompts)
+        context = self._context(count, max(map(len, prompts)) + tokens)
+        context.clear()
+        following = context.take_in(prompts)
+        sequences, outputs = np.arange(count), np.ones(count)
+        positions = np.array([len(prompt) for prompt in prompts])
+        start = time.perf_counter()
+        for _ in range(tokens):
+            following = context.step(following, positions, sequences, outputs).argmax(-1)
+            positions += 1
+        return time.perf_counter() - start
+
+    def score(self, document: list[int]) -> list[float]:
+        context = self._context(1, len(document))
+        context.clear()
+        inputs, targets = np.array(document[:-1]), np.array(document[1:])
+        scores: list[float] = []
+        for start in range(0, len(inputs), _STEP):
+            chunk = inputs[start : start + _STEP]
+            count = len(chunk)
+            positions = np.arange(start, start + count)
+            logits = context.step(chunk, positions, np.zeros(count), np.ones(count))
+            for first in range(0, count, _ROWS):
+                rows = logits[first : first + _ROWS].astype(np.float64)
+                rows -= rows.max(axis=-1, keepdims=True)
+                wanted = targets[start + first : start + first + len(rows)]
+                log_p = rows[np.arange(len(rows)), wanted] - np.log(np.exp(rows).sum(axis=-1))
+                scores += log_p.tolist()
+        return scores
+
+    def _context(self, sequences: int, positions: int) -> _Context:
+        key = sequences, -(-positions // 256) * 256
+        if key not in self._contexts:
+            self._contexts[key] = _Context(self._llama, self._model, self._vocab, *key, self._threads)
+        return self._contexts[key]
+
+
+class _Context:
+    """A llama_context of `sequences` streams of `positions` tokens each, with the batch that feeds it."""
+
+    def __init__(
+        self, llama: Any, model: Any, vocab: int, sequences: int, positions: int, threads: int
+    ) -> None:
+        params = llama.llama_context_default_params()
+        params.n_ctx = sequences * positions
+        params.n_batch = params.n_ubatch = _STEP
+        params.n_seq_max = sequences
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.kv_unified = False
+        params.no_perf = True
+        self._handle = llama.llama_init_from_model(model, params)
+        if not self._handle:
+            raise RuntimeError(f"llama.cpp cannot hold {sequences} sequences of {positions} tokens")
+        self._llama, self._vocab = llama, vocab
+        self._token, self._position, self._sequence = (np.zeros(_STEP, dtype=np.int32) for _ in range(3))
+        self._one = np.ones(_STEP, dtype=np.int32)
+        self._output = np.zeros(_STEP, dtype=np.int8)
+        # Each token has a list of its sequences; all lists are one long and lie in one array.
+        self._lists = self._sequence.ctypes.data + 4 * np.arange(_STEP, dtype=np.uint64)
+        self._batch = llama.llama_batch(
+            token=_pointer(self._token, ctypes.c_int32),
+            embd=None,
+            pos=_pointer(self._position, ctypes.c_int32),
+            n_seq_id=_pointer(self._one, ctypes.c_int32),
+            seq_id=_pointer(self._lists, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer(self._output, ctypes.c_int8),
+        )
+
+    def clear(self) -> None:
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._handle), False)
+
+    def take_in(self, prompts: list[list[int]]) -> np.ndarray:
+        """Prefill each sequence and return its greedy next token, (S,)."""
+        following = np.zeros(len(prompts), dtype=np.int32)
+        for sequence, prompt in enumerate(prompts):
+            for start in range(0, len(prompt), _STEP):
+                chunk = np.array(prompt[start : start + _STEP])
+                count = len(chunk)
+                outputs = np.zeros(count)
+                outputs[-1] = 1
+                positions = np.arange(start, start + count)
+                logits = self.step(chunk, positions, np.full(count, sequence), outputs)
+                following[sequence] = logits[-1].argmax()
+        return following
+
+    def step(
+        self, tokens: np.ndarray, positions: np.ndarray, sequences: np.ndarray, outputs: np.ndarray
+    ) -> np.ndarray:
+        """float32 logits (outputs, V) of the tokens whose output is asked for; valid until the next step."""
+        count = len(tokens)
+        self._batch.n_tokens = count
+        self._token[:count], self._position[:count] = tokens, positions
+        self._sequence[:count], self._output[:count] = sequences, outputs
+        code = self._llama.llama_decode(self._handle, self._batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode gave {code}")
+        logits = self._llama.llama_get_logits(self._handle)
+        return np.ctypeslib.as_array(logits, (int(outputs.sum()), self._vocab))
+
+
+def _pointer(array: np.ndarray, kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))

@@ -1,0 +1,140 @@
+"""`flatout bench MODEL --against llama.cpp,transformers`: side by side with other engines, in one run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flatout.bench.peers import Listener, parse_peers
+from flatout.bench.phases import PHASES, Row
+from flatout.bench.record import BenchResult
+from flatout.bench.run import bench as run_bench
+from flatout.cli.output import aligned, log, print_json
+from flatout.core.files import write_bytes
+from flatout.core.types import to_json
+from flatout.errors import ConfigError
+from flatout.search.units import percent, rate, times
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="Artifact, checkpoint folder, GGUF file, or built-in name.")],
+    against: Annotated[str, typer.Option(help="Peers, comma-separated: llama.cpp, transformers.")],
+    original: Annotated[
+        str, typer.Option(help="What the peers run; by default what MODEL was made from.")
+    ] = "",
+    threads: Annotated[int | None, typer.Option(help="Threads of each engine; all cores by default.")] = None,
+    rounds: Annotated[int, typer.Option(help="Samples of every engine in every phase.", min=1)] = 5,
+    passages: Annotated[
+        int | None, typer.Option(help="Validation passages to score; all by default.", min=2)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this file, too.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object: rows, ratio_to_best_peer, ...")
+    ] = False,
+) -> None:
+    """Measure MODEL beside other engines: same weights, prompts and threads, taking turns."""
+    peers = parse_peers(against)
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise ConfigError("--out is a file in a folder that exists", str(out), "--out bench.json")
+    options = {"--against": ",".join(peers), "--original": original, "--threads": threads}
+    options |= {"--rounds": rounds, "--passages": passages}
+    given = [str(part) for pair in options.items() if pair[1] for part in pair]
+    with _progress() as listen:
+        result = run_bench(
+            model,
+            peers,
+            original=original or None,
+            threads=threads,
+            rounds=rounds,
+            passages=passages,
+            command=shlex.join(["flatout", "bench", model, *given]),
+            listen=listen,
+        )
+    if out is not None:
+        write_bytes(out, json.dumps(to_json(result), indent=1, allow_nan=False).encode() + b"\n")
+    if as_json:
+        print_json(result)
+    else:
+        print(summary(result))
+    for note in _warnings(result):
+        log(f"warning: {note}")
+
+
+def summary(result: BenchResult) -> str:
+    """The tables that people read: tokens/s by phase, then ratios."""
+    text = result.text
+    title = (
+        f"{result.model} on {result.machine.name}, {result.threads} threads, {result.rounds} rounds\n"
+        f"perplexity on {text.passages} passages ({text.tokens:,} tokens); "
+        f"the original in float32: {text.original_perplexity:.3f}"
+    )
+    rows = [["", "tokens/s", "p20-p80", "n", "of floor", "perplexity", "loss"]]
+    for phase in PHASES:
+        same = [row for row in result.rows if row.phase == phase.name]
+        if same:
+            rows += [[_title(same[0])], *(_cells(row) for row in same)]
+    ratio_rows = [["our speed over", "best peer", "", "best within 1 % loss", ""]]
+    for phase in PHASES:
+        ratio_rows.append(
+            [
+                phase.name,
+                *_ratio(result.ratio_to_best_peer, result.best_peer, phase.name),
+                *_ratio(result.ratio_at_equal_quality, result.best_peer_at_equal_quality, phase.name),
+            ]
+        )
+    left_out = "not measured: " + "; ".join(result.not_measured)
+    return "\n\n".join([title, aligned(rows), aligned(ratio_rows, right=False), left_out])
+
+
+def _title(row: Row) -> str:
+    sequences = f"{row.batch} sequence{'s' if row.batch > 1 else ''}"
+    if row.phase == "prefill":
+        return f"prefill of {row.prompt} tokens, {sequences}"
+    return f"decode of {row.output} tokens after {row.prompt}, {sequences}"
+
+
+def _cells(row: Row) -> list[str]:
+    floor = "" if row.floor_fraction is None else percent(row.floor_fraction)
+    spread = f"{rate(row.p20)}-{rate(row.p80)}"
+    return [
+        f"  {row.name}",
+        rate(row.median),
+        spread,
+        str(row.n),
+        floor,
+        f"{row.perplexity:.3f}",
+        percent(row.loss, signed=True),
+    ]
+
+
+def _ratio(values: Any, names: Any, phase: str) -> list[str]:
+    value = values[phase]
+    return ["-", ""] if value is None else [times(value), str(names[phase])]
+
+
+def _warnings(result: BenchResult) -> list[str]:
+    noisy = sorted({row.phase for row in result.rows if row.kept_noisy})
+    found = []
+    if noisy:
+        found.append(f"other processes used the machine during {', '.join(noisy)}: those figures are no good")
+    impossible = [row.phase for row in result.rows if (row.floor_fraction or 0) > 1.05]
+    if impossible:
+        found.append(f"{', '.join(impossible)} above the floor: the ceilings were measured on a busy machine")
+    return found
+
+
+@contextmanager
+def _progress() -> Iterator[Listener]:
+    """A bar with the time left of the stage on stderr, gone when the work is done."""
+    columns = TextColumn("{task.description:<28}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("opening", total=None)
+        yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
