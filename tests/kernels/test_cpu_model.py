@@ -106,3 +106,20 @@ def test_impossible_steps_are_refused_and_leave_the_model_usable(change, message
     with pytest.raises(ValueError, match="page 77 does not exist"):
         runner.forward(bad_page, "last")
     np.testing.assert_array_equal(runner.forward(step([3, 4]), "last"), before)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_splitting_a_long_step_by_tokens_changes_no_bit(threads):
+    """From 64 tokens a thread on, threads own tokens; below, they own rows of the weights."""
+    spec = tiny_spec("qwen2", max_positions=1024)
+    model = tiny_model(spec, uniform("w8a8-g32"), seed=5)
+    rng = np.random.default_rng(6)
+    lengths = [300, 7, 129, 60]
+    starts = np.array([0, 65, 0, 3], np.int32)
+    pages = np.arange(4 * PAGES, dtype=np.int32).reshape(4, PAGES)
+    tokens = rng.integers(3, spec.vocab_size, sum(lengths)).astype(np.int32)
+    batch = StepInput(tokens, starts, np.array(lengths, np.int32), pages)
+    expected = CpuRunner(model, 1, None, pages.size).forward(batch, "all")
+    runner = CpuRunner(model, threads, None, pages.size)
+    for _ in range(3):
+        np.testing.assert_array_equal(runner.forward(batch, "all"), expected)

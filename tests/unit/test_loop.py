@@ -230,6 +230,49 @@ def test_memory_is_won_by_the_smallest_that_is_not_slower(tmp_path: Path) -> Non
     assert result["optimized"]["memory_bytes"] < result["engine_original"]["memory_bytes"]
 
 
+def test_memory_is_not_won_by_a_recipe_that_is_no_smaller(tmp_path: Path) -> None:
+    speeds = dict.fromkeys([*NAMES, "fp32"], 1.0)
+    bench = FakeBench(LOSSES | {"fp32": 0.0}, speeds)
+    result = run(bench, tmp_path / "out", objective="memory", recipe="fp32")
+    assert result["fallback"]
+    assert "fp32 is not smaller at the same speed" in result["verdict"]
+
+
+def test_what_is_predicted_to_be_slower_is_not_built(tmp_path: Path) -> None:
+    """Decoding reads every weight: after q4_1 was timed, 8 bits are predicted too slow even
+    optimistically."""
+    speeds = SPEEDS | {"w4a8-g64": 0.5, "w4a8-g32": 0.5}
+    bench = FakeBench(LOSSES, speeds)
+    result = run(bench, tmp_path / "out", workload="1+512")
+    rows = {row["name"]: row for row in result["candidates"]}
+    pruned = [name for name, row in rows.items() if row["reason"] == "predicted no better than native"]
+    assert "w8a8-g32" in pruned
+    best = rows["native"]["measured"]["workload_s"]
+    assert all(rows[name]["predicted"]["workload_s"]["low"] >= best for name in pruned)
+    assert not [call for call in bench.calls if call.startswith(tuple(f"build {name}" for name in pruned))]
+
+
+def test_what_is_too_close_to_the_budget_does_not_open_the_holdout(tmp_path: Path) -> None:
+    bench = FakeBench(LOSSES | {"native": 0.0098}, SPEEDS)
+    result = run(bench, tmp_path / "out")
+    rows = {row["name"]: row for row in result["candidates"]}
+    assert rows["native"]["status"] == "failed"
+    assert rows["native"]["reason"].startswith("a certificate is unlikely: ")
+    assert bench.scored["native"] == VALIDATION
+    assert result["quality"]["k"] == 1
+    assert result["optimized"]["recipe"] != "native"
+
+
+def test_times_are_those_of_the_whole_workload(tmp_path: Path) -> None:
+    result = run(FakeBench(LOSSES, SPEEDS), tmp_path / "out", workload="512+10")
+    rows = {row["name"]: row for row in result["candidates"]}
+    assert rows["bf16"]["measured"]["workload_s"] == pytest.approx(0.1 + 10 * 0.003)
+    predicted = rows["w8a8"]["predicted"]
+    for edge in ("low", "mid", "high"):
+        parts = predicted["prefill_s"][edge] + 10 * predicted["decode_s"][edge]
+        assert predicted["workload_s"][edge] == pytest.approx(parts)
+
+
 def test_close_finalists_are_told_apart_by_an_interleaved_test(tmp_path: Path) -> None:
     """Single timings put native first by 2 %; the A/B test says that w8a8 is faster."""
 

@@ -29,13 +29,13 @@ void expect(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-// Thread's tokens when the step is split by tokens: an early and a late chunk, so that causal attention balances.
+// A thread's tokens when the step is split by tokens: an early and a late chunk, so that causal attention balances.
 std::vector<Rows> token_shares(int count, int thread, int threads) {
   const auto edge = [&](int i) {
     return std::min(count, round_up((int)((int64_t)count * i / (2 * threads)), kTileRows));
   };
-  const int late = 2 * threads - 1 - thread;
-  return {{edge(thread), edge(thread + 1)}, {edge(late), edge(late + 1)}};
+  const int late = 2 * threads - 1 - thread, first = edge(thread), last = edge(thread + 1);
+  return {{first, last, 0}, {edge(late), edge(late + 1), round_up(last - first, kTileRows)}};
 }
 
 }  // namespace
@@ -143,26 +143,25 @@ void Model::lookup(int32_t token, float* out) const {
 
 Activations Model::prepare(const Linear& w, const float* x, int stride, const int32_t* rows, int count,
                            const std::vector<float>* norm, int thread) {
-  const bool local = count <= kLocalRows;
-  const Activations a = place_activations(w, local ? scratch_[thread].activations.data : shared_.data,
-                                          local ? kTileRows : round_up(count, kTileRows));
+  // A buffer's layout depends on the weight, so threads that do not wait for each other need buffers of their own.
+  const bool alone = by_token(count) || count <= kLocalRows;
+  const Activations a = place_activations(w, alone ? scratch_[thread].activations.data : shared_.data,
+                                          alone ? activation_rows_ : round_up(count, kTileRows));
   float* normed = (float*)scratch_[thread].normed.data;
-  const auto prepare_row = [&](int r) {
+  const auto prepare_row = [&](int r, int at) {
     const float* in = x + (size_t)(rows ? rows[r] : r) * stride;
     if (norm) {
       ops_->rms_norm(in, norm->data(), config_.rms_norm_eps, w.k, normed);
       in = normed;
     }
-    write_activations(*ops_, w, in, a, r);
+    write_activations(*ops_, w, in, a, at);
   };
-  if (local) {
-    for (int r = 0; r < count; ++r) prepare_row(r);
-  } else if (by_token(count)) {
+  if (by_token(count)) {
     for (const Rows& share : token_shares(count, thread, pool_.size()))
-      for (int r = share.first; r < share.last; ++r) prepare_row(r);
+      for (int r = share.first; r < share.last; ++r) prepare_row(r, share.at + r - share.first);
   } else {
-    for (int r = thread; r < count; r += pool_.size()) prepare_row(r);
-    pool_.barrier();
+    for (int r = alone ? 0 : thread; r < count; r += alone ? 1 : pool_.size()) prepare_row(r, r);
+    if (!alone) pool_.barrier();
   }
   return a;
 }
@@ -175,7 +174,7 @@ void Model::linear(const Linear& w, const Activations& a, int count, Epilogue ep
   if (by_token(count)) {
     multiply_panels(*ops_, w, a, token_shares(count, thread, (int)threads), o, 0, (int)pairs, scratch);
   } else {
-    multiply_panels(*ops_, w, a, {{0, count}}, o, (int)(pairs * thread / threads),
+    multiply_panels(*ops_, w, a, {{0, count, 0}}, o, (int)(pairs * thread / threads),
                     (int)(pairs * (thread + 1) / threads), scratch);
     pool_.barrier();
   }

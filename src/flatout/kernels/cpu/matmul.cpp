@@ -62,7 +62,7 @@ void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, cons
     for (const Rows& share : shares) {
       for (int m = share.first; m < share.last; m += kTokenBlock) {
         const int rows = std::min(kTokenBlock, share.last - m);
-        ops.linear_panels(w, panel, panels, scratch, a, m, rows, to);
+        ops.linear_panels(w, panel, panels, scratch, a, share.at + m - share.first, rows, to);
         float* row = o.out + (size_t)m * o.stride;
         if (gate) {
           const int column = u * kLanes;
@@ -90,7 +90,7 @@ void linear_once(const Ops& ops, const Source& source, const float* x, int token
   Output o;
   o.out = out;
   o.stride = w.n;
-  multiply_panels(ops, w, a, {{0, tokens}}, o, 0, panel_pairs(w), (int8_t*)scratch.data);
+  multiply_panels(ops, w, a, {{0, tokens, 0}}, o, 0, panel_pairs(w), (int8_t*)scratch.data);
 }
 
 }  // namespace flatout

@@ -26,9 +26,9 @@ size_t activation_bytes(int rows, int row_stride, int groups);
 Activations place_activations(const Linear&, uint8_t* memory, int rows);
 void write_activations(const Ops&, const Linear&, const float* x, const Activations&, int row);
 
-// Tokens first .. last of a step; first is a multiple of 16.
+// Tokens first .. last of a step, whose activations lie in rows `at` and on; `at` is a multiple of 16.
 struct Rows {
-  int first, last;
+  int first, last, at;
   int count() const { return last - first; }
 };
 

@@ -170,8 +170,9 @@ void Model::finalize() {
   expect(embedding_.n == c.vocab_size && embedding_.k == c.hidden_size, "embedding is missing or has the wrong shape");
   const int rows = kMaxStepTokens + kTileRows;
   shared_ = Buffer(activation_bytes(rows, widest, most_groups));
+  activation_rows_ = round_up(kMaxStepTokens / pool_.size(), kTileRows) + 3 * kTileRows;  // see token_shares
   for (ThreadScratch& s : scratch_) {
-    s.activations = Buffer(activation_bytes(kTileRows, widest, most_groups));
+    s.activations = Buffer(activation_bytes(activation_rows_, widest, most_groups));
     s.panel = Buffer((size_t)2 * kLanes * widest);
     s.normed = Buffer((size_t)std::max(widest, hidden_stride_) * sizeof(float));
   }

@@ -91,6 +91,7 @@ class Model {
   Config config_;
   const Ops* ops_;
   ThreadPool pool_;
+  int activation_rows_ = 0;  // tokens that a thread's own activation buffer holds
   int num_pages_, head_dim_padded_, qkv_stride_, hidden_stride_, gate_stride_, attention_stride_;
   size_t page_bytes_;
   std::vector<Layer> layers_;
