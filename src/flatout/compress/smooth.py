@@ -189,15 +189,21 @@ def smooth(
     positions = torch.cat([torch.arange(len(document)) for document in documents])
     x = Llama(source).embed(torch.from_numpy(np.concatenate(documents).astype(np.int64)))
     share = _LEFT_BY_GPTQ if recipe.method == "smooth-gptq" else 1.0
+    hidden = [x]  # the state to which o and down add
+
+    def linear(name: str, inputs: Tensor) -> Tensor:
+        weight = float_weight(source, name)
+        outputs = inputs @ as_tensor(weight).T
+        if name.endswith((".o", ".down")):
+            # The sum is soon divided by its size, and with it the error of what was added.
+            hidden[0] = hidden[0] + outputs
+            size = hidden[0].square().mean(dim=1, keepdim=True).sqrt()
+            fit(name, inputs / torch.clamp(size, min=1e-6), weight, share)
+        else:
+            fit(name, inputs, weight, share)
+        return outputs
+
     for layer in range(spec.num_layers):
-        # What o and down add to a token is soon divided by the size of its hidden state; so is their error.
-        size = x.square().mean(dim=1, keepdim=True).sqrt() + 1e-6
-
-        def linear(name: str, inputs: Tensor, size: Tensor = size) -> Tensor:
-            weight = float_weight(source, name)
-            fit(name, inputs / size if name.endswith((".o", ".down")) else inputs, weight, share)
-            return inputs @ as_tensor(weight).T
-
         x = decoder_layer(
             spec,
             layer,

@@ -19,11 +19,8 @@ from flatout.search.screen import Row, Screen, original_side
 from flatout.verify.certificate import Certificate, Side
 from flatout.verify.examination import examine
 
-_FINALISTS_S, _ORIGINAL_S, _BASELINE_S = 8.0, 14.0, 40.0
+_ORIGINAL_S, _BASELINE_S = 14.0, 40.0
 """Most seconds of the timed part of each A/B test."""
-
-_TIE = 1.10
-"""Finalists whose single timings lie closer than this are told apart by an A/B test."""
 
 _CERTAIN = 0.98  # lower bound of the time ratio that "not slower" needs when memory is the objective
 
@@ -78,27 +75,13 @@ def run_race(context: Context, first: Recipe | None, second: Recipe, max_seconds
     return {**race, "workload": workload_ratio(race, workload)}
 
 
-def settle_order(screen: Screen, finalists: list[Row]) -> list[Row]:
-    """The finalists, the best first; the first two change places if an A/B test says so."""
-    context = screen.context
-    if len(finalists) < 2 or context.request.workload.objective == "memory":
-        return finalists
-    first, second, *rest = finalists
-    if screen.cost(second) > _TIE * screen.cost(first):
-        return finalists
-    race = run_race(context, first.recipe, second.recipe, _FINALISTS_S)
-    return [second, first, *rest] if race["workload"]["ratio"] > 1 else finalists
-
-
 def prove(screen: Screen, finalists: list[Row]) -> Proof:
     """Race and certify the finalists in turn; the original comes back when none is faster and certified."""
     context = screen.context
     reason = "no candidate is expected to keep the quality budget"
     if all(row.name == ORIGINAL.name for row in screen.rows):
         reason = "original precision was asked for"
-    with context.stages.stage("race the fastest"):
-        order = settle_order(screen, finalists)
-    for row in order:
+    for row in finalists:
         with context.stages.stage("race the fastest"):
             against_original = run_race(context, ORIGINAL, row.recipe, _ORIGINAL_S)
         if not _wins(screen, row, against_original):

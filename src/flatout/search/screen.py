@@ -32,8 +32,9 @@ takes."""
 
 _PROFILE_S = 1.5
 _PROFILE_STEPS = 16  # decode steps of a profile: all take alike
-_SLOWER = 1.05
-"""A candidate this much slower than one that passed is not scored: A/B tests resolve less than that."""
+NEAR = 1.10
+"""Candidates within this factor of the best time are equally good for the stated workload, which is itself a guess:
+they are scored, and the one that suits most other workloads is preferred (`regret`)."""
 
 _KEEPS = {"gptq": (0.15, 0.4, 0.85), "smooth": (0.02, 0.3, 1.0), "smooth-gptq": (0.02, 0.2, 0.9)}
 """Share of rounding's loss that a method leaves: optimistic, usual, pessimistic. An assumption (GPTQ leaves
@@ -92,6 +93,16 @@ def workload_seconds(workload: Workload, prefill_s: float, decode_s: float) -> f
     return prefill_s + workload.output * decode_s
 
 
+def regret(row: Row, rows: Sequence[Row]) -> float:
+    """How much slower `row` can be than the best of `rows` on any mix of prompt and output tokens: the larger of its
+    prefill and decode times over the least there are (minimax regret, Savage 1951; the ratio of two sums lies
+    between the ratios of their terms)."""
+    times = [r.times for r in rows if r.times is not None]
+    if row.times is None:
+        return math.inf
+    return max(row.times[phase] / min(t[phase] for t in times) for phase in ("prefill_s", "decode_s"))
+
+
 class Screen:
     """Works through the candidates; `rows` holds what is known, in the order of the list of candidates."""
 
@@ -110,7 +121,15 @@ class Screen:
         while (row := self._next()) is not None:
             self._try(row)
             self.predict()
-        return sorted((row for row in self.rows if row.status == "passed"), key=self.cost)
+        return self.ranked([row for row in self.rows if row.status == "passed"])
+
+    def ranked(self, rows: list[Row]) -> list[Row]:
+        """Rows by cost; those near the best by regret. With memory as the objective, by cost alone."""
+        rows = sorted(rows, key=self.cost)
+        if self.context.request.workload.objective == "memory":
+            return rows
+        near = [row for row in rows if self.cost(row) <= NEAR * self.cost(rows[0])]
+        return sorted(near, key=lambda row: regret(row, near)) + rows[len(near) :]
 
     def cost(self, row: Row) -> float:
         """What the objective minimises: measured (or else predicted) seconds of the workload, or bytes."""
@@ -146,7 +165,7 @@ class Screen:
             (row.name for row in self.rows if row.status == "passed" and self.cost(row) == best), ""
         )
         for row in [row for row in self.rows if row.status == "waiting"]:
-            if self._optimistic(row) >= best:
+            if self._optimistic(row) >= best * NEAR:
                 self._set(row.name, status="slower", reason=f"predicted no better than {winner}")
                 continue
             relative = self._relative(row)
@@ -184,7 +203,7 @@ class Screen:
         try:
             row = self._measure(row)
             best = min((self.cost(r) for r in self.rows if r.status == "passed"), default=math.inf)
-            if self.cost(row) > best * _SLOWER:
+            if self.cost(row) > best * NEAR:
                 self._set(row.name, status="slower", reason="measured slower than one that passed")
                 return
             loss = _loss(self.losses(row.recipe, QUICK))

@@ -1,0 +1,99 @@
+"""Keep what a command measured as a results file that documents may quote.
+
+    python benchmarks/record.py demo demo/result.json --command "make demo"
+    python benchmarks/record.py bench build/bench.json
+
+The first argument is the theme, the second the JSON of `flatout optimize --json` or `flatout bench --out`.
+Writes benchmarks/results/THEME_HARDWARE_DATE.json: command, commit, date, hardware and versions, then the
+result as it was. Of absolute paths only the last part is kept, since folders of one machine mean nothing
+elsewhere. docs/benchmarks.md describes the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_BUILT_FROM = ("src", "CMakeLists.txt", "pyproject.toml")
+
+
+def make_record(result: Mapping[str, Any], command: str | None, commit: str) -> dict[str, Any]:
+    """The results file of `result`; `command` None takes the one that the result names itself.
+
+    Raises ValueError for a result that is not one, or that does not say how it was made.
+    """
+    hardware = result.get("hardware") or result.get("machine")
+    date = result.get("date") or result.get("taken")
+    # `flatout optimize` writes its name only, `flatout bench` the whole line.
+    known = result.get("command") if " " in str(result.get("command")) else None
+    if not isinstance(hardware, dict) or not isinstance(date, str) or "error" in result:
+        raise ValueError("a result has hardware and a date: give the JSON of a run that ended well")
+    if command is None and known is None:
+        raise ValueError("this result does not say which command made it: give --command")
+    return {
+        "command": command or known,
+        "commit": result.get("commit") or commit,
+        "date": date[:10],
+        "hardware": f"{hardware['name']}, {hardware['cores']} cores",
+        "versions": result.get("versions", {}),
+        "result": _without_folders(result),
+    }
+
+
+def file_name(theme: str, result: Mapping[str, Any], date: str) -> str:
+    """THEME_HARDWARE_DATE.json, e.g. demo_intel-xeon-2c_2026-11-22.json."""
+    hardware = result.get("hardware") or result["machine"]
+    name = re.sub(r"\(\w+\)|\b(cpu|processor)\b|@.*", " ", hardware["name"].lower())
+    words = re.findall(r"[a-z0-9.]+", name) or [hardware["kind"]]
+    return f"{theme}_{'-'.join(words)}-{hardware['cores']}c_{date}.json"
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that is checked out, with "-dirty" behind it when what is built from it has changed."""
+    git = ["git", "-C", str(folder)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    status = [*git, "status", "--porcelain", "--", *_BUILT_FROM]
+    changed = subprocess.run(status, capture_output=True, text=True, check=True)
+    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, str) and value.startswith("/") and "\n" not in value:
+        return Path(value).name
+    return value
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("theme", help="what was measured, e.g. demo")
+    parser.add_argument("result", type=Path, help="JSON of flatout optimize or flatout bench")
+    parser.add_argument("--command", help="the command line that measured it")
+    options = parser.parse_args()
+    result = json.loads(options.result.read_text(encoding="utf-8"))
+    try:
+        record = make_record(result, options.command, commit_of(ROOT))
+    except ValueError as error:
+        print(f"{options.result}: {error}", file=sys.stderr)
+        return 2
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / file_name(options.theme, result, record["date"])
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
