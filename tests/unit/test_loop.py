@@ -178,6 +178,8 @@ def test_when_nothing_is_faster_the_original_comes_back(tmp_path: Path) -> None:
     assert result["optimized"]["recipe"] == "bf16"
     assert result["speedup_by_compression"]["decode"] == 1.0
     assert result["passed"]  # the original keeps any budget
+    assert result["engine_original"]["decode_tokens_per_s"] == result["optimized"]["decode_tokens_per_s"]
+    assert result["engine_original"]["decode_tokens_per_s"] == pytest.approx(1 / 0.003)
     assert result["verdict"].startswith("Nothing beat the original inside the budget: ")
     assert "not faster than the engine at original precision" in result["verdict"]
 
@@ -261,6 +263,21 @@ def test_what_is_too_close_to_the_budget_does_not_open_the_holdout(tmp_path: Pat
     assert bench.scored["native"] == VALIDATION
     assert result["quality"]["k"] == 1
     assert result["optimized"]["recipe"] != "native"
+
+
+def test_rates_count_the_tokens_of_every_sequence(tmp_path: Path) -> None:
+    result = run(FakeBench(LOSSES, SPEEDS), tmp_path / "out", workload="512+64x4")
+    assert result["engine_original"]["prefill_tokens_per_s"] == pytest.approx(4 * 512 / 0.1)
+    assert result["engine_original"]["decode_tokens_per_s"] == pytest.approx(4 / 0.003)
+
+
+def test_fractions_of_floor_are_floor_over_time(tmp_path: Path) -> None:
+    """A decode step reads every weight but the embedding table, and the cache, at 40 GB/s."""
+    result = run(FakeBench(LOSSES, SPEEDS), tmp_path / "out", workload="512+1")
+    linears, head = 3 * (128 * 64 + 64 * 64 + 256 * 64 + 64 * 128), 128 * 64
+    cache = 3 * 2 * 32 * 2 * (512 + 1 + 1)  # read once, and the new token written
+    expected = (2 * (linears + head + 64) + cache) / 4e10 / 0.003
+    assert result["engine_original"]["floor_fraction"]["decode"] == pytest.approx(expected, rel=0.01)
 
 
 def test_times_are_those_of_the_whole_workload(tmp_path: Path) -> None:

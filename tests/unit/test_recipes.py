@@ -23,10 +23,16 @@ def test_candidates_of_a_quantised_file() -> None:
     assert (native.kv_cache, native.method) == ("int8", "native")
     assert {"w8a8-g64", "w8a8-g32", "w8a8", "w4a8-g32", "w4a8-g64", "w4a8-g32/gptq"} <= set(found)
     assert found["w4a8-g64/gptq"].method == "gptq"
+    assert found["w8a8/smooth-gptq"].head == found["w4a8-g64"].head == "q8_0"
+    finer = recipe_from_name("w8a8,layers.*.down=w8a16", SOURCE)
+    assert {finer.format_of(i, "down").name for i in range(3)} == {"w8a16"}
+    assert {finer.format_of(i, "qkv").name for i in range(3)} == {"w8a8"}
+
+
+def test_the_head_of_a_float_file_is_finer_than_its_layers() -> None:
+    found = {c.recipe.name: c.recipe for c in candidates(FakeSource(native=False))}
     assert found["w4a8-g64"].head == "w8a8-g64"
-    sensitive = found["w8a8,layers.*.down=w8a8-g32"]
-    assert {sensitive.format_of(i, "down").name for i in range(3)} == {"w8a8-g32"}
-    assert {sensitive.format_of(i, "qkv").name for i in range(3)} == {"w8a8"}
+    assert found["w8a8"].head == found["w8a8"].embedding == "w8a16"
 
 
 def test_a_float_file_has_no_native_candidate() -> None:
@@ -122,6 +128,6 @@ def test_the_layer_map_names_every_place() -> None:
     places = layer_map(SPEC, recipe)
     assert places["down"] == ["w8a8", "w8a8-g32", "w8a8"]
     assert places["qkv"] == ["w8a8"] * 3
-    assert places["head"] == ["w8a8"]
+    assert places["head"] == ["q8_0"]
     assert places["kv_cache"] == ["int8"]
     assert layer_map(SPEC, ORIGINAL)["kv_cache"] == ["bf16"]

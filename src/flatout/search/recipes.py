@@ -6,7 +6,7 @@ BODY is a format for all layers or `native` (the blocks of a GGUF file as they a
 (rtn if not given); PLACE is head, embedding, kv or an override such as layers.*.down. Every recipe that the
 search prints can be given back to `--recipe`:
 
-    native      w8a8-g64      w8a8/smooth,layers.*.down=w8a8-g32      w4a8-g64/gptq,head=w8a8
+    native      w8a8-g64      w8a8/smooth,layers.*.down=w8a16      w4a8-g64/gptq,head=w8a8
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from flatout.core.formats import METHODS, Recipe, parse_format
-from flatout.core.fuse import Source, float_recipe, native_recipe
+from flatout.core.fuse import Source, float_recipe, native_format, native_recipe
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 
@@ -56,7 +56,7 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
                 "native takes the blocks q4_0, q4_1 and q8_0 of a GGUF file", "none in this model", "w8a8-g64"
             )
     else:
-        recipe = _uniform(body, source.spec)
+        recipe = _uniform(body, source)
     if method and parse_format(recipe.layers).is_integer:
         recipe = replace(recipe, method=method)
     for change in changes:
@@ -81,11 +81,19 @@ def _changed(recipe: Recipe, change: str) -> Recipe:
     return replace(recipe, overrides=(*recipe.overrides, (place, value)))
 
 
-def _uniform(body: str, spec: ModelSpec) -> Recipe:
+def _uniform(body: str, source: Source) -> Recipe:
+    """One format for all layers. Embedding and head, which decide every token, keep the file's q8_0 blocks where it
+    has them and 15-bit activations where the layers' have one scale a token: outliers cost most there."""
     fmt = parse_format(body)
     if not fmt.is_integer:
         return float_recipe(body)
-    head = eight_bit(spec.hidden_size) if fmt.bits == 4 and not fmt.is_native else body
+    head = body
+    if fmt.bits == 4 and not fmt.is_native:
+        head = eight_bit(source.spec.hidden_size)
+    elif fmt.activation == "int8" and not fmt.activation_group:
+        head = "w8a16"
+    if not fmt.is_native and native_format(source, "head") == native_format(source, "embedding") == "q8_0":
+        head = "q8_0"
     method = "native" if fmt.is_native else "rtn"
     return Recipe(name=body, layers=body, embedding=head, head=head, kv_cache="int8", method=method)
 
@@ -113,12 +121,7 @@ def candidates(source: Source) -> list[Candidate]:
         ("w8a8-g32", "8-bit codes, a scale for 32 weights", None),
         ("w8a8", "8-bit codes, a scale a row", None),
         ("w8a8/smooth", "8-bit codes, a scale a row, outliers moved into the weights", "w8a8"),
-        ("w8a8,layers.*.down=w8a8-g32", "as w8a8, finer where outliers gather", None),
-        (
-            "w8a8/smooth,layers.*.down=w8a8-g32",
-            "as w8a8/smooth, finer where outliers gather",
-            "w8a8,layers.*.down=w8a8-g32",
-        ),
+        ("w8a8/smooth-gptq", "as w8a8/smooth, errors spread by GPTQ", "w8a8/smooth"),
         ("w4a8-g32", "4-bit codes rounded to nearest, a scale for 32 weights", None),
         ("w4a8-g64", "4-bit codes rounded to nearest, a scale for 64 weights", None),
         ("w4a8-g32/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g32"),

@@ -33,8 +33,8 @@ takes."""
 _PROFILE_S = 1.5
 _PROFILE_STEPS = 16  # decode steps of a profile: all take alike
 NEAR = 1.10
-"""Candidates within this factor of the best time are equally good for the stated workload, which is itself a guess:
-they are scored, and the one that suits most other workloads is preferred (`regret`)."""
+"""Candidates within this factor of the best time are equally good for the stated workload, which is itself a
+guess: they are scored, and the one that suits most other workloads is preferred (`regret`)."""
 
 _KEEPS = {"gptq": (0.15, 0.4, 0.85), "smooth": (0.02, 0.3, 1.0), "smooth-gptq": (0.02, 0.2, 0.9)}
 """Share of rounding's loss that a method leaves: optimistic, usual, pessimistic. An assumption (GPTQ leaves
@@ -94,9 +94,9 @@ def workload_seconds(workload: Workload, prefill_s: float, decode_s: float) -> f
 
 
 def regret(row: Row, rows: Sequence[Row]) -> float:
-    """How much slower `row` can be than the best of `rows` on any mix of prompt and output tokens: the larger of its
-    prefill and decode times over the least there are (minimax regret, Savage 1951; the ratio of two sums lies
-    between the ratios of their terms)."""
+    """How much slower `row` can be than the best of `rows` on any mix of prompt and output tokens: the larger
+    of its prefill and decode times over the least there are (minimax regret, Savage 1951; the ratio of two
+    sums lies between the ratios of their terms)."""
     times = [r.times for r in rows if r.times is not None]
     if row.times is None:
         return math.inf
