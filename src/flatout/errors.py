@@ -1,13 +1,13 @@
 """Every error a user can meet. Each message states the rule, the value and the remedy.
 
-    FlatoutError                exit code 2
-      ModelFileError            a model file or folder cannot be used (missing, corrupt, hostile)
-      UnsupportedModelError     readable, but an architecture or format flatout does not run
-      ConfigError               an option or a combination of options makes no sense
-      ResourceError             not enough memory, disk or time, found out before the work starts
-      BackendError              a runner, compiler or library that was asked for is not available
-      EvidenceError             a certificate or measurement cannot be formed from what was given
-    BudgetError                 exit code 3: the work is done, no candidate met the budget
+FlatoutError                exit code 2
+  ModelFileError            a model file or folder cannot be used (missing, corrupt, hostile)
+  UnsupportedModelError     readable, but an architecture or format flatout does not run
+  ConfigError               an option or a combination of options makes no sense
+  ResourceError             not enough memory, disk or time, found out before the work starts
+  BackendError              a runner, compiler or library that was asked for is not available
+  EvidenceError             a certificate or measurement cannot be formed from what was given
+BudgetError                 exit code 3: the work is done, no candidate met the budget
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ FORMATS = [
     "q4_1",
     "q8_0",
 ]
-# (tokens, rows, columns): one of everything, widths that fill no panel, odd panel counts, more than a token block.
+# (tokens, rows, columns): one of everything, rows that fill no panel, odd panel counts, more than a token block.
 SHAPES = [(1, 1, 128), (2, 17, 384), (5, 48, 128), (6, 16, 256), (16, 33, 128), (23, 96, 384), (131, 40, 256)]
 
 
@@ -109,8 +109,8 @@ def test_a_token_does_not_depend_on_its_company(isa, name):
 @pytest.mark.parametrize("isa", _cpu.isas())
 @pytest.mark.parametrize("tokens", [1, 3, 7, 33])
 def test_float_linear(isa, tokens):
-    """fp32: 2 K roundings of 2^-24 on sums of |x w|; bf16: products of bf16 are exact in fp32, so the same bound
-    holds against the double-precision product of the rounded operands."""
+    """fp32: 2 K roundings of 2^-24 on sums of |x w|; bf16: products of bf16 are exact in fp32, so the same
+    bound holds against the double-precision product of the rounded operands."""
     rng = np.random.default_rng(tokens)
     x = rng.standard_normal((tokens, 200)).astype(np.float32)
     w = rng.standard_normal((37, 200)).astype(np.float32)

@@ -267,9 +267,7 @@ def test_a_quantised_folder_is_read_as_the_numbers_it_stands_for(tmp_path: Path,
 
     stored = load_file(folder / "model.safetensors")
     save_file({n: t for n, t in stored.items() if n != up + "_scale"}, folder / "model.safetensors")
-    with pytest.raises(
-        ModelFileError, match="needs codes and scales; found: not both of model"
-    ):
+    with pytest.raises(ModelFileError, match="needs codes and scales; found: not both of model"):
         open_checkpoint(folder)
     save_file(stored, folder / "model.safetensors")
 

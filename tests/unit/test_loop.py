@@ -280,6 +280,15 @@ def test_fractions_of_floor_are_floor_over_time(tmp_path: Path) -> None:
     assert result["engine_original"]["floor_fraction"]["decode"] == pytest.approx(expected, rel=0.01)
 
 
+def test_a_model_of_floats_is_searched_too(tmp_path: Path) -> None:
+    """No blocks in the file: every candidate is rounded, heads with 15-bit activations among them."""
+    bench = FakeBench(LOSSES, SPEEDS | {"w8a16": 2.6}, native=False)
+    result = run(bench, tmp_path / "out")
+    assert "native" not in statuses(result)
+    assert result["passed"]
+    assert result["optimized"]["recipe"] == "w8a16"
+
+
 def test_times_are_those_of_the_whole_workload(tmp_path: Path) -> None:
     result = run(FakeBench(LOSSES, SPEEDS), tmp_path / "out", workload="512+10")
     rows = {row["name"]: row for row in result["candidates"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,8 +134,23 @@ def _warnings(result: BenchResult) -> list[str]:
 
 @contextmanager
 def _progress() -> Iterator[Listener]:
-    """A bar with the time left of the stage on stderr, gone when the work is done."""
+    """A bar with the time left of the stage on stderr, gone when the work is done; without a terminal, a line
+    a stage."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
     columns = TextColumn("{task.description:<28}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("opening", total=None)
         yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
+
+
+def _lines() -> Listener:
+    shown: set[str] = set()
+
+    def listen(what: str, done: int, of: int) -> None:
+        if what not in shown:
+            shown.add(what)
+            log(what)
+
+    return listen

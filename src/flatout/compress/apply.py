@@ -52,7 +52,8 @@ def compress(
     if recipe.method in ("gptq", "smooth-gptq"):
         from flatout.compress.gptq import gptq_layers  # loads PyTorch
 
-        calibrated = gptq_layers(source, recipe, documents, progress)
+        smoothed = recipe.method == "smooth-gptq"
+        calibrated = gptq_layers(source, recipe, documents, progress, relative=smoothed)
     expected = list(expected_weights(spec, recipe))
     weights: dict[str, Weight] = {}
     for done, (name, _, fmt) in enumerate(expected):

@@ -116,24 +116,36 @@ class Documents(Cache):
         return torch.cat(read)
 
 
+def relative_to(hidden: Tensor, inputs: Tensor) -> Tensor:
+    """`inputs` (T, K) of o or down, each token divided by the size of its hidden state (T, D).
+
+    What they add to a token is soon divided by that size in a norm, and so is their error; without this a
+    few tokens with huge states outweigh all others.
+    """
+    size = hidden.square().mean(dim=1, keepdim=True).sqrt()
+    return inputs / torch.clamp(size, min=1e-6)
+
+
 @torch.no_grad()
 def gptq_layers(
     source: Source,
     recipe: Recipe,
     documents: Sequence[np.ndarray],
     progress: Progress | None = None,
+    relative: bool = False,
 ) -> dict[str, QuantizedTensor]:
     """Fused name -> rounded weight of every linear of `source` whose format rounding can make.
 
     documents: token ids, each a sequence of its own. All documents pass a linear together; it is rounded to
     suit what it receives and then used rounded, so that everything after it makes up for its error. Linears
-    in float and native formats are used as they are.
+    in float and native formats are used as they are. relative: for o and down, weigh tokens as `relative_to`
+    does.
     """
     spec = source.spec
     rounded: dict[str, QuantizedTensor] = {}
     total = spec.num_layers * len(spec.linears())
 
-    def linear(name: str, x: Tensor) -> Tensor:
+    def linear(name: str, inputs: Tensor) -> Tensor:
         _, layer, what = name.split(".")
         fmt = recipe.format_of(int(layer), what)
         if progress is not None:
@@ -141,12 +153,13 @@ def gptq_layers(
         if fmt.is_native:
             weight = native_weight(source, name, fmt).dequantize()
         elif fmt.is_integer:
-            hessian = (x.T @ x / len(x)).numpy()
+            weighed = relative_to(x, inputs) if relative and what in ("o", "down") else inputs
+            hessian = (weighed.T @ weighed / len(weighed)).numpy()
             rounded[name] = gptq(float_weight(source, name), hessian, fmt)
             weight = rounded[name].dequantize()
         else:
             weight = float_weight(source, name)
-        return x @ as_tensor(weight).T
+        return inputs @ as_tensor(weight).T
 
     cache = Documents([len(document) for document in documents])
     positions = torch.cat([torch.arange(len(document)) for document in documents])

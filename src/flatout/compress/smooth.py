@@ -12,12 +12,11 @@ s minimises the expected error of the product. Rounding to steps of max_k |x_tk 
 |w_nk s_k| / 127 adds independent errors of variance step^2 / 12 to both factors, so that, without the
 constant 12 * 127^2,
 
-    error(s) =         mean over t of max_k (x_tk / s_k)^2  *  sum over n, k of (w_nk s_k)^2
-             + share * sum over n of max_k (w_nk s_k)^2     *  sum over k of mean over t of (x_tk / s_k)^2
+    error(s) = mean over t of max_k (x_tk / s_k)^2  *  sum over n, k of (w_nk s_k)^2
+             + sum over n of max_k (w_nk s_k)^2     *  sum over k of mean over t of (x_tk / s_k)^2
 
 All four are sums of maxima of monomials in s with positive coefficients, so error(s) is convex in log s (a
-geometric program; Boyd et al., 2007): no exponent to choose and one least value to descend to. `share` is
-the part of the error of rounding weights that remains: 1 for rounding to nearest, less where GPTQ follows.
+geometric program; Boyd et al., 2007): no exponent to choose and one least value to descend to.
 
 Legend: T tokens, N rows and K columns of a weight, P free factors (K, or fewer where columns share one).
 """
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor
 
 from flatout.compress.apply import Progress
-from flatout.compress.gptq import Documents
+from flatout.compress.gptq import Documents, relative_to
 from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.fuse import Source, float_weight, native_format, source_names
 from flatout.core.quantized import QuantizedTensor
@@ -42,7 +41,7 @@ from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
 from flatout.models.llama import Llama, decoder_layer, rms_norm
 
-_TOKENS = 2048  # of calibration text that pass through the model
+_DOCUMENTS, _TOKENS = 16, 2048  # of calibration text, at most, that pass through the model
 _FITTED_TOKENS = 512  # of these, evenly spaced, that factors are fitted to
 _WEIGHT_ROWS = 4096  # rows of a weight, evenly spaced, that factors are fitted to
 _STEPS = 60
@@ -52,8 +51,7 @@ _FAINTEST = 1e-3
 """A channel counts as at least this part of the median one, in activations and in weights. Other text may
 wake a channel that calibration text left silent, whose factor would otherwise fall without limit; a column
 of zeros would let its factor grow without limit."""
-_LEFT_BY_GPTQ = 0.3  # of the error of rounding weights
-_CARRIERS = {
+_CARRIERS: dict[str, tuple[str, ...]] = {
     "qkv": ("input_layernorm.weight",),
     "o": ("self_attn.v_proj.weight",),
     "gate_up": ("post_attention_layernorm.weight",),
@@ -94,7 +92,7 @@ class Smoothed:
         return None if rescaled else self.original.native(name)
 
 
-def fit_factors(x: Tensor, weight: Tensor, owner: Tensor, share: float = 1.0) -> Tensor:
+def fit_factors(x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
     """Factors s float32 (P,) with the least expected error of x (T, K) times weight (N, K) transposed.
 
     owner: int64 (K,), the factor in 0..P-1 that scales each column. The geometric mean of s is 1.
@@ -118,7 +116,7 @@ def fit_factors(x: Tensor, weight: Tensor, owner: Tensor, share: float = 1.0) ->
         b, b_at = (w2 * of_columns).max(dim=1)
         weights, inputs = weight_energy * squared, input_energy / squared
         of_activations = float(a.mean() * weights.sum())
-        of_weights = share * float(b.sum() * inputs.sum())
+        of_weights = float(b.sum() * inputs.sum())
         error = of_activations + of_weights
         if error < least:
             best, least = u, error
@@ -159,7 +157,7 @@ def smooth(
     own.
 
     Smoothed is every linear whose activations share one int8 scale a token, unless its weight, or the one
-    its factors would go into, is taken from the file as stored. Of the documents, beginnings with about
+    its factors would go into, is taken from the file as stored. Of the documents, beginnings of 16 with
     2,048 tokens in all are used. Memory: one layer's float weights and these tokens' activations.
     progress(what, done, total) counts linears. Raises ConfigError when there is no text.
     """
@@ -172,36 +170,28 @@ def smooth(
     columns: dict[str, np.ndarray] = {}
     rows: dict[str, np.ndarray] = {}
 
-    def fit(name: str, x: Tensor, weight: np.ndarray, share: float) -> None:
+    def fit(name: str, inputs: Tensor, weight: np.ndarray) -> None:
         if progress is not None:
             progress(f"smoothing {name}", linears.index(name), len(linears))
         if name not in chosen:
             return
         owner = _owner(spec, name)
         picked = as_tensor(weight[_evenly(len(weight), _WEIGHT_ROWS)])
-        factors = fit_factors(x[_evenly(len(x), _FITTED_TOKENS)], picked, owner, share)
+        factors = fit_factors(inputs[_evenly(len(inputs), _FITTED_TOKENS)], picked, owner)
         parts = ("lm_head.weight",) if name == "head" else source_names(spec, name)
         columns.update(dict.fromkeys(parts, factors[owner].numpy()))
         rows.update(dict.fromkeys(_carriers(spec, name), factors.numpy()))
 
-    documents = [document[: max(2, _TOKENS // len(documents))] for document in documents[: _TOKENS // 2]]
+    documents = [documents[i] for i in _evenly(len(documents), _DOCUMENTS)]
+    documents = [document[: _TOKENS // len(documents)] for document in documents]
     cache = Documents([len(document) for document in documents])
     positions = torch.cat([torch.arange(len(document)) for document in documents])
     x = Llama(source).embed(torch.from_numpy(np.concatenate(documents).astype(np.int64)))
-    share = _LEFT_BY_GPTQ if recipe.method == "smooth-gptq" else 1.0
-    hidden = [x]  # the state to which o and down add
 
     def linear(name: str, inputs: Tensor) -> Tensor:
         weight = float_weight(source, name)
-        outputs = inputs @ as_tensor(weight).T
-        if name.endswith((".o", ".down")):
-            # The sum is soon divided by its size, and with it the error of what was added.
-            hidden[0] = hidden[0] + outputs
-            size = hidden[0].square().mean(dim=1, keepdim=True).sqrt()
-            fit(name, inputs / torch.clamp(size, min=1e-6), weight, share)
-        else:
-            fit(name, inputs, weight, share)
-        return outputs
+        fit(name, relative_to(x, inputs) if name.endswith((".o", ".down")) else inputs, weight)
+        return inputs @ as_tensor(weight).T
 
     for layer in range(spec.num_layers):
         x = decoder_layer(
@@ -215,7 +205,7 @@ def smooth(
         )
     if "head" in chosen:
         norm = as_tensor(float_weight(source, "norm"))
-        fit("head", rms_norm(x, norm, spec.rms_norm_eps, spec.norm_offset), float_weight(source, "head"), 1.0)
+        fit("head", rms_norm(x, norm, spec.rms_norm_eps, spec.norm_offset), float_weight(source, "head"))
     tied = spec.tie_embeddings and "head" not in chosen
     return Smoothed(spec=replace(spec, tie_embeddings=tied), original=source, columns=columns, rows=rows)
 

@@ -21,7 +21,7 @@ from flatout.errors import ConfigError
 
 _GRAMMAR = re.compile(r"w(?P<bits>[48])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
 METHODS = ("rtn", "gptq", "smooth", "smooth-gptq", "native")
-"""How codes are made: rounding to nearest; GPTQ; either after smoothing activations; or as the file has them."""
+"""How codes are made: rounding to nearest, GPTQ, either after smoothing activations, or as the file has."""
 _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmetric")}
 
 

@@ -50,11 +50,15 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is run: batch sequences of `prompt` tokens each generate `output` tokens."""
+    """What is run: batch sequences of `prompt` tokens each generate `output` tokens.
+
+    The default is the median request of the Azure LLM inference trace 2023 (Patel et al., "Splitwise", ISCA
+    2024; conversation and code together: 1,046 tokens in, 90 out), rounded.
+    """
 
     batch: int = 1
-    prompt: int = 512
-    output: int = 64
+    prompt: int = 1024
+    output: int = 96
     objective: str = "latency"  # latency | throughput | memory
 
     def __post_init__(self) -> None:

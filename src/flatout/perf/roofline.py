@@ -77,7 +77,12 @@ def read_ceiling(hardware: Hardware, working_set_bytes: float, threads: int) -> 
 
 
 def op_ceiling(hardware: Hardware, arithmetic: str, threads: int) -> float:
-    """Op/s of int8, bf16 or fp32 on `threads` threads by the fastest instructions, tiles included."""
+    """Op/s of int8, int16, bf16 or fp32 on `threads` threads by the fastest instructions, tiles included.
+
+    int16 activations are two planes of int8 (kernels/linear.py), so two products for one.
+    """
+    if arithmetic == "int16":
+        return op_ceiling(hardware, "int8", threads) / 2
     rates = [hardware.ceiling(arithmetic, threads).value]
     tile = f"{arithmetic}_amx"
     if any(c.name == tile and c.threads <= threads for c in hardware.ceilings):

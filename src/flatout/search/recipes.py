@@ -82,8 +82,8 @@ def _changed(recipe: Recipe, change: str) -> Recipe:
 
 
 def _uniform(body: str, source: Source) -> Recipe:
-    """One format for all layers. Embedding and head, which decide every token, keep the file's q8_0 blocks where it
-    has them and 15-bit activations where the layers' have one scale a token: outliers cost most there."""
+    """One format for all layers. Embedding and head keep the file's q8_0 blocks where it has them, and take
+    15-bit activations where the layers' have one scale a token: outliers cost most there."""
     fmt = parse_format(body)
     if not fmt.is_integer:
         return float_recipe(body)
