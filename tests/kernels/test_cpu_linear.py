@@ -28,7 +28,7 @@ FORMATS = [
     "q4_1",
     "q8_0",
 ]
-# (tokens, rows, columns): one of everything, rows that fill no panel, odd panel counts, more than a token block.
+# (tokens, rows, columns): one of everything, rows that fill no panel, odd panels, more than a token block.
 SHAPES = [(1, 1, 128), (2, 17, 384), (5, 48, 128), (6, 16, 256), (16, 33, 128), (23, 96, 384), (131, 40, 256)]
 
 

@@ -1,4 +1,4 @@
-"""The whole forward step on every instruction set: same bits where the arithmetic is exact, bounded elsewhere."""
+"""The forward step on every instruction set: same bits where the arithmetic is exact, bounded elsewhere."""
 
 import numpy as np
 import pytest
@@ -67,10 +67,10 @@ def test_what_an_earlier_sequence_left_in_its_pages_changes_nothing(isa, kv_cach
     np.testing.assert_array_equal(used.forward(step(tokens), "all"), fresh)
 
 
-# Greatest difference of a logit over the greatest logit. fp32 weights: sums of at most 256 products in another
-# order, through 2 layers and a bf16 cache whose roundings may flip. bf16: activations rounded to 8 bits of mantissa
-# at every linear. Integers: the cache's and the attention weights' 8 bits, which the reference rounds per page or
-# not at all.
+# Greatest difference of a logit over the greatest logit. fp32 weights: sums of at most 256 products in
+# another order, through 2 layers and a bf16 cache whose roundings may flip. bf16: activations rounded to 8
+# bits of mantissa at every linear. Integers: the cache's and the attention weights' 8 bits, which the
+# reference rounds per page or not at all.
 BOUNDS = {"fp32": 2e-3, "bf16": 3e-2} | dict.fromkeys(["w8a8", "w4a8-g32", "w8a16", "q4_1", "q8_0"], 5e-2)
 
 

