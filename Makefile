@@ -34,7 +34,8 @@ demo: demo/result.json
 # Exit code 3 is a result too: the folder then holds the original.
 demo/result.json: $(VENV)/package
 	mkdir -p demo
-	$(BIN)/flatout optimize $(MODEL) --max-loss 1% --out demo/artifact --json > $@ || test $$? -eq 3
+	$(BIN)/flatout optimize $(MODEL) --max-loss 1% --out demo/artifact --json > $@ || \
+		{ code=$$?; test $$code -eq 3 || exit $$code; }
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(ARGS)

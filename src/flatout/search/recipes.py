@@ -121,7 +121,6 @@ def candidates(source: Source) -> list[Candidate]:
         ("w8a8-g32", "8-bit codes, a scale for 32 weights", None),
         ("w8a8", "8-bit codes, a scale a row", None),
         ("w8a8/smooth", "8-bit codes, a scale a row, outliers moved into the weights", "w8a8"),
-        ("w8a8/smooth-gptq", "as w8a8/smooth, errors spread by GPTQ", "w8a8/smooth"),
         ("w4a8-g32", "4-bit codes rounded to nearest, a scale for 32 weights", None),
         ("w4a8-g64", "4-bit codes rounded to nearest, a scale for 64 weights", None),
         ("w4a8-g32/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g32"),
