@@ -82,8 +82,8 @@ def take_turns(
         for number in range(2 * rounds):
             todo = [item for item in work if _fewest_clean(samples, len(sides), item[0]) < rounds]
             for done, (phase, prompts) in enumerate(todo):
-                extra = ", extra because of other load" if number >= rounds else ""
-                listen(f"round {number + 1} of {rounds}{extra}", done, len(todo))
+                which = f"of {rounds}" if number < rounds else "because of other load"
+                listen(f"round {number + 1} {which}", done, len(todo))
                 for i in draw.sample(range(len(sides)), len(sides)):
                     samples[i, phase.name].append(
                         _time(sides[i], phase, prompts, MAX_FOREIGN * cores, settle_s)

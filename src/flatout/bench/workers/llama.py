@@ -1,8 +1,9 @@
 """llama.cpp as a peer, through the C interface that llama-cpp-python binds.
 
 Batches are numpy arrays that the C structure points into, so that a step costs Python a few microseconds.
-Flash attention is on, the KV cache is float16 (the default), every sequence has a cache stream of its own,
-and a context is as long as its work needs: what llama.cpp's own benchmarks do.
+The KV cache is float16 (the default), every sequence has a cache stream of its own, and a context is as long
+as its work needs: what llama.cpp's own benchmarks do. Flash attention is on or off, whichever is faster for
+the work at hand: on a CPU it can halve the decode speed at long contexts and still help everywhere else.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import ctypes
 import importlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 _STEP = 512  # tokens of a batch, logical and physical
+_TRIES = 3
 _ROWS = 64  # of logits turned into probabilities at a time
 
 
@@ -25,7 +28,7 @@ class Peer:
         # By name: the package is in this peer's environment only.
         self._llama: Any = importlib.import_module("llama_cpp")
         self._llama.llama_backend_init()
-        self._contexts: dict[tuple[int, int], _Context] = {}
+        self._contexts: dict[tuple[str, int, int], _Context] = {}
 
     def quantize(self, source: str, target: str, ftype: str, pure: bool, threads: int) -> bool:
         """Write `source` as `target` with the weights rounded to LLAMA_FTYPE_MOSTLY_<ftype>."""
@@ -49,31 +52,37 @@ class Peer:
         return {
             "vocab_size": self._vocab,
             "version": f"llama-cpp-python {self._llama.__version__}",
-            "details": self._llama.llama_print_system_info().decode(errors="replace").strip(),
+            "details": self._llama.llama_print_system_info().decode(errors="replace").strip()
+            + " flash attention where it is faster",
         }
 
     def prefill(self, prompts: list[list[int]]) -> float:
-        context = self._context(len(prompts), max(map(len, prompts)))
-        context.clear()
-        start = time.perf_counter()
-        context.take_in(prompts)
-        return time.perf_counter() - start
+        def work(context: _Context) -> float:
+            context.clear()
+            start = time.perf_counter()
+            context.take_in(prompts)
+            return time.perf_counter() - start
+
+        return work(self._fastest("prefill", len(prompts), max(map(len, prompts)), work))
 
     def decode(self, prompts: list[list[int]], tokens: int) -> float:
         count = len(prompts)
-        context = self._context(count, max(map(len, prompts)) + tokens)
-        context.clear()
-        following = context.take_in(prompts)
-        sequences, outputs = np.arange(count), np.ones(count)
-        positions = np.array([len(prompt) for prompt in prompts])
-        start = time.perf_counter()
-        for _ in range(tokens):
-            following = context.step(following, positions, sequences, outputs).argmax(-1)
-            positions += 1
-        return time.perf_counter() - start
+
+        def work(context: _Context) -> float:
+            context.clear()
+            following = context.take_in(prompts)
+            sequences, outputs = np.arange(count), np.ones(count)
+            positions = np.array([len(prompt) for prompt in prompts])
+            start = time.perf_counter()
+            for _ in range(tokens):
+                following = context.step(following, positions, sequences, outputs).argmax(-1)
+                positions += 1
+            return time.perf_counter() - start
+
+        return work(self._fastest("decode", count, max(map(len, prompts)) + tokens, work))
 
     def score(self, document: list[int]) -> list[float]:
-        context = self._context(1, len(document))
+        context = self._context("score", 1, len(document), flash=True)
         context.clear()
         inputs, targets = np.array(document[:-1]), np.array(document[1:])
         scores: list[float] = []
@@ -90,25 +99,48 @@ class Peer:
                 scores += log_p.tolist()
         return scores
 
-    def _context(self, sequences: int, positions: int) -> _Context:
-        key = sequences, -(-positions // 256) * 256
+    def _fastest(
+        self, kind: str, sequences: int, positions: int, work: Callable[[_Context], float]
+    ) -> _Context:
+        """The context for this kind of work. The first time, both are tried and the slower one is dropped."""
+        key = kind, sequences, _rounded(positions)
         if key not in self._contexts:
-            self._contexts[key] = _Context(self._llama, self._model, self._vocab, *key, self._threads)
+            with_flash, without = (
+                _Context(self._llama, self._model, self._vocab, *key[1:], self._threads, flash)
+                for flash in (True, False)
+            )
+            keep = min(work(with_flash) for _ in range(_TRIES)) <= min(work(without) for _ in range(_TRIES))
+            self._contexts[key] = with_flash if keep else without
+            (without if keep else with_flash).free()
         return self._contexts[key]
+
+    def _context(self, kind: str, sequences: int, positions: int, flash: bool) -> _Context:
+        key = kind, sequences, _rounded(positions)
+        if key not in self._contexts:
+            self._contexts[key] = _Context(
+                self._llama, self._model, self._vocab, *key[1:], self._threads, flash
+            )
+        return self._contexts[key]
+
+
+def _rounded(positions: int) -> int:
+    return -(-positions // 256) * 256  # llama.cpp's own granule
 
 
 class _Context:
     """A llama_context of `sequences` streams of `positions` tokens each, with the batch that feeds it."""
 
     def __init__(
-        self, llama: Any, model: Any, vocab: int, sequences: int, positions: int, threads: int
+        self, llama: Any, model: Any, vocab: int, sequences: int, positions: int, threads: int, flash: bool
     ) -> None:
         params = llama.llama_context_default_params()
         params.n_ctx = sequences * positions
         params.n_batch = params.n_ubatch = _STEP
         params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = (
+            llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         params.kv_unified = False
         params.no_perf = True
         self._handle = llama.llama_init_from_model(model, params)
@@ -128,6 +160,9 @@ class _Context:
             seq_id=_pointer(self._lists, ctypes.POINTER(ctypes.c_int32)),
             logits=_pointer(self._output, ctypes.c_int8),
         )
+
+    def free(self) -> None:
+        self._llama.llama_free(self._handle)
 
     def clear(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._handle), False)
