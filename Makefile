@@ -51,11 +51,11 @@ bench: $(VENV)/package demo/result.json
 	$(BIN)/python benchmarks/record.py bench build/bench.json
 
 # The sanitizers' runtimes must come before Python's own libraries. Python never frees some of what it allocates, so leaks
-# are not looked for. Tiles compute whole blocks, and rows past the last token may overflow: nobody reads them.
+# are not looked for.
 SANITIZED := build/sanitized
 nightly: $(VENV)/dev
 	$(call configure,$(SANITIZED)) -DCMAKE_CXX_FLAGS="-g1 -fno-omit-frame-pointer \
-		-fsanitize=address,undefined -fno-sanitize=signed-integer-overflow -fno-sanitize-recover=undefined"
+		-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 	$(BIN)/cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/site
 	mkdir -p $(SANITIZED)/site

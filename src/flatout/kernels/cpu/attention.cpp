@@ -27,8 +27,8 @@ void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded,
   if (!int8_cache) {
     uint16_t *keys = (uint16_t*)page, *values = keys + (size_t)kPage * E;
     for (int e = 0; e < E; ++e) {
-      keys[(size_t)e * kPage + slot] = e < head_dim ? to_bf16(k[e]) : 0;
-      values[(size_t)slot * E + e] = e < head_dim ? to_bf16(v[e]) : 0;
+      keys[((size_t)(e / 2) * kPage + slot) * 2 + e % 2] = e < head_dim ? to_bf16(k[e]) : 0;
+      values[((size_t)(slot / 2) * E + e) * 2 + slot % 2] = e < head_dim ? to_bf16(v[e]) : 0;
     }
     return;
   }
@@ -49,32 +49,33 @@ void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded,
   for (int e = 0; e < E; ++e) to[4 * e] = value[e];
 }
 
-// Queries first .. first + rows of the block against an int8 cache.
-static void attend_int8(const Attention& a, int first, int rows, SoftmaxBlock& block) {
-  const int E = a.head_dim_padded;
-  alignas(64) int8_t q[kTileRows][kMaxHeadDim];
+// Against an int8 cache: queries of one head.
+static void attend_int8(const Attention& a, const float* query, SoftmaxBlock& block) {
+  const int E = a.head_dim_padded, rows = a.rows;
+  alignas(64) int8_t q[kTileRows * kMaxHeadDim];
   alignas(64) uint8_t weights[kTileRows][kPage];
-  float q_scale[kTileRows];
-  int32_t q_sum[kTileRows];
-  Visible visible[kTileRows];
-  for (int r = 0; r < rows; ++r)
-    q_scale[r] = quantize_query(a.q + (size_t)(first + r) * a.q_stride, a.head_dim, E, a.scale, q[r], &q_sum[r]);
-  for (int p = 0; p * kPage <= a.first_position + first + rows - 1; ++p) {
-    if (!visible_rows(a, first, rows, p, visible)) continue;
-    const Int8Page page = int8_page(a.cache + a.pages[p] * a.page_stride, E);
-    for (int r = 0; r < rows; ++r) {
-      i32x16 dot[4];
-      for (int i = 0; i < 4; ++i) dot[i] = splat_i32(-128 * q_sum[r]);
-      for (int e = 0; e < E; e += 4) {
-        int32_t four;
-        std::memcpy(&four, q[r] + e, 4);
-        const uint8_t* line = page.keys + (size_t)e * kPage;
-        for (int i = 0; i < 4; ++i) dot[i] = dot_us(dot[i], load<u8x64>(line + 64 * i), four);
+  alignas(64) int32_t q_sum[kTileRows];
+  alignas(64) float scores[kTileRows][kPage];
+  uint64_t visible[kTileRows];
+  quantize_queries(a, query, q, block.slope, q_sum);
+  const PageRange range = visible_pages(a);
+  for (int p = range.first; p <= range.last; ++p) {
+    const bool whole = see_page(a, p, visible);
+    const Page page = page_at(a, p);
+    i32x16 dot[4];
+    const auto score = [&](int r, int i) {
+      if (i == 0) {
+        for (int j = 0; j < 4; ++j) dot[j] = splat_i32(-128 * q_sum[r]);
+        for (int e = 0; e < E; e += 4) {
+          int32_t four;
+          std::memcpy(&four, q + r * E + e, 4);
+          const uint8_t* line = page.keys + (size_t)e * kPage;
+          for (int j = 0; j < 4; ++j) dot[j] = dot_us(dot[j], load<u8x64>(line + 64 * j), four);
+        }
       }
-      for (int i = 0; i < 4; ++i) store_score(block, r, i, dot[i], q_scale[r], page.key_scales);
-    }
-    advance(block, visible, rows);
-    quantize_weights(block, page.value_scales, rows, weights);
+      return to_float(dot[i]) * load<f32x16>(page.key_scales + i * kLanes);
+    };
+    advance(block, whole, visible, rows, score, scores, page.value_scales, weights);
     for (int r = 0; r < rows; ++r)
       for (int d = 0; d < E; d += kLanes) {
         i32x16 dot = {};
@@ -83,52 +84,72 @@ static void attend_int8(const Attention& a, int first, int rows, SoftmaxBlock& b
           std::memcpy(&four, weights[r] + key, 4);
           dot = dot_su(dot, load<u8x64>(page.values + (size_t)key * E + 4 * d), four);
         }
-        add_values(block, r, d, dot);
+        add_values(block.out[d / kLanes][r], to_float(dot), block.shrinks, block.shrink[r], block.scale[r]);
       }
   }
+}
+
+// [rows][columns][2] bf16 -> [2 rows][columns] floats
+static void widen_pairs(const uint16_t* from, int rows, int columns, float* to) {
+  for (int r = 0; r < rows; ++r, from += 2 * columns, to += 2 * columns)
+    for (int c = 0; c < columns; c += kLanes) {
+      f32x16 first, second;
+      load_bf16_pairs(from + 2 * c, &first, &second);
+      store(to + c, first);
+      store(to + columns + c, second);
+    }
 }
 
 // The same against a bf16 cache: fp32 arithmetic on the widened values, each page widened once for all queries.
-static void attend_bf16(const Attention& a, int first, int rows, SoftmaxBlock& block) {
-  const int E = a.head_dim_padded;
+static void attend_bf16(const Attention& a, const float* query, SoftmaxBlock& block) {
+  const int E = a.head_dim_padded, rows = a.rows;
   alignas(64) float keys[kMaxHeadDim * kPage], values[kMaxHeadDim * kPage];
-  Visible visible[kTileRows];
-  for (int p = 0; p * kPage <= a.first_position + first + rows - 1; ++p) {
-    if (!visible_rows(a, first, rows, p, visible)) continue;
-    const uint16_t* page = (const uint16_t*)(a.cache + a.pages[p] * a.page_stride);
-    for (int i = 0; i < E * kPage; i += kLanes) {
-      store(keys + i, from_bf16(page + i));
-      store(values + i, from_bf16(page + (size_t)kPage * E + i));
-    }
-    for (int r = 0; r < rows; ++r) {
-      const float* q = a.q + (size_t)(first + r) * a.q_stride;
-      f32x16 score[4] = {};
-      for (int e = 0; e < a.head_dim; ++e)
-        for (int i = 0; i < 4; ++i)
-          score[i] = fma(load<f32x16>(keys + (size_t)e * kPage + i * kLanes), splat(q[e]), score[i]);
-      for (int i = 0; i < 4; ++i) store(block.score[r] + i * kLanes, score[i] * splat(a.scale));
-    }
-    advance(block, visible, rows);
-    for (int r = 0; r < rows; ++r)
-      for (int d = 0; d < E; d += kLanes) {
-        f32x16 out = load<f32x16>(block.out[r] + d) * splat(block.shrink[r]);
-        for (int key = visible[r].begin; key < visible[r].end; ++key)
-          out = fma(load<f32x16>(values + (size_t)key * E + d), splat(block.score[r][key]), out);
-        store(block.out[r] + d, out);
+  alignas(64) float scores[kTileRows][kPage];
+  uint64_t visible[kTileRows];
+  for (int r = 0; r < rows; ++r) block.slope[r] = a.scale * kLog2E;
+  const PageRange range = visible_pages(a);
+  for (int p = range.first; p <= range.last; ++p) {
+    const bool whole = see_page(a, p, visible);
+    const Page page = page_at(a, p);
+    widen_pairs((const uint16_t*)page.keys, E / 2, kPage, keys);
+    widen_pairs((const uint16_t*)page.values, kPage / 2, E, values);
+    f32x16 dot[4];
+    const auto score = [&](int r, int i) {
+      if (i == 0) {
+        const float* q = query + (size_t)r * a.q_stride;
+        for (int j = 0; j < 4; ++j) dot[j] = splat(0.0f);
+        for (int e = 0; e < a.head_dim; ++e)
+          for (int j = 0; j < 4; ++j)
+            dot[j] = fma(load<f32x16>(keys + (size_t)e * kPage + j * kLanes), splat(q[e]), dot[j]);
       }
+      return dot[i];
+    };
+    advance(block, whole, visible, rows, score, scores, nullptr, nullptr);
+    for (int r = 0; r < rows; ++r) {
+      const bool any = visible[r] != 0;
+      const int begin = any ? __builtin_ctzll(visible[r]) : 0, end = any ? kPage - __builtin_clzll(visible[r]) : 0;
+      for (int d = 0; d < E; d += kLanes) {
+        f32x16 out = load<f32x16>(block.out[d / kLanes][r]) * splat(block.shrink[r]);
+        // Only keys that are seen: what lies in other slots may not be a number.
+        for (int key = begin; key < end; ++key)
+          out = fma(load<f32x16>(values + (size_t)key * E + d), splat(scores[r][key]), out);
+        store(block.out[d / kLanes][r], out);
+      }
+    }
   }
 }
 
-void attend(const Attention& a, bool int8_cache) {
+void attend(const Attention& a) {
   SoftmaxBlock block;
-  for (int first = 0; first < a.rows; first += kTileRows) {
-    const int rows = a.rows - first < kTileRows ? a.rows - first : kTileRows;
-    start(block, rows, a.head_dim_padded);
-    if (int8_cache)
-      attend_int8(a, first, rows, block);
+  for (int h = 0; h < a.heads; ++h) {
+    const float* query = a.q + (size_t)h * a.head_dim;
+    start(block, a.rows, a.head_dim_padded);
+    if (a.int8_cache)
+      attend_int8(a, query, block);
     else
-      attend_bf16(a, first, rows, block);
-    for (int r = 0; r < rows; ++r) finish(block, r, a.head_dim, a.out + (size_t)(first + r) * a.out_stride);
+      attend_bf16(a, query, block);
+    for (int r = 0; r < a.rows; ++r)
+      finish(block, r, a.head_dim, a.out + (size_t)r * a.out_stride + (size_t)h * a.head_dim);
   }
 }
 

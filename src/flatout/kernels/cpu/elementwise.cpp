@@ -22,45 +22,78 @@ void rms_norm(const float* x, const float* weight, float eps, int d, float* out)
   }
 }
 
-static inline f32x16 greatest(const float* x, int count) {
-  f32x16 m = splat(0.0f);
+// |x[i .. i + count)|, and at least `m`
+static inline f32x16 greatest(const float* x, int count, f32x16 m) {
   for (int i = 0; i < count; i += kLanes) m = max(absolute(load_some(x + i, count - i)), m);
   return m;
 }
 
-static inline void store_codes(int8_t* to, i32x16 code, int count) {
-  if (count >= kLanes) return store_u8((uint8_t*)to, code);
-  uint8_t part[kLanes];
-  store_u8(part, code);
-  std::memcpy(to, part, count);
+// One group of a token: its codes, and into `totals` the sums of 16 codes each.
+template <int PLANES>
+static inline void quantize_group(const float* x, int count, f32x16 inverse, int8_t* const* codes, i32x16* totals) {
+  const auto code = [&](int i) { return round_to_int(load_some(x + i, count - i) * inverse); };
+  // |x| * (limit / max|x|) exceeds the limit by a rounding error at most, so no code does.
+  const auto high = [](i32x16 c) { return PLANES == 1 ? c : (c + splat_i32(64)) >> 7; };
+  int i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    i32x16 c[4], h[4];
+    for (int j = 0; j < 4; ++j) c[j] = code(i + j * kLanes), h[j] = high(c[j]);
+    totals[0] += (h[0] + h[1]) + (h[2] + h[3]);
+    store_bytes<true>(codes[0] + i, h[0], h[1], h[2], h[3]);
+    if constexpr (PLANES == 2) {
+      for (int j = 0; j < 4; ++j) c[j] -= h[j] << 7;
+      totals[1] += (c[0] + c[1]) + (c[2] + c[3]);
+      store_bytes<true>(codes[1] + i, c[0], c[1], c[2], c[3]);
+    }
+  }
+  for (; i < count; i += kLanes) {
+    uint8_t part[kLanes];
+    const i32x16 c = code(i), h = high(c);
+    const int lanes = std::min(kLanes, count - i);
+    totals[0] += h;
+    store_u8(part, h);
+    std::memcpy(codes[0] + i, part, lanes);
+    if constexpr (PLANES == 2) {
+      totals[1] += c - (h << 7);
+      store_u8(part, c - (h << 7));
+      std::memcpy(codes[1] + i, part, lanes);
+    }
+  }
 }
 
+// Sixteen groups at a time, so that their maxima, scales and sums are found together.
 template <int PLANES>
 static void quantize_planes(const Linear& w, const float* x, const Activations& row) {
   constexpr int32_t kLimit = PLANES == 1 ? 127 : 127 * 128;
-  const float token_max = w.activation_group == 0 ? max_lane(greatest(x, w.k)) : 0.0f;
-  for (int g = 0; g < w.groups; ++g) {
-    const int start = g * w.group, count = std::min(w.group, w.k - start);
-    const float* in = x + start;
-    const float amax = w.activation_group == 0 ? token_max : max_lane(greatest(in, count));
-    const float scale = amax / (float)kLimit, inverse = amax > 0.0f ? (float)kLimit / amax : 0.0f;
-    i32x16 total[2] = {};
-    for (int i = 0; i < count; i += kLanes) {
-      // |x| * (limit / max|x|) exceeds the limit by a rounding error at most, so no code does.
-      const i32x16 code = round_to_int(load_some(in + i, count - i) * splat(inverse));
-      const i32x16 high = PLANES == 1 ? code : (code + splat_i32(64)) >> 7;
-      total[0] += high;
-      store_codes(row.codes[0] + start + i, high, count - i);
-      if constexpr (PLANES == 2) {
-        const i32x16 low = code - high * splat_i32(128);
-        total[1] += low;
-        store_codes(row.codes[1] + start + i, low, count - i);
-      }
+  f32x16 tops[kLanes];
+  i32x16 totals[2][kLanes];
+  if (w.activation_group == 0) tops[0] = splat(max_lane(greatest(x, w.k, splat(0.0f))));
+  for (int first = 0; first < w.groups; first += kLanes) {
+    const int groups = std::min(kLanes, w.groups - first);
+    const auto start = [&](int g) { return (first + g) * w.group; };
+    const auto count = [&](int g) { return std::min(w.group, w.k - start(g)); };
+    f32x16 amax = tops[0];
+    if (w.activation_group) {
+      for (int g = 0; g < groups; ++g) tops[g] = greatest(x + start(g), count(g), splat(0.0f));
+      amax = max_rows(tops, groups);
     }
-    const size_t at = (size_t)g * kTileRows;
-    row.scales[at] = scale;
-    for (int p = 0; p < PLANES; ++p) row.sums[p][at] = sum(total[p]);
-    row.scaled_sums[at] = scale * (float)row.sums[0][at];
+    alignas(64) float scale[kLanes], inverse[kLanes];
+    alignas(64) int32_t sums[2][kLanes];
+    store(scale, amax / splat((float)kLimit));
+    store(inverse, select(amax > splat(0.0f), splat((float)kLimit) / amax, splat(0.0f)));
+    for (int g = 0; g < groups; ++g) {
+      int8_t* const codes[2] = {row.codes[0] + start(g), row.codes[PLANES - 1] + start(g)};
+      i32x16 total[2] = {};
+      quantize_group<PLANES>(x + start(g), count(g), splat(inverse[g]), codes, total);
+      for (int p = 0; p < PLANES; ++p) totals[p][g] = total[p];
+    }
+    for (int p = 0; p < PLANES; ++p) store(sums[p], sum_rows(totals[p], groups));
+    for (int g = 0; g < groups; ++g) {
+      const size_t at = (size_t)(first + g) * kTileRows;
+      row.scales[at] = scale[g];
+      for (int p = 0; p < PLANES; ++p) row.sums[p][at] = sums[p][g];
+      row.scaled_sums[at] = scale[g] * (float)sums[0][g];
+    }
   }
   for (int p = 0; p < PLANES; ++p) std::memset(row.codes[p] + w.k, 0, w.k_padded - w.k);
 }
@@ -82,7 +115,7 @@ void gated(const float* gate, const float* up, int count, int lanes, bool gelu, 
   for (int i = 0; i < count; ++i) {
     f32x16 x = load<f32x16>(gate + (size_t)i * kLanes);
     f32x16 z = gelu ? splat(1.5957691216057308f) * fma(splat(0.044715f) * x * x, x, x) : x;
-    f32x16 v = x / (splat(1.0f) + exp(-z)) * load<f32x16>(up + (size_t)i * kLanes);
+    f32x16 v = x * sigmoid(z) * load<f32x16>(up + (size_t)i * kLanes);
     store_some(out + (size_t)i * stride, v, lanes);
   }
 }

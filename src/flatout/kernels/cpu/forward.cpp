@@ -212,34 +212,38 @@ void Model::write_cache(const Batch& b, int layer, int thread) {
 
 void Model::attention(const Batch& b, int layer, int thread) {
   const Config& c = config_;
-  const auto attend = [&](const Block& block, int h) {
+  const int group = c.num_heads / c.num_kv_heads;
+  const auto attend = [&](const Block& block, int first_head, int heads) {
     Attention a;
-    a.q = (const float*)qkv_.data + (size_t)block.first_token * qkv_stride_ + (size_t)h * c.head_dim;
+    a.q = (const float*)qkv_.data + (size_t)block.first_token * qkv_stride_ + (size_t)first_head * c.head_dim;
     a.q_stride = qkv_stride_;
-    a.out = (float*)attended_.data + (size_t)block.first_token * attention_stride_ + (size_t)h * c.head_dim;
+    a.out = (float*)attended_.data + (size_t)block.first_token * attention_stride_ + (size_t)first_head * c.head_dim;
     a.out_stride = attention_stride_;
     a.rows = block.rows;
+    a.heads = heads;
     a.first_position = token_position_[block.first_token];
     a.window = c.sliding_window;
     a.head_dim = c.head_dim;
     a.head_dim_padded = head_dim_padded_;
     a.pages = b.pages + (size_t)block.sequence * b.page_columns;
-    a.cache = page_head(layer, h / (c.num_heads / c.num_kv_heads));
+    a.cache = page_head(layer, first_head / group);
     a.page_stride = page_bytes_;
     a.scale = 1.0f / std::sqrt((float)c.head_dim);
-    ops_->attend(a, c.int8_cache);
+    a.int8_cache = c.int8_cache;
+    a.bf16_products = layers_[layer].qkv.kind == WeightKind::kBFloat16;
+    ops_->attend(a);
   };
   if (by_token(b.total)) {
     for (const Rows& share : token_shares(b.total, thread, pool_.size()))
-      for (const Block& block : blocks_)
-        for (int h = 0; h < c.num_heads && block.first_token >= share.first && block.first_token < share.last; ++h)
-          attend(block, h);
+      for (int kv = 0; kv < c.num_kv_heads; ++kv)
+        for (const Block& block : blocks_)
+          if (block.first_token >= share.first && block.first_token < share.last) attend(block, kv * group, group);
     return;
   }
   const int items = (int)blocks_.size() * c.num_heads;
   for (int item; (item = next_block_[layer].fetch_add(1, std::memory_order_relaxed)) < items;)
     // Later blocks of a sequence see more keys: hand the longest out first.
-    attend(blocks_[blocks_.size() - 1 - item / c.num_heads], item % c.num_heads);
+    attend(blocks_[blocks_.size() - 1 - item / c.num_heads], item % c.num_heads, 1);
   pool_.barrier();
 }
 

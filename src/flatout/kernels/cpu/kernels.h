@@ -24,7 +24,7 @@ void rope(float* x, const float* table, int head_dim);
 float log_sum_exp(const float* row, int n);
 void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,
               uint8_t* page);
-void attend(const Attention&, bool int8_cache);
-void attend_amx(const Attention&, bool int8_cache);
+void attend(const Attention&);
+void attend_amx(const Attention&);
 }  // namespace FLATOUT_ISA
 }  // namespace flatout

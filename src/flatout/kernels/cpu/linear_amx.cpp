@@ -34,19 +34,17 @@ static bool whole_row(const Linear& w) { return w.groups == 1 && w.bits == 8 && 
 // by 128 and corrected by their zero afterwards.
 void prepare_panel(const Linear& w, const uint8_t* panel, int8_t* scratch) {
   if (w.kind != WeightKind::kInteger || whole_row(w)) return;
-  typedef int8_t s8x64 __attribute__((vector_size(64)));
   const uint8_t zero = w.zero == Zero::kSymmetric ? (uint8_t)w.integer_zero : (w.bits == 8 ? 128 : 0);
-  const s8x64 offset = (s8x64)((u8x64{} + zero));
+  const u8x64 offset = u8x64{} + zero;  // unsigned: moving 8-bit codes by 128 wraps
   const size_t lines = (size_t)w.k_padded * w.bits / 32;
   for (size_t i = 0; i < lines; ++i) {
     u8x64 v = load<u8x64>(panel + 64 * i);
     if (w.bits == 8) {
-      store(scratch + 64 * i, (s8x64)v - offset);
+      store(scratch + 64 * i, v - offset);
     } else {
-      typedef uint32_t u32x16 __attribute__((vector_size(64)));
       u8x64 mask = (u8x64)splat_i32(0x0f0f0f0f);
-      store(scratch + 128 * i, (s8x64)(v & mask) - offset);
-      store(scratch + 128 * i + 64, (s8x64)((u8x64)((u32x16)v >> 4) & mask) - offset);
+      store(scratch + 128 * i, (v & mask) - offset);
+      store(scratch + 128 * i + 64, ((u8x64)((u32x16)v >> 4) & mask) - offset);
     }
   }
 }
@@ -95,7 +93,8 @@ static void grouped_block(const Linear& w, const uint8_t* panel, const int8_t* s
     for (int r = 0; r < kTileRows; ++r) {
       const size_t at = (size_t)g * kTileRows + r;
       i32x16 dot = load<i32x16>(tile + r * kLanes);
-      if constexpr (ASYMMETRIC) dot -= zero * splat_i32(a_int[at]);
+      // Unsigned: sums of rows past the last token may be anything.
+      if constexpr (ASYMMETRIC) dot = (i32x16)((u32x16)dot - (u32x16)zero * (u32x16)splat_i32(a_int[at]));
       f32x16 c = splat(a_scale[at]) * scale;
       if (PLANES == 2 && plane == 0) c *= splat(128.0f);
       acc[r] = fma(to_float(dot), c, acc[r]);

@@ -52,11 +52,11 @@ inline size_t group_index(int m, int g, int groups) {
   return ((size_t)(m / kTileRows) * groups + g) * kTileRows + m % kTileRows;
 }
 
-// One query block against the cache of one sequence and one head.
+// Up to 16 tokens' queries of a few query heads against the cache of one sequence and the kv head that they share.
 struct Attention {
-  const float* q = nullptr;  // [rows][q_stride], rotated
-  float* out = nullptr;      // [rows][out_stride]
-  int q_stride = 0, out_stride = 0, rows = 0;
+  const float* q = nullptr;  // [rows][q_stride], the heads' E values one after another, rotated
+  float* out = nullptr;      // [rows][out_stride], likewise
+  int q_stride = 0, out_stride = 0, rows = 0, heads = 1;
   int first_position = 0;           // position of row 0; row r sees keys 0 .. first_position + r
   int window = 0;                   // keys further back than this are hidden; 0: no limit
   int head_dim = 0, head_dim_padded = 0;
@@ -64,11 +64,13 @@ struct Attention {
   const uint8_t* cache = nullptr;   // this layer and kv head: page p at cache + p * page_stride
   size_t page_stride = 0;
   float scale = 1.0f;               // 1 / sqrt(E)
+  bool int8_cache = true;
+  bool bf16_products = false;  // bf16 cache: queries and probabilities may be rounded to bf16
 };
 
 // Layout of one page of one kv head, E padded to 16.
 //   int8  keys [E / 4][64 tokens][4] as code + 128, values [64 / 4][E][4] signed, key scales [64], value scales [64]
-//   bf16  keys [E][64 tokens], values [64 tokens][E]
+//   bf16  keys [E / 2][64 tokens][2], values [64 / 2][E][2]
 inline size_t kv_head_bytes(int head_dim_padded, bool int8_cache) {
   return int8_cache ? 2 * (size_t)kPage * head_dim_padded + 2 * kPage * sizeof(float)
                     : 2 * (size_t)kPage * head_dim_padded * sizeof(uint16_t);
@@ -100,7 +102,7 @@ struct Ops {
   void (*rope)(float* x, const float* table, int head_dim);
   void (*write_kv)(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,
                    uint8_t* page);
-  void (*attend)(const Attention&, bool int8_cache);
+  void (*attend)(const Attention&);
   // log(sum(exp(row))), and the row's greatest value
   float (*log_sum_exp)(const float* row, int n);
 };

@@ -18,6 +18,7 @@ namespace FLATOUT_ISA {
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 typedef float f32x8 __attribute__((vector_size(32)));
 
@@ -40,6 +41,16 @@ static inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
   return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
 }
 
+// Lane i from `yes` where bit i is set.
+static inline f32x16 select_bits(uint16_t bits, f32x16 yes, f32x16 no) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_mask_mov_ps((__m512)no, bits, (__m512)yes);
+#else
+  const i32x16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return select((splat_i32(bits) & bit) != 0, yes, no);
+#endif
+}
+
 static inline i32x16 iota() {
   return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 }
@@ -56,11 +67,17 @@ static inline f32x16 min(f32x16 a, f32x16 b) { return (f32x16)_mm512_min_ps((__m
 static inline f32x16 from_half(const uint16_t* p) {
   return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-static inline f32x16 from_bf16(const uint16_t* p) {
-  return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-}
 static inline void store_u8(uint8_t* p, i32x16 v) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+}
+// 64 integers in [-128, 127] (SIGNED) or [0, 255] as bytes. The packs work within 128-bit lanes, the permutation puts
+// them in order.
+template <bool SIGNED>
+static inline void store_bytes(void* p, i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
+  const __m512i ab = _mm512_packs_epi32((__m512i)a, (__m512i)b), cd = _mm512_packs_epi32((__m512i)c, (__m512i)d);
+  const __m512i packed = SIGNED ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
 }
 // acc[lane] += sum over j of u[4 lane + j] * s[j]: unsigned vector times four broadcast signed bytes.
 static inline i32x16 dot_us(i32x16 acc, u8x64 u, int32_t s4) {
@@ -117,13 +134,13 @@ static inline f32x16 from_half(const uint16_t* p) {
   return join<f32x16>((__m256i)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
                       (__m256i)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
 }
-static inline f32x16 from_bf16(const uint16_t* p) {
-  __m256i lo = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-  __m256i hi = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8))), 16);
-  return join<f32x16>(lo, hi);
-}
 static inline void store_u8(uint8_t* p, i32x16 v) {
   for (int i = 0; i < 16; ++i) p[i] = (uint8_t)v[i];
+}
+template <bool SIGNED>
+static inline void store_bytes(void* p, i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
+  uint8_t* to = (uint8_t*)p;
+  store_u8(to, a), store_u8(to + 16, b), store_u8(to + 32, c), store_u8(to + 48, d);
 }
 // vpmaddubsw would saturate for 8-bit codes, so bytes widen to 16 bits first: every sum stays exact.
 static inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
@@ -177,13 +194,13 @@ static inline f32x16 from_half(const uint16_t* p) {
   for (int i = 0; i < 16; ++i) r[i] = half_to_float(p[i]);
   return r;
 }
-static inline f32x16 from_bf16(const uint16_t* p) {
-  i32x16 r;
-  for (int i = 0; i < 16; ++i) r[i] = (int32_t)((uint32_t)p[i] << 16);
-  return (f32x16)r;
-}
 static inline void store_u8(uint8_t* p, i32x16 v) {
   for (int i = 0; i < 16; ++i) p[i] = (uint8_t)v[i];
+}
+template <bool SIGNED>
+static inline void store_bytes(void* p, i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
+  uint8_t* to = (uint8_t*)p;
+  store_u8(to, a), store_u8(to + 16, b), store_u8(to + 32, c), store_u8(to + 48, d);
 }
 static inline i32x16 dot_us(i32x16 acc, u8x64 u, int32_t s4) {
   int8_t s[4];
@@ -278,22 +295,89 @@ static inline int32_t sum(i32x16 v) {
 
 static inline f32x16 absolute(f32x16 v) { return (f32x16)((i32x16)v & splat_i32(0x7fffffff)); }
 
-// exp(x) to about 1 ulp for x in [-87, 88]; inputs outside are clamped. Cody-Waite reduction by ln 2 and the degree-6
-// Taylor-like polynomial of Cephes' expf.
-static inline f32x16 exp(f32x16 x) {
-  x = min(max(x, splat(-87.0f)), splat(88.0f));
-  i32x16 n = round_to_int(x * splat(1.44269504088896341f));
-  f32x16 nf = to_float(n);
-  f32x16 r = fma(nf, splat(-0.693359375f), x);
-  r = fma(nf, splat(2.12194440e-4f), r);
-  f32x16 p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r + splat(1.0f));
-  return (f32x16)((i32x16)p + (n << 23));
+// 2^x to about 2 ulp for x in [-126, 127]; inputs below are clamped. Adding 1.5 * 2^23 rounds x to the nearest
+// integer n, which then stands in the low bits of the sum; the polynomial is the minimax fit of 2^r on [-0.5, 0.5] that
+// is exact at 0 (relative error 9.2e-8 before rounding).
+static inline f32x16 exp2(f32x16 x) {
+  const f32x16 magic = splat(12582912.0f);
+  x = max(x, splat(-126.0f));
+  const f32x16 shifted = x + magic, r = x - (shifted - magic);
+  f32x16 p = splat(0.001326472614891827f);
+  p = fma(p, r, splat(0.009671512991189957f));
+  p = fma(p, r, splat(0.05550733581185341f));
+  p = fma(p, r, splat(0.24022242426872253f));
+  p = fma(p, r, splat(0.6931470036506653f));
+  p = fma(p, r, splat(1.0f));
+  return (f32x16)((i32x16)p + ((i32x16)shifted << 23));
+}
+constexpr float kLog2E = 1.44269504088896341f;
+static inline f32x16 exp(f32x16 x) { return exp2(min(x * splat(kLog2E), splat(127.0f))); }
+
+// 1 / x to about 2 ulp for x in [1, 2^64]: a first guess by subtracting the exponent, then Newton's method three times.
+// A division takes 16 cycles, and its hardware approximation differs from processor to processor.
+static inline f32x16 reciprocal(f32x16 x) {
+  f32x16 r = (f32x16)(splat_i32(0x7ef311c3) - (i32x16)x);
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) r = fma(r, fma(-x, r, splat(1.0f)), r);
+  return r;
+}
+
+// 1 / (1 + exp(-x)), at least 2^-60
+static inline f32x16 sigmoid(f32x16 x) {
+  return reciprocal(splat(1.0f) + exp2(min(x * splat(-kLog2E), splat(60.0f))));
+}
+
+// v[r] of `rows` vectors -> lane r of the result: its sum or its greatest lane, by the same operations in the same order
+// as for one vector. Lanes from `rows` on mean nothing.
+#if defined(__AVX512F__)
+// Each step folds two vectors into the halves of one, 16 x 16 lanes -> 8 x 16 -> 4 x 16 -> 2 x 16 -> 16. Slow for a few.
+template <class V, class Op>
+static inline V fold_rows(V* v, Op op) {
+  const auto at = [&](int i) { return (__m512)v[i]; };
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    v[i] = op((V)_mm512_shuffle_f32x4(at(i), at(i + 8), 0x44), (V)_mm512_shuffle_f32x4(at(i), at(i + 8), 0xee));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    v[i] = op((V)_mm512_shuffle_f32x4(at(i), at(i + 4), 0x88), (V)_mm512_shuffle_f32x4(at(i), at(i + 4), 0xdd));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    v[i] = op((V)_mm512_shuffle_ps(at(i), at(i + 2), 0x44), (V)_mm512_shuffle_ps(at(i), at(i + 2), 0xee));
+  const V all = op((V)_mm512_shuffle_ps(at(0), at(1), 0x88), (V)_mm512_shuffle_ps(at(0), at(1), 0xdd));
+  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  return (V)_mm512_permutexvar_ps(order, (__m512)all);
+}
+#endif
+static inline f32x16 sum_rows(f32x16* v, int rows) {
+#if defined(__AVX512F__)
+  if (rows > 4) return fold_rows(v, [](f32x16 a, f32x16 b) { return a + b; });
+#endif
+  f32x16 all = {};
+  for (int r = 0; r < rows; ++r) all[r] = sum(v[r]);
+  return all;
+}
+static inline i32x16 sum_rows(i32x16* v, int rows) {
+#if defined(__AVX512F__)
+  if (rows > 4) return fold_rows(v, [](i32x16 a, i32x16 b) { return a + b; });
+#endif
+  i32x16 all = {};
+  for (int r = 0; r < rows; ++r) all[r] = sum(v[r]);
+  return all;
+}
+static inline f32x16 max_rows(f32x16* v, int rows) {
+#if defined(__AVX512F__)
+  if (rows > 4) return fold_rows(v, [](f32x16 a, f32x16 b) { return max(a, b); });
+#endif
+  f32x16 all = {};
+  for (int r = 0; r < rows; ++r) all[r] = max_lane(v[r]);
+  return all;
+}
+
+// Sixteen pairs of bf16 as two vectors: the first and the second of each pair.
+static inline void load_bf16_pairs(const uint16_t* p, f32x16* first, f32x16* second) {
+  const i32x16 pairs = load<i32x16>(p);
+  *first = (f32x16)(pairs << 16);
+  *second = (f32x16)(pairs & splat_i32((int32_t)0xffff0000));
 }
 
 // float -> bf16, round to nearest even (finite inputs; NaN stays NaN by its quiet bit).

@@ -15,153 +15,167 @@ namespace FLATOUT_ISA {
 constexpr int kMaxHeadDim = 256;
 
 // Running softmax of up to 16 queries: greatest score so far, denominator, weighted values. Kept as arrays over the
-// queries because each step of one query waits for the last, while queries do not wait for each other.
+// queries because each step of one query waits for the last, while queries do not wait for each other. A score becomes a
+// probability by 2^(slope * (score - top)); the slope holds log2(e), the softmax scale and the query's own scale.
 struct SoftmaxBlock {
+  alignas(64) float slope[kTileRows];
   alignas(64) float top[kTileRows], total[kTileRows];
   alignas(64) float shrink[kTileRows], scale[kTileRows];  // of the page at hand: old sums shrink, new products scale
-  alignas(64) float score[kTileRows][kPage];
-  alignas(64) float out[kTileRows][kMaxHeadDim];
+  bool shrinks;  // some query's does
+  alignas(64) float out[kMaxHeadDim / kLanes][kTileRows][kLanes];  // in the order of the tiles that are added to it
 };
 
 static inline void start(SoftmaxBlock& b, int rows, int head_dim_padded) {
   store(b.top, splat(-std::numeric_limits<float>::infinity()));
   store(b.total, splat(0.0f));
-  store(b.shrink, splat(1.0f));
-  store(b.scale, splat(0.0f));
+  store(b.slope, splat(0.0f));
   for (int r = 0; r < rows; ++r)
-    for (int d = 0; d < head_dim_padded; d += kLanes) store(b.out[r] + d, splat(0.0f));
+    for (int d = 0; d < head_dim_padded / kLanes; ++d) store(b.out[d][r], splat(0.0f));
 }
 
-// Keys of a page that a query sees: [begin, end) within the page.
-struct Visible {
-  int begin, end;
+// Pages of which some row sees something, from the first to the last.
+struct PageRange {
+  int first, last;
 };
-
-static inline Visible visible_keys(const Attention& a, int row, int page_start) {
-  const int position = a.first_position + row;
-  int begin = a.window > 0 ? position - a.window + 1 - page_start : 0;
-  int end = position + 1 - page_start;
-  return {begin < 0 ? 0 : begin, end > kPage ? kPage : end};
+static inline PageRange visible_pages(const Attention& a) {
+  const int begin = a.window > 0 ? a.first_position - a.window + 1 : 0;
+  return {begin < 0 ? 0 : begin / kPage, (a.first_position + a.rows - 1) / kPage};
 }
 
-static inline i32x16 seen_lanes(Visible v, int first_key) {
-  i32x16 key = iota() + splat_i32(first_key);
-  return (key >= splat_i32(v.begin)) & (key < splat_i32(v.end));
-}
-
-// What rows first .. first + rows see of page p; false when that is nothing for all of them.
-static inline bool visible_rows(const Attention& a, int first, int rows, int p, Visible* visible) {
-  bool any = false;
-  for (int r = 0; r < rows; ++r) {
-    visible[r] = visible_keys(a, first + r, p * kPage);
-    any |= visible[r].begin < visible[r].end;
+// What each row sees of page p, a bit a key; true when that is all of it for all of them.
+constexpr uint64_t kAllKeys = ~(uint64_t)0;
+static inline bool see_page(const Attention& a, int p, uint64_t* visible) {
+  const auto before = [](int key) { return key <= 0 ? 0 : key >= kPage ? kAllKeys : ((uint64_t)1 << key) - 1; };
+  bool whole = true;
+  for (int r = 0; r < a.rows; ++r) {
+    const int key = a.first_position + r - p * kPage;  // the query's own
+    visible[r] = before(key + 1);
+    if (a.window > 0) visible[r] &= ~before(key - a.window + 1);
+    whole &= visible[r] == kAllKeys;
   }
-  return any;
+  return whole;
 }
 
-static inline bool whole(Visible v) { return v.begin == 0 && v.end == kPage; }
-static inline f32x16 masked(Visible v, int i, f32x16 x, float hidden) {
-  return whole(v) ? x : select(seen_lanes(v, i * kLanes), x, splat(hidden));
-}
-
-// Exact products of an int8 page -> scores.
-static inline void store_score(SoftmaxBlock& b, int r, int i, i32x16 dot, float q_scale, const float* key_scales) {
-  store(b.score[r] + i * kLanes, to_float(dot) * (splat(q_scale) * load<f32x16>(key_scales + i * kLanes)));
-}
-
-// b.score of a page -> probabilities relative to the new running maximum, in place.
-static inline void advance(SoftmaxBlock& b, const Visible* visible, int rows) {
-  const float hidden = -std::numeric_limits<float>::infinity();
-  alignas(64) float page_top[kTileRows];
-  store(page_top, splat(hidden));
+// A page's scores -> probabilities relative to the new running maximum, left in `scores`. `score(r, i)` gives keys 16 i ..
+// 16 i + 15 of query r. With value_scales (an int8 page) `scores` is left with probability * value scale, and `codes`
+// with those weights as multiples of the page's greatest / 255. Keys that a query does not see weigh 0, whatever their
+// slot holds.
+template <bool MASKED, class Score>
+static inline __attribute__((always_inline)) void advance_page(SoftmaxBlock& b, const uint64_t* visible, int rows,
+                                                               Score score, float (*scores)[kPage],
+                                                               const float* value_scales, uint8_t (*codes)[kPage]) {
+  const f32x16 hidden = splat(-std::numeric_limits<float>::infinity());
+  f32x16 best[kTileRows], sums[kTileRows];
   for (int r = 0; r < rows; ++r) {
-    f32x16 top = splat(hidden);
+    f32x16 s[4];
     for (int i = 0; i < 4; ++i) {
-      const f32x16 s = masked(visible[r], i, load<f32x16>(b.score[r] + i * kLanes), hidden);
-      store(b.score[r] + i * kLanes, s);
-      top = max(s, top);
+      s[i] = score(r, i);
+      if (MASKED) s[i] = select_bits((uint16_t)(visible[r] >> (i * kLanes)), s[i], hidden);
+      store(scores[r] + i * kLanes, s[i]);
     }
-    page_top[r] = max_lane(top);
+    best[r] = max(max(s[0], s[1]), max(s[2], s[3]));
   }
-  const f32x16 old_top = load<f32x16>(b.top), top = max(load<f32x16>(page_top), old_top);
-  const f32x16 shrink = select(top == old_top, splat(1.0f), exp(old_top - top));
+  const f32x16 slope = load<f32x16>(b.slope), old_top = load<f32x16>(b.top);
+  const f32x16 top = max(max_rows(best, rows), old_top);
+  const i32x16 moved = top != old_top;
+  const f32x16 shrink = select(moved, exp2((old_top - top) * slope), splat(1.0f));
+  b.shrinks = false;
+  for (int r = 0; r < rows; ++r) b.shrinks |= moved[r] != 0;
+  alignas(64) float offset[kTileRows];
+  store(offset, -(top * slope));
   store(b.top, top);
   store(b.shrink, shrink);
-  alignas(64) float sums[kTileRows] = {};
   for (int r = 0; r < rows; ++r) {
-    f32x16 total = splat(0.0f);
+    f32x16 p[4];
     for (int i = 0; i < 4; ++i) {
-      f32x16 p = exp(load<f32x16>(b.score[r] + i * kLanes) - splat(b.top[r]));
-      p = masked(visible[r], i, p, 0.0f);
-      store(b.score[r] + i * kLanes, p);
-      total += p;
+      p[i] = exp2(fma(load<f32x16>(scores[r] + i * kLanes), splat(b.slope[r]), splat(offset[r])));
+      if (MASKED) p[i] = select_bits((uint16_t)(visible[r] >> (i * kLanes)), p[i], splat(0.0f));
     }
-    sums[r] = sum(total);
-  }
-  store(b.total, load<f32x16>(b.total) * shrink + load<f32x16>(sums));
-}
-
-// Probabilities of an int8 page -> 8-bit weights of its values: p * value_scale as a multiple of the page's greatest
-// such weight / 255. Keys that a query does not see have weight 0.
-static inline void quantize_weights(SoftmaxBlock& b, const float* value_scales, int rows, uint8_t (*codes)[kPage]) {
-  alignas(64) float greatest[kTileRows] = {};
-  for (int r = 0; r < rows; ++r) {
-    f32x16 top = splat(0.0f);
-    for (int i = 0; i < 4; ++i) {
-      const f32x16 w = load<f32x16>(b.score[r] + i * kLanes);
-      // A hidden key's scale may be left from another sequence: 0 times it must stay 0 whatever it is.
-      const f32x16 weight = select(w > splat(0.0f), w * load<f32x16>(value_scales + i * kLanes), splat(0.0f));
-      store(b.score[r] + i * kLanes, weight);
-      top = max(weight, top);
+    sums[r] = ((p[0] + p[1]) + p[2]) + p[3];
+    if (value_scales) {
+      for (int i = 0; i < 4; ++i) {
+        const f32x16 weight = p[i] * load<f32x16>(value_scales + i * kLanes);
+        // A hidden key's scale may be left from another sequence: 0 times it must stay 0 whatever it is.
+        p[i] = MASKED ? select(p[i] > splat(0.0f), weight, splat(0.0f)) : weight;
+      }
+      best[r] = max(max(p[0], p[1]), max(p[2], p[3]));
     }
-    greatest[r] = max_lane(top);
+    for (int i = 0; i < 4; ++i) store(scores[r] + i * kLanes, p[i]);
   }
-  const f32x16 g = load<f32x16>(greatest);
+  store(b.total, fma(load<f32x16>(b.total), shrink, sum_rows(sums, rows)));
+  if (!value_scales) return;
+  const f32x16 greatest = max_rows(best, rows);
   alignas(64) float inverse[kTileRows];
-  store(inverse, select(g > splat(0.0f), splat(255.0f) / g, splat(0.0f)));
-  store(b.scale, g * splat(1.0f / 255.0f));
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < 4; ++i)
-      store_u8(codes[r] + i * kLanes, round_to_int(load<f32x16>(b.score[r] + i * kLanes) * splat(inverse[r])));
-}
-
-static inline void add_values(SoftmaxBlock& b, int r, int d, i32x16 dot) {
-  const f32x16 old = load<f32x16>(b.out[r] + d) * splat(b.shrink[r]);
-  store(b.out[r] + d, fma(to_float(dot), splat(b.scale[r]), old));
-}
-
-// q as signed bytes with one scale (softmax scale folded in); returns q_scale, sets the sum of codes.
-static inline float quantize_query(const float* q, int head_dim, int head_dim_padded, float softmax_scale,
-                                   int8_t* codes, int32_t* code_sum) {
-  f32x16 m = splat(0.0f);
-  for (int i = 0; i < head_dim; i += kLanes) m = max(absolute(load_some(q + i, head_dim - i)), m);
-  const float amax = max_lane(m), inverse = amax > 0.0f ? 127.0f / amax : 0.0f;
-  i32x16 total = {};
-  for (int i = 0; i < head_dim_padded; i += kLanes) {
-    f32x16 v = i < head_dim ? load_some(q + i, head_dim - i) : splat(0.0f);
-    i32x16 code = round_to_int(v * splat(inverse));
-    total += code;
-    store_u8((uint8_t*)codes + i, code);
+  store(inverse, select(greatest > splat(0.0f), splat(255.0f) / greatest, splat(0.0f)));
+  store(b.scale, greatest * splat(1.0f / 255.0f));
+  for (int r = 0; r < rows; ++r) {
+    const auto code = [&](int i) {
+      return round_to_int(load<f32x16>(scores[r] + i * kLanes) * splat(inverse[r]));
+    };
+    store_bytes<false>(codes[r], code(0), code(1), code(2), code(3));
   }
-  *code_sum = sum(total);
-  return amax / 127.0f * softmax_scale;
+}
+template <class Score>
+static inline __attribute__((always_inline)) void advance(SoftmaxBlock& b, bool whole, const uint64_t* visible,
+                                                          int rows, Score score, float (*scores)[kPage],
+                                                          const float* value_scales, uint8_t (*codes)[kPage]) {
+  if (whole)
+    advance_page<false>(b, visible, rows, score, scores, value_scales, codes);
+  else
+    advance_page<true>(b, visible, rows, score, scores, value_scales, codes);
+}
+
+// out = out * shrink + product * scale
+static inline void add_values(float* out, f32x16 product, bool shrinks, float shrink, float scale) {
+  f32x16 old = load<f32x16>(out);
+  if (shrinks) old *= splat(shrink);
+  store(out, fma(product, splat(scale), old));
+}
+
+// Queries as signed bytes, each with one scale: their codes, the slopes of their softmaxes and the sums of codes.
+static inline void quantize_queries(const Attention& a, const float* q, int8_t* codes, float* slope,
+                                    int32_t* code_sums) {
+  const int E = a.head_dim_padded;
+  f32x16 tops[kTileRows];
+  i32x16 totals[kTileRows];
+  const auto values = [&](int r, int i) {
+    return i < a.head_dim ? load_some(q + (size_t)r * a.q_stride + i, a.head_dim - i) : splat(0.0f);
+  };
+  for (int r = 0; r < a.rows; ++r) {
+    tops[r] = splat(0.0f);
+    for (int i = 0; i < E; i += kLanes) tops[r] = max(absolute(values(r, i)), tops[r]);
+  }
+  const f32x16 amax = max_rows(tops, a.rows);
+  alignas(64) float inverse[kTileRows];
+  store(inverse, select(amax > splat(0.0f), splat(127.0f) / amax, splat(0.0f)));
+  store(slope, amax / splat(127.0f) * splat(a.scale * kLog2E));
+  for (int r = 0; r < a.rows; ++r) {
+    totals[r] = i32x16{};
+    for (int i = 0; i < E; i += kLanes) {
+      const i32x16 code = round_to_int(values(r, i) * splat(inverse[r]));
+      totals[r] += code;
+      store_u8((uint8_t*)codes + (size_t)r * E + i, code);
+    }
+  }
+  store(code_sums, sum_rows(totals, a.rows));
 }
 
 static inline void finish(const SoftmaxBlock& b, int r, int head_dim, float* out) {
   const f32x16 inverse = splat(1.0f / b.total[r]);
-  for (int d = 0; d < head_dim; d += kLanes) store_some(out + d, load<f32x16>(b.out[r] + d) * inverse, head_dim - d);
+  for (int d = 0; d < head_dim; d += kLanes)
+    store_some(out + d, load<f32x16>(b.out[d / kLanes][r]) * inverse, head_dim - d);
 }
 
-// Parts of an int8 page of one kv head.
-struct Int8Page {
-  const uint8_t* keys;
-  const int8_t* values;
+// Parts of page p of one kv head; a bf16 page has no scales.
+struct Page {
+  const uint8_t *keys, *values;
   const float *key_scales, *value_scales;
 };
-static inline Int8Page int8_page(const uint8_t* page, int head_dim_padded) {
-  const size_t half = (size_t)kPage * head_dim_padded;
+static inline Page page_at(const Attention& a, int p) {
+  const uint8_t* page = a.cache + a.pages[p] * a.page_stride;
+  const size_t half = (size_t)kPage * a.head_dim_padded * (a.int8_cache ? 1 : 2);
   const float* scales = (const float*)(page + 2 * half);
-  return {page, (const int8_t*)(page + half), scales, scales + kPage};
+  return {page, page + half, scales, scales + kPage};
 }
 
 }  // namespace FLATOUT_ISA
