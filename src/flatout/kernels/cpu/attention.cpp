@@ -3,6 +3,8 @@
 // Bytes: each page once for 16 queries. Operations: 4 E per key and query.
 // Pages are visited in order of position and the softmax block is the page, so the result does not depend on how
 // queries were grouped, chunked or spread over threads.
+#include <algorithm>
+
 #include "kernels.h"
 #include "softmax.h"
 
@@ -49,15 +51,15 @@ void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded,
   for (int e = 0; e < E; ++e) to[4 * e] = value[e];
 }
 
-// Against an int8 cache: queries of one head.
-static void attend_int8(const Attention& a, const float* query, SoftmaxBlock& block) {
+// Against an int8 cache.
+static void attend_int8(const Attention& a, SoftmaxBlock& block) {
   const int E = a.head_dim_padded, rows = a.rows;
   alignas(64) int8_t q[kTileRows * kMaxHeadDim];
   alignas(64) uint8_t weights[kTileRows][kPage];
   alignas(64) int32_t q_sum[kTileRows];
   alignas(64) float scores[kTileRows][kPage];
   uint64_t visible[kTileRows];
-  quantize_queries(a, query, q, block.slope, q_sum);
+  quantize_queries(a, a.q, q, block.slope, q_sum);
   const PageRange range = visible_pages(a);
   for (int p = range.first; p <= range.last; ++p) {
     const bool whole = see_page(a, p, visible);
@@ -101,7 +103,7 @@ static void widen_pairs(const uint16_t* from, int rows, int columns, float* to) 
 }
 
 // The same against a bf16 cache: fp32 arithmetic on the widened values, each page widened once for all queries.
-static void attend_bf16(const Attention& a, const float* query, SoftmaxBlock& block) {
+static void attend_bf16(const Attention& a, SoftmaxBlock& block) {
   const int E = a.head_dim_padded, rows = a.rows;
   alignas(64) float keys[kMaxHeadDim * kPage], values[kMaxHeadDim * kPage];
   alignas(64) float scores[kTileRows][kPage];
@@ -116,7 +118,7 @@ static void attend_bf16(const Attention& a, const float* query, SoftmaxBlock& bl
     f32x16 dot[4];
     const auto score = [&](int r, int i) {
       if (i == 0) {
-        const float* q = query + (size_t)r * a.q_stride;
+        const float* q = a.q + (size_t)r * a.q_stride;
         for (int j = 0; j < 4; ++j) dot[j] = splat(0.0f);
         for (int e = 0; e < a.head_dim; ++e)
           for (int j = 0; j < 4; ++j)
@@ -139,17 +141,28 @@ static void attend_bf16(const Attention& a, const float* query, SoftmaxBlock& bl
   }
 }
 
-void attend(const Attention& a) {
+static void attend_rows(const Attention& a) {
   SoftmaxBlock block;
-  for (int h = 0; h < a.heads; ++h) {
-    const float* query = a.q + (size_t)h * a.head_dim;
-    start(block, a.rows, a.head_dim_padded);
-    if (a.int8_cache)
-      attend_int8(a, query, block);
-    else
-      attend_bf16(a, query, block);
-    for (int r = 0; r < a.rows; ++r)
-      finish(block, r, a.head_dim, a.out + (size_t)r * a.out_stride + (size_t)h * a.head_dim);
+  start(block, a.rows, a.head_dim_padded);
+  if (a.int8_cache)
+    attend_int8(a, block);
+  else
+    attend_bf16(a, block);
+  for (int r = 0; r < a.rows; ++r) finish(block, r, a.head_dim, a.out + (size_t)r * a.out_stride);
+}
+
+void attend(const Attention& a) {
+  const bool one = a.rows == 1;  // then up to 16 heads are the rows: each page is read once for all of them
+  for (int h = 0; h < a.heads; h += one ? kTileRows : 1) {
+    Attention some = a;
+    some.q += (size_t)h * a.head_dim;
+    some.out += (size_t)h * a.head_dim;
+    if (one) {
+      some.rows = std::min(kTileRows, a.heads - h);
+      some.q_stride = some.out_stride = a.head_dim;
+      some.step = 0;
+    }
+    attend_rows(some);
   }
 }
 

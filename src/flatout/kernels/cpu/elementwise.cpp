@@ -144,6 +144,35 @@ void rope(float* x, const float* table, int head_dim) {
   }
 }
 
+// Index of the greatest value, the lowest on ties; -1 when some value is not a number.
+int argmax(const float* row, int n) {
+  f32x16 top = splat(-std::numeric_limits<float>::infinity());
+  i32x16 at = {}, numbers = splat_i32(-1);
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) {
+    const f32x16 v = load<f32x16>(row + i);
+    const i32x16 better = v > top;
+    numbers &= v == v;
+    top = max(v, top);
+    at = (better & splat_i32(i)) | (~better & at);
+  }
+  int best = -1;
+  float best_value = -std::numeric_limits<float>::infinity();
+  const auto take = [&](float value, int index) {
+    if (best < 0 || value > best_value || (value == best_value && index < best)) best = index, best_value = value;
+  };
+  bool finite = true;
+  for (int lane = 0; lane < std::min(n, kLanes) && whole; ++lane) {
+    finite &= numbers[lane] != 0;
+    take(top[lane], at[lane] + lane);
+  }
+  for (int i = whole; i < n; ++i) {
+    finite &= row[i] == row[i];
+    take(row[i], i);
+  }
+  return finite ? best : -1;
+}
+
 // Greatest value in `top`; returns log sum exp, summed in fp32 lanes per 4,096 values and in double across them.
 float log_sum_exp(const float* row, int n) {
   f32x16 m = splat(-std::numeric_limits<float>::infinity());

@@ -19,6 +19,12 @@ constexpr int kLocalRows = 2;     // up to this many rows every thread prepares 
 // the weights are read once a thread, but no activation ever moves from core to core.
 constexpr int kTokensAThread = 64;
 
+// The start of the panel stream that a thread reads next: the kernels themselves fetch kPrefetchBytes ahead.
+void fetch_ahead(const Linear& w, int pair) {
+  const uint8_t* from = w.data + (size_t)2 * pair * w.panel_bytes;
+  for (int i = 0; i < kPrefetchBytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
 double now() {
@@ -161,13 +167,13 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
       for (int r = share.first; r < share.last; ++r) prepare_row(r, share.at + r - share.first);
   } else {
     for (int r = alone ? 0 : thread; r < count; r += alone ? 1 : pool_.size()) prepare_row(r, r);
-    if (!alone) pool_.barrier();
+    if (!alone) pool_.barrier(thread);
   }
   return a;
 }
 
 void Model::linear(const Linear& w, const Activations& a, int count, Epilogue epilogue, const float* bias, float* out,
-                   int stride, int thread) {
+                   int stride, const Linear* next, int thread) {
   const int64_t pairs = panel_pairs(w), threads = pool_.size();
   const Output o{epilogue, bias, config_.gelu, out, stride};
   int8_t* scratch = (int8_t*)scratch_[thread].panel.data;
@@ -176,7 +182,8 @@ void Model::linear(const Linear& w, const Activations& a, int count, Epilogue ep
   } else {
     multiply_panels(*ops_, w, a, {{0, count, 0}}, o, (int)(pairs * thread / threads),
                     (int)(pairs * (thread + 1) / threads), scratch);
-    pool_.barrier();
+    if (next && count <= kLocalRows) fetch_ahead(*next, (int)(panel_pairs(*next) * thread / threads));
+    pool_.barrier(thread);
   }
 }
 
@@ -207,7 +214,7 @@ void Model::write_cache(const Batch& b, int layer, int thread) {
     const int64_t threads = pool_.size();
     for (int item = (int)(items * thread / threads); item < (int)(items * (thread + 1) / threads); ++item) rotate(item);
   }
-  pool_.barrier();
+  pool_.barrier(thread);
 }
 
 void Model::attention(const Batch& b, int layer, int thread) {
@@ -240,11 +247,16 @@ void Model::attention(const Batch& b, int layer, int thread) {
           if (block.first_token >= share.first && block.first_token < share.last) attend(block, kv * group, group);
     return;
   }
-  const int items = (int)blocks_.size() * c.num_heads;
-  for (int item; (item = next_block_[layer].fetch_add(1, std::memory_order_relaxed)) < items;)
+  // Heads of a group read the same pages: they are split only where there would be less work than threads.
+  const int groups = (int)blocks_.size() * c.num_kv_heads;
+  const int parts = std::min(group, (pool_.size() + groups - 1) / groups), items = groups * parts;
+  for (int item; (item = next_block_[layer].fetch_add(1, std::memory_order_relaxed)) < items;) {
     // Later blocks of a sequence see more keys: hand the longest out first.
-    attend(blocks_[blocks_.size() - 1 - item / c.num_heads], item % c.num_heads, 1);
-  pool_.barrier();
+    const int part = item % parts, kv = item / parts % c.num_kv_heads, block = item / parts / c.num_kv_heads;
+    const int first = group * part / parts, last = group * (part + 1) / parts;
+    attend(blocks_[blocks_.size() - 1 - block], kv * group + first, last - first);
+  }
+  pool_.barrier(thread);
 }
 
 void Model::layers(const Batch& b, int thread) {
@@ -258,36 +270,37 @@ void Model::layers(const Batch& b, int thread) {
       for (int t = share.first; t < share.last; ++t) lookup(b.tokens[t], x + (size_t)t * hidden_stride_);
   } else {
     for (int t = thread; t < T; t += pool_.size()) lookup(b.tokens[t], x + (size_t)t * hidden_stride_);
-    pool_.barrier();
+    pool_.barrier(thread);
   }
   mark(kEmbedding, thread);
   for (int i = 0; i < config_.num_layers; ++i) {
     const Layer& l = layers_[i];
     Activations a = prepare(l.qkv, x, hidden_stride_, nullptr, T, &l.input_norm, thread);
     const float* bias = l.qkv_bias.empty() ? nullptr : l.qkv_bias.data();
-    linear(l.qkv, a, T, Epilogue::kStore, bias, qkv, qkv_stride_, thread);
+    linear(l.qkv, a, T, Epilogue::kStore, bias, qkv, qkv_stride_, &l.o, thread);
     mark(kQkv, thread);
     write_cache(b, i, thread);
     attention(b, i, thread);
     mark(kAttention, thread);
     a = prepare(l.o, attended, attention_stride_, nullptr, T, nullptr, thread);
-    linear(l.o, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
+    linear(l.o, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, &l.gate_up, thread);
     mark(kO, thread);
     a = prepare(l.gate_up, x, hidden_stride_, nullptr, T, &l.post_norm, thread);
-    linear(l.gate_up, a, T, Epilogue::kGated, nullptr, gated, gate_stride_, thread);
+    linear(l.gate_up, a, T, Epilogue::kGated, nullptr, gated, gate_stride_, &l.down, thread);
     mark(kGateUp, thread);
     a = prepare(l.down, gated, gate_stride_, nullptr, T, nullptr, thread);
-    linear(l.down, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
+    const Linear& next = i + 1 < config_.num_layers ? layers_[i + 1].qkv : head_;
+    linear(l.down, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, &next, thread);
     mark(kDown, thread);
   }
-  if (by_token(T)) pool_.barrier();  // the head may be split otherwise
+  if (by_token(T)) pool_.barrier(thread);  // the head may be split otherwise
 }
 
 // Logits of `rows` of the hidden state; every thread returns once all are written.
 void Model::head(const float* hidden, const int32_t* rows, int count, float* logits, int thread) {
   const Activations a = prepare(head_, hidden, hidden_stride_, rows, count, &norm_, thread);
-  linear(head_, a, count, Epilogue::kStore, nullptr, logits, config_.vocab_size, thread);
-  if (by_token(count)) pool_.barrier();
+  linear(head_, a, count, Epilogue::kStore, nullptr, logits, config_.vocab_size, nullptr, thread);
+  if (by_token(count)) pool_.barrier(thread);
   mark(kHead, thread);
 }
 
@@ -319,7 +332,7 @@ void Model::score(const Batch& b, const int32_t* targets, float* out) {
         const float* row = logits + (size_t)r * config_.vocab_size;
         out[t + r] = row[targets[t + r]] - ops_->log_sum_exp(row, config_.vocab_size);
       }
-      pool_.barrier();
+      pool_.barrier(thread);
     }
     mark(kOther, thread);
   });
@@ -334,8 +347,8 @@ void Model::sample(const Batch& b, const Sampling& s, int32_t* out) {
     layers(b, thread);
     head((const float*)x_.data, last_rows_.data(), b.sequences, logits, thread);
     for (int r = thread; r < b.sequences; r += pool_.size())
-      out[r] = sample_token(logits + (size_t)r * config_.vocab_size, config_.vocab_size, s.temperature[r], s.top_k[r],
-                            s.top_p[r], s.seeds[r], (int64_t)b.starts[r] + b.lengths[r]);
+      out[r] = sample_token(*ops_, logits + (size_t)r * config_.vocab_size, config_.vocab_size, s.temperature[r],
+                            s.top_k[r], s.top_p[r], s.seeds[r], (int64_t)b.starts[r] + b.lengths[r]);
     mark(kOther, thread);
   });
   for (int r = 0; r < b.sequences; ++r)

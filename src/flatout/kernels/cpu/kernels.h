@@ -21,6 +21,7 @@ void round_bf16(const float* x, int k, int k_padded, uint16_t* out);
 void epilogue(const float* tile, int count, int lanes, const float* bias, bool add, float* out, int stride);
 void gated(const float* gate, const float* up, int count, int lanes, bool gelu, float* out, int stride);
 void rope(float* x, const float* table, int head_dim);
+int argmax(const float* row, int n);
 float log_sum_exp(const float* row, int n);
 void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,
               uint8_t* page);

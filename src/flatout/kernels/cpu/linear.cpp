@@ -6,6 +6,8 @@
 //     (minimum)  acc = fma(a_scale[g] * float(sum_k a[k]), w_minimum[g], acc)
 // With two activation planes (a = 128 * high + low) the fma is done for high with 128 * scale, then for low.
 // Bytes: the panel once a call. Operations: 2 * 16 * K a token.
+#include <algorithm>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -14,12 +16,6 @@ namespace FLATOUT_ISA {
 
 static inline f32x16 load_scale(const Linear& w, const uint8_t* base, int g) {
   return w.half_scales ? from_half((const uint16_t*)base + g * kLanes) : load<f32x16>((const float*)base + g * kLanes);
-}
-
-static inline i32x16 load_zeros(const uint8_t* base, int g) {
-  i32x16 z;
-  for (int i = 0; i < kLanes; ++i) z[i] = base[g * kLanes + i];
-  return z;
 }
 
 // Sixteen low and sixteen high nibbles a 32-bit lane: column groups 2i and 2i + 1.
@@ -35,61 +31,98 @@ static inline int32_t four(const int8_t* p) {
   return v;
 }
 
-template <int BITS, int PLANES, int MB>
-static void integer_block(const Linear& w, const uint8_t* panel, const Activations& a, int first, float* out) {
-  const uint8_t* scales = panel + w.scales_offset;
-  const uint8_t* extra = panel + w.extra_offset;
-  const uint8_t* line = panel;
-  const int lines = w.group * BITS / 32;  // 64-byte lines a group
-  f32x16 acc[MB];
+// MB tokens times PANELS panels at once: more sums in flight than one dot product's latency, and each activation is
+// fetched once for all panels. LINES is the number of 64-byte lines of codes a group, or 0 for any.
+template <int BITS, int PLANES, int MB, int PANELS, int LINES>
+static void integer_block(const Linear& w, const uint8_t* const* panel, const Activations& a, int first,
+                          float* const* out) {
+  constexpr int kColumns = 32 / BITS;  // of a line
+  const int lines = LINES ? LINES : w.group * BITS / 32;
+  const size_t values = group_index(first, 0, w.groups);  // all MB tokens lie in one tile
+  f32x16 acc[PANELS][MB];
+  const uint8_t* line[PANELS];
   const int8_t* codes[PLANES][MB];
 #pragma GCC unroll 16
-  for (int m = 0; m < MB; ++m) {
-    acc[m] = splat(0.0f);
-    for (int p = 0; p < PLANES; ++p) codes[p][m] = a.codes[p] + (size_t)(first + m) * w.row_stride;
+  for (int p = 0; p < PANELS; ++p) {
+    line[p] = panel[p];
+    for (int m = 0; m < MB; ++m) acc[p][m] = splat(0.0f);
   }
+#pragma GCC unroll 16
+  for (int m = 0; m < MB; ++m)
+    for (int c = 0; c < PLANES; ++c) codes[c][m] = a.codes[c] + (size_t)(first + m) * w.row_stride;
   for (int g = 0; g < w.groups; ++g) {
-    i32x16 dot[PLANES][MB], dot_high[PLANES][MB];
+    // Two sums of each product: of the low and the high nibbles, or of even and odd lines.
+    i32x16 dot[2][PANELS][PLANES][MB];
 #pragma GCC unroll 16
-    for (int m = 0; m < MB; ++m)
-      for (int p = 0; p < PLANES; ++p) {
-        dot[p][m] = splat_i32(-w.integer_zero * a.sums[p][group_index(first + m, g, w.groups)]);
-        dot_high[p][m] = splat_i32(0);
-      }
-    for (int i = 0; i < lines; ++i, line += 64) {
-      // The stream runs on into the next panel, so fetching past this one is never wasted.
-      __builtin_prefetch(line + kPrefetchBytes);
-      const u8x64 v = load<u8x64>(line);
-      if constexpr (BITS == 8) {
+    for (int p = 0; p < PANELS; ++p)
+      for (int c = 0; c < PLANES; ++c)
+        for (int m = 0; m < MB; ++m) {
+          dot[0][p][c][m] = splat_i32(-w.integer_zero * a.sums[c][values + g * kTileRows + m]);
+          dot[1][p][c][m] = splat_i32(0);
+        }
+    const auto multiply = [&](int i, int odd) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-        for (int m = 0; m < MB; ++m)
-          for (int p = 0; p < PLANES; ++p) dot[p][m] = dot_us(dot[p][m], v, four(codes[p][m] + 4 * i));
-      } else {
-        const u8x64 lo = low_nibbles(v), hi = high_nibbles(v);
+      for (int p = 0; p < PANELS; ++p) {
+        // The stream runs on into the next panel, so fetching past this one is never wasted.
+        __builtin_prefetch(line[p] + 64 * i + kPrefetchBytes);
+        const u8x64 v = load<u8x64>(line[p] + 64 * i);
 #pragma GCC unroll 16
-        for (int m = 0; m < MB; ++m)
-          for (int p = 0; p < PLANES; ++p) {
-            dot[p][m] = dot_us(dot[p][m], lo, four(codes[p][m] + 8 * i));
-            dot_high[p][m] = dot_us(dot_high[p][m], hi, four(codes[p][m] + 8 * i + 4));
+        for (int c = 0; c < PLANES; ++c)
+          for (int m = 0; m < MB; ++m) {
+            const int8_t* x = codes[c][m] + kColumns * i;
+            if constexpr (BITS == 8) {
+              dot[odd][p][c][m] = dot_us(dot[odd][p][c][m], v, four(x));
+            } else {
+              dot[0][p][c][m] = dot_us(dot[0][p][c][m], low_nibbles(v), four(x));
+              dot[1][p][c][m] = dot_us(dot[1][p][c][m], high_nibbles(v), four(x + 4));
+            }
           }
       }
-    }
-    const f32x16 scale = load_scale(w, scales, g);
+    };
+    if constexpr (LINES) {
 #pragma GCC unroll 16
-    for (int m = 0; m < MB; ++m) {
-      const size_t at = group_index(first + m, g, w.groups);
-      const f32x16 c = splat(a.scales[at]) * scale;
-      for (int p = 0; p < PLANES; ++p) {
-        i32x16 total = BITS == 8 ? dot[p][m] : dot[p][m] + dot_high[p][m];
-        if (w.zero == Zero::kAsymmetric) total -= load_zeros(extra, g) * splat_i32(a.sums[p][at]);
-        acc[m] = fma(to_float(total), p + 1 < PLANES ? c * splat(128.0f) : c, acc[m]);
-        codes[p][m] += w.group;
-      }
-      if (w.zero == Zero::kMinimum) acc[m] = fma(splat(a.scaled_sums[at]), load_scale(w, extra, g), acc[m]);
+      for (int i = 0; i < LINES; ++i) multiply(i, i % 2);
+    } else {
+      int i = 0;
+      for (; i + 2 <= lines; i += 2) multiply(i, 0), multiply(i + 1, 1);
+      if (i < lines) multiply(i, 0);
     }
+    const float* a_scale = a.scales + values + g * kTileRows;
+#pragma GCC unroll 16
+    for (int p = 0; p < PANELS; ++p) {
+      const uint8_t *scales = panel[p] + w.scales_offset, *extra = panel[p] + w.extra_offset;
+      const f32x16 scale = load_scale(w, scales, g);
+#pragma GCC unroll 16
+      for (int m = 0; m < MB; ++m) {
+        const f32x16 c = splat(a_scale[m]) * scale;
+        for (int plane = 0; plane < PLANES; ++plane) {
+          i32x16 total = dot[0][p][plane][m] + dot[1][p][plane][m];
+          if (w.zero == Zero::kAsymmetric)
+            total -= widen_u8(extra + g * kLanes) * splat_i32(a.sums[plane][values + g * kTileRows + m]);
+          acc[p][m] = fma(to_float(total), plane + 1 < PLANES ? c * splat(128.0f) : c, acc[p][m]);
+        }
+        if (w.zero == Zero::kMinimum)
+          acc[p][m] = fma(splat(a.scaled_sums[values + g * kTileRows + m]), load_scale(w, extra, g), acc[p][m]);
+      }
+      line[p] += 64 * lines;
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MB; ++m)
+      for (int c = 0; c < PLANES; ++c) codes[c][m] += w.group;
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < MB; ++m) store(out + (size_t)m * kLanes, acc[m]);
+  for (int p = 0; p < PANELS; ++p)
+    for (int m = 0; m < MB; ++m) store(out[p] + (size_t)m * kLanes, acc[p][m]);
+}
+
+template <int BITS, int PLANES, int MB, int PANELS>
+static void integer_lines(const Linear& w, const uint8_t* const* panel, const Activations& a, int first,
+                          float* const* out) {
+  const int lines = w.group * BITS / 32;
+  if (lines == 4) return integer_block<BITS, PLANES, MB, PANELS, 4>(w, panel, a, first, out);
+  if (lines == 8) return integer_block<BITS, PLANES, MB, PANELS, 8>(w, panel, a, first, out);
+  if (lines == 16) return integer_block<BITS, PLANES, MB, PANELS, 16>(w, panel, a, first, out);
+  return integer_block<BITS, PLANES, MB, PANELS, 0>(w, panel, a, first, out);
 }
 
 template <int MB>
@@ -133,24 +166,41 @@ static void bf16_block(const Linear& w, const uint8_t* panel, const Activations&
   for (int m = 0; m < MB; ++m) store(out + (size_t)m * kLanes, acc[m]);
 }
 
-template <int MB>
-static void block(const Linear& w, const uint8_t* panel, const Activations& a, int first, float* out) {
-  if (w.kind == WeightKind::kFloat32) return float_block<MB>(w, panel, a, first, out);
-  if (w.kind == WeightKind::kBFloat16) return bf16_block<MB>(w, panel, a, first, out);
+// MB tokens of one or two panels.
+template <int MB, int PANELS>
+static void block(const Linear& w, const uint8_t* const* panel, const Activations& a, int first, float* const* out) {
+  if (w.kind != WeightKind::kInteger) {
+    for (int p = 0; p < PANELS; ++p)
+      w.kind == WeightKind::kFloat32 ? float_block<MB>(w, panel[p], a, first, out[p])
+                                     : bf16_block<MB>(w, panel[p], a, first, out[p]);
+    return;
+  }
   if (w.bits == 8)
-    return w.planes == 1 ? integer_block<8, 1, MB>(w, panel, a, first, out)
-                         : integer_block<8, 2, MB>(w, panel, a, first, out);
-  return w.planes == 1 ? integer_block<4, 1, MB>(w, panel, a, first, out)
-                       : integer_block<4, 2, MB>(w, panel, a, first, out);
+    return w.planes == 1 ? integer_lines<8, 1, MB, PANELS>(w, panel, a, first, out)
+                         : integer_lines<8, 2, MB, PANELS>(w, panel, a, first, out);
+  return w.planes == 1 ? integer_lines<4, 1, MB, PANELS>(w, panel, a, first, out)
+                       : integer_lines<4, 2, MB, PANELS>(w, panel, a, first, out);
 }
 
 void linear_panels(const Linear& w, const uint8_t* const* panel, int panels, const int8_t* const*,
                    const Activations& a, int first, int count, float* const* out) {
-  for (int p = 0; p < panels; ++p) {
-    int m = 0;
-    for (; m + 8 <= count; m += 8) block<8>(w, panel[p], a, first + m, out[p] + (size_t)m * kLanes);
-    for (; m + 4 <= count; m += 4) block<4>(w, panel[p], a, first + m, out[p] + (size_t)m * kLanes);
-    for (; m < count; ++m) block<1>(w, panel[p], a, first + m, out[p] + (size_t)m * kLanes);
+  for (int m = 0; m < count;) {
+    const int size = count - m >= 8 ? 8 : count - m >= 4 ? 4 : 1;
+    for (int p = 0; p < panels;) {
+      float* to[2];
+      for (int i = 0; i < 2; ++i) to[i] = out[std::min(p + i, panels - 1)] + (size_t)m * kLanes;
+      if (size == 8) {
+        block<8, 1>(w, panel + p++, a, first + m, to);
+      } else if (size == 4) {
+        block<4, 1>(w, panel + p++, a, first + m, to);
+      } else if (panels - p == 2) {
+        block<1, 2>(w, panel + p, a, first + m, to);
+        p += 2;
+      } else {
+        block<1, 1>(w, panel + p++, a, first + m, to);
+      }
+    }
+    m += size;
   }
 }
 

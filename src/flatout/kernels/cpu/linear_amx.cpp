@@ -85,8 +85,7 @@ static void grouped_block(const Linear& w, const uint8_t* panel, const int8_t* s
     i32x16 zero = {};
     if constexpr (MINIMUM) minimum = load_scale(w, extra, g);
     if constexpr (ASYMMETRIC) {
-      const int32_t moved = w.bits == 8 ? 128 : 0;
-      for (int i = 0; i < kLanes; ++i) zero[i] = extra[g * kLanes + i] - moved;
+      zero = widen_u8(extra + g * kLanes) - splat_i32(w.bits == 8 ? 128 : 0);
     }
     const int32_t* a_int = a.sums[plane] + values;
 #pragma GCC unroll 16

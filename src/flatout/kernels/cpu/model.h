@@ -83,8 +83,9 @@ class Model {
   // Input rows (normed when norm is given) in the form `w` needs, ready on all threads when it returns.
   Activations prepare(const Linear& w, const float* x, int stride, const int32_t* rows, int count,
                       const std::vector<float>* norm, int thread);
+  // `next` is the weight that is read after this one, if any.
   void linear(const Linear& w, const Activations&, int count, Epilogue, const float* bias, float* out, int stride,
-              int thread);
+              const Linear* next, int thread);
   void mark(Phase phase, int thread);
   uint8_t* page_head(int layer, int kv_head) const;
 
@@ -115,7 +116,7 @@ class Model {
 
 // The next token by the rules of engine/sampler.py, or kNotFinite when a logit is not a number.
 constexpr int32_t kNotFinite = -1;
-int32_t sample_token(const float* logits, int n, float temperature, int top_k, float top_p, uint64_t seed,
-                     int64_t position);
+int32_t sample_token(const Ops&, const float* logits, int n, float temperature, int top_k, float top_p,
+                     uint64_t seed, int64_t position);
 
 }  // namespace flatout

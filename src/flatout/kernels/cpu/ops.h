@@ -13,7 +13,7 @@ constexpr int kLanes = 16;     // rows of a panel, lanes of a vector
 constexpr int kPage = 64;      // tokens of a KV page; also the block of the online softmax
 constexpr int kTileRows = 16;  // activation buffers are padded to this many rows
 constexpr int kTileMinimum = 6;  // fewer tokens than this are faster without tiles
-constexpr int kPrefetchBytes = 8192;  // how far ahead of the multiply the weight stream is fetched
+constexpr int kPrefetchBytes = 16384;  // how far ahead of the multiply the weight stream is fetched
 
 enum class WeightKind { kFloat32, kBFloat16, kInteger };
 enum class Zero { kSymmetric, kAsymmetric, kMinimum };
@@ -57,7 +57,8 @@ struct Attention {
   const float* q = nullptr;  // [rows][q_stride], the heads' E values one after another, rotated
   float* out = nullptr;      // [rows][out_stride], likewise
   int q_stride = 0, out_stride = 0, rows = 0, heads = 1;
-  int first_position = 0;           // position of row 0; row r sees keys 0 .. first_position + r
+  int first_position = 0;           // position of row 0; row r sees keys 0 .. first_position + r * step
+  int step = 1;                     // 0: the rows are heads of one token
   int window = 0;                   // keys further back than this are hidden; 0: no limit
   int head_dim = 0, head_dim_padded = 0;
   const int32_t* pages = nullptr;   // page table of the sequence
@@ -103,6 +104,8 @@ struct Ops {
   void (*write_kv)(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,
                    uint8_t* page);
   void (*attend)(const Attention&);
+  // Index of the greatest value, the lowest on ties; -1 when some value is not a number
+  int (*argmax)(const float* row, int n);
   // log(sum(exp(row))), and the row's greatest value
   float (*log_sum_exp)(const float* row, int n);
 };

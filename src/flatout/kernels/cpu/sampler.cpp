@@ -32,12 +32,11 @@ uint64_t sort_key(float logit, int32_t id) {
 
 }  // namespace
 
-int32_t sample_token(const float* logits, int n, float temperature, int top_k, float top_p, uint64_t seed,
-                     int64_t position) {
-  bool finite = true;
-  for (int i = 0; i < n; ++i) finite &= logits[i] == logits[i];
-  if (!finite) return kNotFinite;
-  if (temperature <= 0.0f) return (int32_t)(std::max_element(logits, logits + n) - logits);
+int32_t sample_token(const Ops& ops, const float* logits, int n, float temperature, int top_k, float top_p,
+                     uint64_t seed, int64_t position) {
+  const int32_t best = ops.argmax(logits, n);
+  if (best < 0) return kNotFinite;
+  if (temperature <= 0.0f) return best;
   std::vector<float> scaled(n);
   std::vector<uint64_t> keys(n);
   for (int i = 0; i < n; ++i) {
@@ -45,7 +44,7 @@ int32_t sample_token(const float* logits, int n, float temperature, int top_k, f
     keys[i] = sort_key(scaled[i], i);
   }
   const int candidates = top_k > 0 && top_k < n ? top_k : n;
-  const float top = *std::max_element(scaled.begin(), scaled.end());
+  const float top = scaled[best];
   const auto weight = [&](float l) { return l - top < -60.0f ? 0.0 : std::exp((double)l - (double)top); };
   double total = 0.0;  // of all candidates
   if (candidates == n)

@@ -37,6 +37,14 @@ static inline void store(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
+#if !defined(__AVX512F__)
+static inline i32x16 widen_u8(const uint8_t* p) {
+  i32x16 v;
+  for (int i = 0; i < 16; ++i) v[i] = p[i];
+  return v;
+}
+#endif
+
 static inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
   return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
 }
@@ -69,6 +77,9 @@ static inline f32x16 from_half(const uint16_t* p) {
 }
 static inline void store_u8(uint8_t* p, i32x16 v) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+}
+static inline i32x16 widen_u8(const uint8_t* p) {
+  return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
 // 64 integers in [-128, 127] (SIGNED) or [0, 255] as bytes. The packs work within 128-bit lanes, the permutation puts
 // them in order.

@@ -39,7 +39,7 @@ struct PageRange {
 };
 static inline PageRange visible_pages(const Attention& a) {
   const int begin = a.window > 0 ? a.first_position - a.window + 1 : 0;
-  return {begin < 0 ? 0 : begin / kPage, (a.first_position + a.rows - 1) / kPage};
+  return {begin < 0 ? 0 : begin / kPage, (a.first_position + (a.rows - 1) * a.step) / kPage};
 }
 
 // What each row sees of page p, a bit a key; true when that is all of it for all of them.
@@ -48,7 +48,7 @@ static inline bool see_page(const Attention& a, int p, uint64_t* visible) {
   const auto before = [](int key) { return key <= 0 ? 0 : key >= kPage ? kAllKeys : ((uint64_t)1 << key) - 1; };
   bool whole = true;
   for (int r = 0; r < a.rows; ++r) {
-    const int key = a.first_position + r - p * kPage;  // the query's own
+    const int key = a.first_position + r * a.step - p * kPage;  // the query's own
     visible[r] = before(key + 1);
     if (a.window > 0) visible[r] &= ~before(key - a.window + 1);
     whole &= visible[r] == kAllKeys;

@@ -13,7 +13,7 @@ static inline void relax() {
 // Another process may hold the core that the awaited thread needs: after this many rounds give ours away.
 constexpr int kSpinRounds = 4000;
 
-ThreadPool::ThreadPool(int threads) : threads_(threads) {
+ThreadPool::ThreadPool(int threads) : threads_(threads), slots_(threads) {
   for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
 }
 
@@ -32,7 +32,7 @@ void ThreadPool::work(int thread) {
     ++seen;
     if (stop_.load()) return;
     (*task_)(thread);
-    barrier();
+    barrier(thread);
   }
 }
 
@@ -41,22 +41,21 @@ void ThreadPool::run(const std::function<void(int)>& task) {
   generation_.fetch_add(1, std::memory_order_release);
   if (threads_ > 1) generation_.notify_all();
   task(0);
-  barrier();
+  barrier(0);
 }
 
-void ThreadPool::barrier() {
-  if (threads_ == 1) return;
-  const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  for (int i = 0; phase_.load(std::memory_order_acquire) == phase; ++i) {
-    if (i < kSpinRounds)
-      relax();
-    else
-      std::this_thread::yield();
+void ThreadPool::barrier(int thread) {
+  Slot& mine = slots_[thread];
+  const uint32_t reached = ++mine.barriers;
+  for (int round = 0, step = 1; step < threads_; ++round, step *= 2) {
+    slots_[(thread + step) % threads_].told[round].store(reached, std::memory_order_release);
+    // The other may be ahead by one barrier, never behind: the difference wraps with the counters.
+    for (int i = 0; (int32_t)(mine.told[round].load(std::memory_order_acquire) - reached) < 0; ++i) {
+      if (i < kSpinRounds)
+        relax();
+      else
+        std::this_thread::yield();
+    }
   }
 }
 

@@ -19,18 +19,25 @@ class ThreadPool {
   int size() const { return threads_; }
   // Run task(thread) on every thread, the caller being thread 0; returns when all are done. Tasks must not throw.
   void run(const std::function<void(int)>& task);
-  // Inside a task: wait until every thread has arrived.
-  void barrier();
+  // Inside a task: `thread` waits until every thread has arrived.
+  void barrier(int thread);
 
  private:
+  // A dissemination barrier (Hensgen, Finkel, Manber 1988): in round r thread t tells thread t + 2^r and waits for thread
+  // t - 2^r, so that two threads exchange one cache line each way and n threads take log2(n) rounds.
+  static constexpr int kMaxRounds = 10;  // 1,024 threads
+  struct alignas(64) Slot {
+    std::atomic<uint32_t> told[kMaxRounds] = {};  // the barrier that the other thread has reached, each with one writer
+    uint32_t barriers = 0;                        // crossed so far; only its own thread looks at it
+  };
+
   void work(int thread);
 
   const int threads_;
   std::vector<std::thread> workers_;
   const std::function<void(int)>* task_ = nullptr;
   alignas(64) std::atomic<uint32_t> generation_{0};  // counts tasks; workers sleep on it
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
+  std::vector<Slot> slots_;
   std::atomic<bool> stop_{false};
 };
 
