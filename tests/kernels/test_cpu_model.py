@@ -124,3 +124,28 @@ def test_splitting_a_long_step_by_tokens_changes_no_bit(threads):
     runner = CpuRunner(model, threads, None, pages.size)
     for _ in range(3):
         np.testing.assert_array_equal(runner.forward(batch, "all"), expected)
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # mistral's window hides the first chunks
+def test_threads_that_share_a_long_context_change_no_bit(family, kv_cache):
+    spec = tiny_spec(family, max_positions=1024)
+    model = tiny_model(spec, uniform("w8a8", kv_cache=kv_cache), seed=4)
+    tokens = prompt(spec, 600)
+    pages = np.arange(10, dtype=np.int32)[None]
+
+    def forward(runner, start, stop, rows):
+        starts, lengths = np.array([start], np.int32), np.array([stop - start], np.int32)
+        return runner.forward(StepInput(np.asarray(tokens[start:stop], np.int32), starts, lengths, pages), rows)
+
+    alone = CpuRunner(model, 1, None, 10)
+    first = forward(alone, 0, 500, "all")
+    expected = np.concatenate([first, forward(alone, 500, 600, "all")])
+    for threads in (2, 5):
+        runner = CpuRunner(model, threads, None, 10)
+        forward(runner, 0, 500, "last")
+        forward(runner, 500, 600, "last")
+        # The edges of chunks of 256 positions, and in the middle of one.
+        for position in (0, 254, 255, 256, 257, 400, 511, 512, 513, 599):
+            one = forward(runner, position, position + 1, "last")
+            np.testing.assert_array_equal(one[0], expected[position], err_msg=f"{threads} threads at {position}")

@@ -63,7 +63,8 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
   const PageRange range = visible_pages(a);
   for (int p = range.first; p <= range.last; ++p) {
     const bool whole = see_page(a, p, visible);
-    const Page page = page_at(a, p);
+    // The first query fetches the next page along with its own loads: all at once would fill the queue of misses.
+    const Page page = page_at(a, p), next = page_at(a, std::min(p + 1, range.last));
     i32x16 dot[4];
     const auto score = [&](int r, int i) {
       if (i == 0) {
@@ -72,6 +73,7 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
           int32_t four;
           std::memcpy(&four, q + r * E + e, 4);
           const uint8_t* line = page.keys + (size_t)e * kPage;
+          for (int j = 0; r == 0 && j < 4; ++j) __builtin_prefetch(next.keys + (size_t)e * kPage + 64 * j);
           for (int j = 0; j < 4; ++j) dot[j] = dot_us(dot[j], load<u8x64>(line + 64 * j), four);
         }
       }
@@ -84,10 +86,13 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
         for (int key = 0; key < kPage; key += 4) {
           int32_t four;
           std::memcpy(&four, weights[r] + key, 4);
-          dot = dot_su(dot, load<u8x64>(page.values + (size_t)key * E + 4 * d), four);
+          const size_t at = (size_t)key * E + 4 * d;
+          if (r == 0) __builtin_prefetch(next.values + at);
+          dot = dot_su(dot, load<u8x64>(page.values + at), four);
         }
-        add_values(block.out[d / kLanes][r], to_float(dot), block.shrinks, block.shrink[r], block.scale[r]);
+        add_values(block.chunk.out[d / kLanes][r], to_float(dot), block.shrinks, block.shrink[r], block.scale[r]);
       }
+    if (!a.partial && ends_chunk(p, range)) fold(block, rows, E);
   }
 }
 
@@ -131,13 +136,14 @@ static void attend_bf16(const Attention& a, SoftmaxBlock& block) {
       const bool any = visible[r] != 0;
       const int begin = any ? __builtin_ctzll(visible[r]) : 0, end = any ? kPage - __builtin_clzll(visible[r]) : 0;
       for (int d = 0; d < E; d += kLanes) {
-        f32x16 out = load<f32x16>(block.out[d / kLanes][r]) * splat(block.shrink[r]);
+        f32x16 out = load<f32x16>(block.chunk.out[d / kLanes][r]) * splat(block.shrink[r]);
         // Only keys that are seen: what lies in other slots may not be a number.
         for (int key = begin; key < end; ++key)
           out = fma(load<f32x16>(values + (size_t)key * E + d), splat(scores[r][key]), out);
-        store(block.out[d / kLanes][r], out);
+        store(block.chunk.out[d / kLanes][r], out);
       }
     }
+    if (!a.partial && ends_chunk(p, range)) fold(block, rows, E);
   }
 }
 
@@ -148,7 +154,26 @@ static void attend_rows(const Attention& a) {
     attend_int8(a, block);
   else
     attend_bf16(a, block);
-  for (int r = 0; r < a.rows; ++r) finish(block, r, a.head_dim, a.out + (size_t)r * a.out_stride);
+  if (!a.partial) {
+    for (int r = 0; r < a.rows; ++r) finish(block, r, a.head_dim, a.out + (size_t)r * a.out_stride);
+    return;
+  }
+  for (int r = 0; r < a.rows; ++r) {
+    float* to = a.partial + (size_t)r * partial_floats(a.head_dim_padded);
+    to[0] = block.slope[r], to[1] = block.chunk.top[r], to[2] = block.chunk.total[r];
+    for (int d = 0; d < a.head_dim_padded; d += kLanes) store(to + 3 + d, load<f32x16>(block.chunk.out[d / kLanes][r]));
+  }
+}
+
+void merge_chunks(const float* partial, int chunks, int stride, int head_dim, int head_dim_padded, float* out) {
+  SoftmaxBlock block;
+  start(block, 1, head_dim_padded);
+  for (int c = 0; c < chunks; ++c, partial += stride) {
+    block.slope[0] = partial[0], block.chunk.top[0] = partial[1], block.chunk.total[0] = partial[2];
+    for (int d = 0; d < head_dim_padded; d += kLanes) store(block.chunk.out[d / kLanes][0], load<f32x16>(partial + 3 + d));
+    fold(block, 1, head_dim_padded);
+  }
+  finish(block, 0, head_dim, out);
 }
 
 void attend(const Attention& a) {
@@ -157,6 +182,7 @@ void attend(const Attention& a) {
     Attention some = a;
     some.q += (size_t)h * a.head_dim;
     some.out += (size_t)h * a.head_dim;
+    if (a.partial) some.partial += (size_t)h * partial_floats(a.head_dim_padded);
     if (one) {
       some.rows = std::min(kTileRows, a.heads - h);
       some.q_stride = some.out_stride = a.head_dim;

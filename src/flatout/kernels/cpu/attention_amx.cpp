@@ -90,24 +90,9 @@ struct TileHead {
   alignas(64) int32_t correction[kTileRows];  // the keys' codes are moved by 128
 };
 
-// Products of a page's values that wait to be scaled and added, with the factors of that page.
-struct Pending {
-  SoftmaxBlock* block = nullptr;
-  bool shrinks;
-  alignas(64) float shrink[kTileRows], scale[kTileRows];
-  alignas(64) float sums[kMaxHeadDim / kLanes][kTileRows * kLanes];
-};
-
 template <bool INT8>
 static inline f32x16 load_sums(const float* p) {
   return INT8 ? to_float(load<i32x16>(p)) : load<f32x16>(p);
-}
-
-template <bool INT8>
-static inline void add_pending(const Pending& p, int rows, int E) {
-  for (int d = 0; p.block && d < E / kLanes; ++d)
-    for (int r = 0; r < rows; ++r)
-      add_values(p.block->out[d][r], load_sums<INT8>(p.sums[d] + r * kLanes), p.shrinks, p.shrink[r], p.scale[r]);
 }
 
 static inline void round_row(const float* x, int count, int padded, uint16_t* out) {
@@ -129,14 +114,14 @@ static inline const uint8_t* seen_values(const uint8_t* values, int count, int E
 // Heads that share a page while it is in the first-level cache.
 constexpr int kSharing = 4;
 
-// The tile unit works ahead of and behind the vector unit: while the softmax of one head and page is taken, it multiplies
-// the keys for the next and the values for the last.
+// The tile unit works ahead of the vector unit: while the softmax of one head and page is taken, it multiplies the keys
+// for the next.
 template <bool INT8>
 static void attend_heads(const Attention& a, int depth, int heads) {
   const int E = a.head_dim_padded, rows = a.rows, row_bytes = INT8 ? E : 2 * E;
   TileHead state[kSharing];
-  Pending pending[2];
   alignas(64) float dots[2][4][kTileRows * kLanes], scores[kTileRows][kPage];
+  alignas(64) float weighted[kMaxHeadDim / kLanes][kTileRows * kLanes];
   alignas(64) uint8_t codes[kTileRows][kPage];  // rows past the last query: sums that nobody reads
   alignas(64) uint16_t rounded[kTileRows][kPage];
   const uint8_t* weights = INT8 ? codes[0] : (const uint8_t*)rounded[0];
@@ -181,16 +166,14 @@ static void attend_heads(const Attention& a, int depth, int heads) {
       };
       advance(s.block, whole, visible, rows, score, scores, INT8 ? page.value_scales : nullptr, codes);
       for (int r = 0; !INT8 && r < rows; ++r) round_row(scores[r], kPage, kPage, rounded[r]);
-      add_pending<INT8>(pending[side ^ 1], rows, E);
-      Pending& now = pending[side];
-      now.block = &s.block;
-      now.shrinks = s.block.shrinks;
-      store(now.shrink, load<f32x16>(s.block.shrink));
-      store(now.scale, load<f32x16>(s.block.scale));
-      multiply_values<INT8>(weights, values, E, now.sums);
+      multiply_values<INT8>(weights, values, E, weighted);
+      for (int d = 0; d < E / kLanes; ++d)
+        for (int r = 0; r < rows; ++r)
+          add_values(s.block.chunk.out[d][r], load_sums<INT8>(weighted[d] + r * kLanes), s.block.shrinks,
+                     s.block.shrink[r], s.block.scale[r]);
+      if (ends_chunk(p, range)) fold(s.block, rows, E);
     }
   }
-  add_pending<INT8>(pending[side ^ 1], rows, E);
   for (int h = 0; h < heads; ++h)
     for (int r = 0; r < rows; ++r)
       finish(state[h].block, r, a.head_dim, a.out + (size_t)r * a.out_stride + (size_t)h * a.head_dim);

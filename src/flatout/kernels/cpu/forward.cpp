@@ -92,7 +92,7 @@ void Model::begin(const Batch& b) {
     }
     last_rows_.push_back((int32_t)token_sequence_.size() - 1);
   }
-  for (auto& next : next_block_) next.store(0, std::memory_order_relaxed);
+  plan_attention();
   if (profiling_) last_mark_ = now();
 }
 
@@ -220,7 +220,7 @@ void Model::write_cache(const Batch& b, int layer, int thread) {
 void Model::attention(const Batch& b, int layer, int thread) {
   const Config& c = config_;
   const int group = c.num_heads / c.num_kv_heads;
-  const auto attend = [&](const Block& block, int first_head, int heads) {
+  const auto place = [&](const Block& block, int first_head, int heads) {
     Attention a;
     a.q = (const float*)qkv_.data + (size_t)block.first_token * qkv_stride_ + (size_t)first_head * c.head_dim;
     a.q_stride = qkv_stride_;
@@ -238,25 +238,70 @@ void Model::attention(const Batch& b, int layer, int thread) {
     a.scale = 1.0f / std::sqrt((float)c.head_dim);
     a.int8_cache = c.int8_cache;
     a.bf16_products = layers_[layer].qkv.kind == WeightKind::kBFloat16;
-    ops_->attend(a);
+    return a;
   };
   if (by_token(b.total)) {
     for (const Rows& share : token_shares(b.total, thread, pool_.size()))
       for (int kv = 0; kv < c.num_kv_heads; ++kv)
         for (const Block& block : blocks_)
-          if (block.first_token >= share.first && block.first_token < share.last) attend(block, kv * group, group);
+          if (block.first_token >= share.first && block.first_token < share.last)
+            ops_->attend(place(block, kv * group, group));
     return;
   }
-  // Heads of a group read the same pages: they are split only where there would be less work than threads.
-  const int groups = (int)blocks_.size() * c.num_kv_heads;
-  const int parts = std::min(group, (pool_.size() + groups - 1) / groups), items = groups * parts;
-  for (int item; (item = next_block_[layer].fetch_add(1, std::memory_order_relaxed)) < items;) {
-    // Later blocks of a sequence see more keys: hand the longest out first.
-    const int part = item % parts, kv = item / parts % c.num_kv_heads, block = item / parts / c.num_kv_heads;
-    const int first = group * part / parts, last = group * (part + 1) / parts;
-    attend(blocks_[blocks_.size() - 1 - block], kv * group + first, last - first);
+  for (int i; (i = next_item_[layer].fetch_add(1, std::memory_order_relaxed)) < (int)items_.size();) {
+    const Item& item = items_[i];
+    Attention a = place(blocks_[item.block], item.first_head, item.heads);
+    if (item.chunk >= 0) {
+      const Split& split = splits_[item.split];
+      a.chunk = split.first_chunk + item.chunk;
+      a.partial = partials_.data() + split.offset + (size_t)item.chunk * split.stride +
+                  (size_t)item.first_head * partial_floats(head_dim_padded_);
+    }
+    ops_->attend(a);
   }
   pool_.barrier(thread);
+  if (splits_.empty()) return;
+  const int heads = c.num_heads, merges = (int)splits_.size() * heads;
+  for (int i = thread; i < merges; i += pool_.size()) {
+    const Split& split = splits_[i / heads];
+    const int h = i % heads;
+    float* out = (float*)attended_.data + (size_t)blocks_[split.block].first_token * attention_stride_;
+    ops_->merge_chunks(partials_.data() + split.offset + (size_t)h * partial_floats(head_dim_padded_), split.chunks,
+                       split.stride, c.head_dim, head_dim_padded_, out + (size_t)h * c.head_dim);
+  }
+  pool_.barrier(thread);
+}
+
+// What threads take one after another in attention. Heads of a group read the same pages and stay together unless there
+// would be less work than threads; a single token's long context is split into chunks, whose sums are merged afterwards.
+void Model::plan_attention() {
+  const Config& c = config_;
+  items_.clear();
+  splits_.clear();
+  size_t floats = 0;
+  const int group = c.num_heads / c.num_kv_heads, groups = (int)blocks_.size() * c.num_kv_heads;
+  const int parts = std::min(group, (pool_.size() + groups - 1) / groups);
+  // Later blocks of a sequence see more keys: hand the longest out first.
+  for (int i = (int)blocks_.size() - 1; i >= 0; --i) {
+    const int last = token_position_[blocks_[i].first_token] + blocks_[i].rows - 1;
+    const int begin = c.sliding_window ? std::max(0, last - c.sliding_window + 1) : 0;
+    const int first_chunk = begin / kPage / kChunk, chunks = last / kPage / kChunk - first_chunk + 1;
+    const bool split = blocks_[i].rows == 1 && chunks > 1 && pool_.size() > 1;
+    if (split) {
+      const int stride = c.num_heads * partial_floats(head_dim_padded_);
+      splits_.push_back({i, first_chunk, chunks, stride, floats});
+      floats += (size_t)chunks * stride;
+    }
+    for (int kv = 0; kv < c.num_kv_heads; ++kv)
+      for (int part = 0; part < parts; ++part) {
+        const int first = kv * group + group * part / parts, end = kv * group + group * (part + 1) / parts;
+        if (!split) items_.push_back({i, first, end - first, -1, 0});
+        for (int chunk = 0; split && chunk < chunks; ++chunk)
+          items_.push_back({i, first, end - first, chunk, (int)splits_.size() - 1});
+      }
+  }
+  if (partials_.size() < floats) partials_.resize(floats);
+  for (auto& next : next_item_) next.store(0, std::memory_order_relaxed);
 }
 
 void Model::layers(const Batch& b, int thread) {

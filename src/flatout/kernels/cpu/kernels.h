@@ -26,6 +26,7 @@ float log_sum_exp(const float* row, int n);
 void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,
               uint8_t* page);
 void attend(const Attention&);
+void merge_chunks(const float* partial, int chunks, int stride, int head_dim, int head_dim_padded, float* out);
 void attend_amx(const Attention&);
 }  // namespace FLATOUT_ISA
 }  // namespace flatout

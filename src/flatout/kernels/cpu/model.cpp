@@ -56,7 +56,7 @@ Model::Model(const Config& config, int threads, const std::string& isa, int num_
       attention_stride_(round_up(config.num_heads * config.head_dim, kLanes)),
       layers_(config.num_layers),
       scratch_(threads),
-      next_block_(config.num_layers) {
+      next_item_(config.num_layers) {
   expect(num_pages >= 1, "num_pages must be at least 1");
   expect(head_dim_padded_ <= 256, "head_dim must be at most 256");
   page_bytes_ = kv_head_bytes(head_dim_padded_, config.int8_cache);

@@ -79,6 +79,7 @@ class Model {
   void lookup(int32_t token, float* out) const;
   void head(const float* hidden, const int32_t* rows, int count, float* logits, int thread);
   void write_cache(const Batch&, int layer, int thread);
+  void plan_attention();
   void attention(const Batch&, int layer, int thread);
   // Input rows (normed when norm is given) in the form `w` needs, ready on all threads when it returns.
   Activations prepare(const Linear& w, const float* x, int stride, const int32_t* rows, int count,
@@ -108,7 +109,17 @@ class Model {
     int sequence, first_token, rows;
   };
   std::vector<Block> blocks_;
-  std::vector<std::atomic<int>> next_block_;  // attention work taken, one counter a layer
+  struct Item {  // attention work: some heads of one block, all pages or (one token) a chunk of them
+    int block, first_head, heads, chunk, split;
+  };
+  struct Split {  // a block whose pages are split: its partial sums lie at `offset`, chunk by chunk
+    int block, first_chunk, chunks, stride;
+    size_t offset;
+  };
+  std::vector<Item> items_;
+  std::vector<Split> splits_;
+  std::vector<float> partials_;
+  std::vector<std::atomic<int>> next_item_;  // attention work taken, one counter a layer
   bool profiling_ = false, finalized_ = false;
   double timings_[kPhases] = {};
   double last_mark_ = 0.0;

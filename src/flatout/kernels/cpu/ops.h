@@ -11,6 +11,7 @@ namespace flatout {
 
 constexpr int kLanes = 16;     // rows of a panel, lanes of a vector
 constexpr int kPage = 64;      // tokens of a KV page; also the block of the online softmax
+constexpr int kChunk = 4;      // pages whose attention is summed by itself, so that threads can share a long context
 constexpr int kTileRows = 16;  // activation buffers are padded to this many rows
 constexpr int kTileMinimum = 6;  // fewer tokens than this are faster without tiles
 constexpr int kPrefetchBytes = 16384;  // how far ahead of the multiply the weight stream is fetched
@@ -67,7 +68,11 @@ struct Attention {
   float scale = 1.0f;               // 1 / sqrt(E)
   bool int8_cache = true;
   bool bf16_products = false;  // bf16 cache: queries and probabilities may be rounded to bf16
+  // One token: only this chunk of pages, its sums to `partial` ([heads][partial_floats(E)]) instead of `out`.
+  int chunk = -1;
+  float* partial = nullptr;
 };
+inline int partial_floats(int head_dim_padded) { return head_dim_padded + 3; }
 
 // Layout of one page of one kv head, E padded to 16.
 //   int8  keys [E / 4][64 tokens][4] as code + 128, values [64 / 4][E][4] signed, key scales [64], value scales [64]
@@ -104,6 +109,8 @@ struct Ops {
   void (*write_kv)(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,
                    uint8_t* page);
   void (*attend)(const Attention&);
+  // out = the attention of one head from the partial sums of `chunks` chunks, `stride` floats apart
+  void (*merge_chunks)(const float* partial, int chunks, int stride, int head_dim, int head_dim_padded, float* out);
   // Index of the greatest value, the lowest on ties; -1 when some value is not a number
   int (*argmax)(const float* row, int n);
   // log(sum(exp(row))), and the row's greatest value

@@ -4,6 +4,7 @@
 // it was computed alone (decode) or in a block of 16 queries (prefill).
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "ops.h"
@@ -14,23 +15,52 @@ namespace FLATOUT_ISA {
 
 constexpr int kMaxHeadDim = 256;
 
-// Running softmax of up to 16 queries: greatest score so far, denominator, weighted values. Kept as arrays over the
-// queries because each step of one query waits for the last, while queries do not wait for each other. A score becomes a
-// probability by 2^(slope * (score - top)); the slope holds log2(e), the softmax scale and the query's own scale.
-struct SoftmaxBlock {
-  alignas(64) float slope[kTileRows];
+// The attention of up to 16 queries over some keys: greatest score, denominator, weighted values. Kept as arrays over the
+// queries because each step of one query waits for the last, while queries do not wait for each other.
+struct Sums {
   alignas(64) float top[kTileRows], total[kTileRows];
-  alignas(64) float shrink[kTileRows], scale[kTileRows];  // of the page at hand: old sums shrink, new products scale
-  bool shrinks;  // some query's does
   alignas(64) float out[kMaxHeadDim / kLanes][kTileRows][kLanes];  // in the order of the tiles that are added to it
 };
 
+// A score becomes a probability by 2^(slope * (score - top)); the slope holds log2(e), the softmax scale and the query's
+// own scale. Pages are summed into `chunk`, which is folded into `all` every kChunk pages: so the result is the same bits
+// whether one thread takes all pages or several take a chunk each.
+struct SoftmaxBlock {
+  alignas(64) float slope[kTileRows];
+  alignas(64) float shrink[kTileRows], scale[kTileRows];  // of the page at hand: old sums shrink, new products scale
+  bool shrinks;                                           // some query's does
+  Sums chunk, all;
+};
+
+static inline void clear(Sums& s, int rows, int head_dim_padded) {
+  store(s.top, splat(-std::numeric_limits<float>::infinity()));
+  store(s.total, splat(0.0f));
+  for (int d = 0; d < head_dim_padded / kLanes; ++d)
+    for (int r = 0; r < rows; ++r) store(s.out[d][r], splat(0.0f));
+}
+
 static inline void start(SoftmaxBlock& b, int rows, int head_dim_padded) {
-  store(b.top, splat(-std::numeric_limits<float>::infinity()));
-  store(b.total, splat(0.0f));
   store(b.slope, splat(0.0f));
-  for (int r = 0; r < rows; ++r)
-    for (int d = 0; d < head_dim_padded / kLanes; ++d) store(b.out[d][r], splat(0.0f));
+  clear(b.chunk, rows, head_dim_padded);
+  clear(b.all, rows, head_dim_padded);
+}
+
+// all += chunk; chunk = nothing
+static inline void fold(SoftmaxBlock& b, int rows, int head_dim_padded) {
+  const f32x16 slope = load<f32x16>(b.slope), old_top = load<f32x16>(b.all.top), new_top = load<f32x16>(b.chunk.top);
+  const f32x16 top = max(new_top, old_top);
+  const auto shrink = [&](f32x16 t) { return select(t == top, splat(1.0f), exp2((t - top) * slope)); };
+  const f32x16 old_factor = shrink(old_top), new_factor = shrink(new_top);
+  alignas(64) float factors[2][kTileRows];
+  store(factors[0], old_factor);
+  store(factors[1], new_factor);
+  store(b.all.top, top);
+  store(b.all.total, fma(load<f32x16>(b.all.total), old_factor, load<f32x16>(b.chunk.total) * new_factor));
+  for (int d = 0; d < head_dim_padded / kLanes; ++d)
+    for (int r = 0; r < rows; ++r)
+      store(b.all.out[d][r], fma(load<f32x16>(b.all.out[d][r]), splat(factors[0][r]),
+                                 load<f32x16>(b.chunk.out[d][r]) * splat(factors[1][r])));
+  clear(b.chunk, rows, head_dim_padded);
 }
 
 // Pages of which some row sees something, from the first to the last.
@@ -39,8 +69,11 @@ struct PageRange {
 };
 static inline PageRange visible_pages(const Attention& a) {
   const int begin = a.window > 0 ? a.first_position - a.window + 1 : 0;
-  return {begin < 0 ? 0 : begin / kPage, (a.first_position + (a.rows - 1) * a.step) / kPage};
+  const PageRange all = {begin < 0 ? 0 : begin / kPage, (a.first_position + (a.rows - 1) * a.step) / kPage};
+  if (!a.partial) return all;
+  return {std::max(all.first, a.chunk * kChunk), std::min(all.last, a.chunk * kChunk + kChunk - 1)};
 }
+static inline bool ends_chunk(int page, PageRange range) { return page == range.last || page % kChunk == kChunk - 1; }
 
 // What each row sees of page p, a bit a key; true when that is all of it for all of them.
 constexpr uint64_t kAllKeys = ~(uint64_t)0;
@@ -75,7 +108,7 @@ static inline __attribute__((always_inline)) void advance_page(SoftmaxBlock& b, 
     }
     best[r] = max(max(s[0], s[1]), max(s[2], s[3]));
   }
-  const f32x16 slope = load<f32x16>(b.slope), old_top = load<f32x16>(b.top);
+  const f32x16 slope = load<f32x16>(b.slope), old_top = load<f32x16>(b.chunk.top);
   const f32x16 top = max(max_rows(best, rows), old_top);
   const i32x16 moved = top != old_top;
   const f32x16 shrink = select(moved, exp2((old_top - top) * slope), splat(1.0f));
@@ -83,7 +116,7 @@ static inline __attribute__((always_inline)) void advance_page(SoftmaxBlock& b, 
   for (int r = 0; r < rows; ++r) b.shrinks |= moved[r] != 0;
   alignas(64) float offset[kTileRows];
   store(offset, -(top * slope));
-  store(b.top, top);
+  store(b.chunk.top, top);
   store(b.shrink, shrink);
   for (int r = 0; r < rows; ++r) {
     f32x16 p[4];
@@ -102,7 +135,7 @@ static inline __attribute__((always_inline)) void advance_page(SoftmaxBlock& b, 
     }
     for (int i = 0; i < 4; ++i) store(scores[r] + i * kLanes, p[i]);
   }
-  store(b.total, fma(load<f32x16>(b.total), shrink, sum_rows(sums, rows)));
+  store(b.chunk.total, fma(load<f32x16>(b.chunk.total), shrink, sum_rows(sums, rows)));
   if (!value_scales) return;
   const f32x16 greatest = max_rows(best, rows);
   alignas(64) float inverse[kTileRows];
@@ -161,9 +194,9 @@ static inline void quantize_queries(const Attention& a, const float* q, int8_t* 
 }
 
 static inline void finish(const SoftmaxBlock& b, int r, int head_dim, float* out) {
-  const f32x16 inverse = splat(1.0f / b.total[r]);
+  const f32x16 inverse = splat(1.0f / b.all.total[r]);
   for (int d = 0; d < head_dim; d += kLanes)
-    store_some(out + d, load<f32x16>(b.out[d / kLanes][r]) * inverse, head_dim - d);
+    store_some(out + d, load<f32x16>(b.all.out[d / kLanes][r]) * inverse, head_dim - d);
 }
 
 // Parts of page p of one kv head; a bf16 page has no scales.
