@@ -7,7 +7,6 @@ FlatoutError                exit code 2
   ResourceError             not enough memory, disk or time, found out before the work starts
   BackendError              a runner, compiler or library that was asked for is not available
   EvidenceError             a certificate or measurement cannot be formed from what was given
-BudgetError                 exit code 3: the work is done, no candidate met the budget
 """
 
 from __future__ import annotations
@@ -50,9 +49,3 @@ class BackendError(FlatoutError):
 
 class EvidenceError(FlatoutError):
     """The text or the measurements given cannot support the claim that was asked for."""
-
-
-class BudgetError(FlatoutError):
-    """No candidate met the quality or time budget."""
-
-    exit_code = 3

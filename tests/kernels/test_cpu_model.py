@@ -136,7 +136,9 @@ def test_threads_that_share_a_long_context_change_no_bit(family, kv_cache):
 
     def forward(runner, start, stop, rows):
         starts, lengths = np.array([start], np.int32), np.array([stop - start], np.int32)
-        return runner.forward(StepInput(np.asarray(tokens[start:stop], np.int32), starts, lengths, pages), rows)
+        return runner.forward(
+            StepInput(np.asarray(tokens[start:stop], np.int32), starts, lengths, pages), rows
+        )
 
     alone = CpuRunner(model, 1, None, 10)
     first = forward(alone, 0, 500, "all")
@@ -148,4 +150,6 @@ def test_threads_that_share_a_long_context_change_no_bit(family, kv_cache):
         # The edges of chunks of 256 positions, and in the middle of one.
         for position in (0, 254, 255, 256, 257, 400, 511, 512, 513, 599):
             one = forward(runner, position, position + 1, "last")
-            np.testing.assert_array_equal(one[0], expected[position], err_msg=f"{threads} threads at {position}")
+            np.testing.assert_array_equal(
+                one[0], expected[position], err_msg=f"{threads} threads at {position}"
+            )

@@ -213,7 +213,13 @@ class FakeBench:
         )
 
     def race(
-        self, first: Recipe | None, second: Recipe, workload: Workload, max_seconds: float, step: Any
+        self,
+        first: Recipe | None,
+        second: Recipe,
+        workload: Workload,
+        max_seconds: float,
+        min_pairs: int,
+        step: Any,
     ) -> dict[str, SpeedResult]:
         assert second in self.built
         self._call(f"race {'baseline' if first is None else first.name} {second.name}")

@@ -239,6 +239,16 @@ def test_more_noise_needs_more_text(tmp_path: Path) -> None:
     assert chances == sorted(chances, reverse=True)
 
 
+def test_a_plan_may_ask_what_a_smaller_loss_would_take(tmp_path: Path) -> None:
+    losses = validation(0.1)
+    seen = plan_opening(losses, sealed(), ORIGINAL, ledger=tmp_path)
+    less = plan_opening(losses, sealed(), ORIGINAL, ledger=tmp_path, less=0.002)
+    assert less.delta == pytest.approx(seen.delta - 0.002)
+    assert less.needed is not None
+    assert less.needed < (seen.needed or math.inf)
+    assert less.chance > seen.chance
+
+
 def test_text_is_capped(tmp_path: Path) -> None:
     holdout = sealed(most_tokens=1000)
     assert len(holdout.clusters) == 1000 // 59

@@ -16,7 +16,7 @@ from flatout._version import __version__
 from flatout.cli import main as module
 from flatout.cli.main import COMMANDS, main
 from flatout.cli.optimize import summary
-from flatout.errors import BudgetError, ModelFileError
+from flatout.errors import ModelFileError, ResourceError
 
 FLAGS = {
     "doctor": {"--json"},
@@ -141,15 +141,15 @@ def test_errors_are_one_line_with_rule_value_and_remedy(
 def test_errors_under_json_are_one_object(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command(monkeypatch, raising(BudgetError("a rule", "a value", "a remedy")))
+    command(monkeypatch, raising(ResourceError("a rule", "a value", "a remedy")))
     monkeypatch.setattr(module, "COMMANDS", {"doctor": ""})
-    assert main(["doctor", "--as-json"]) == 3
+    assert main(["doctor", "--as-json"]) == 2
     assert capsys.readouterr().out == ""
-    assert module._fail(BudgetError("a rule", "a value", "a remedy"), as_json=True) == 3
+    assert module._fail(ResourceError("a rule", "a value", "a remedy"), as_json=True) == 2
     printed = json.loads(capsys.readouterr().out)
     assert printed == {
-        "error": {"type": "BudgetError", "rule": "a rule", "value": "a value", "remedy": "a remedy"},
-        "exit_code": 3,
+        "error": {"type": "ResourceError", "rule": "a rule", "value": "a value", "remedy": "a remedy"},
+        "exit_code": 2,
     }
 
 

@@ -146,6 +146,34 @@ def test_memory_follows_the_control_groups_limit(
     assert free_memory(root) == min(expected, 20000000 * 1024)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "proc/self/cgroup": "0::/pod/job\n",
+            "sys/fs/cgroup/pod/job/memory.max": "max\n",
+            "sys/fs/cgroup/pod/memory.max": "8000000000\n",
+            "sys/fs/cgroup/pod/memory.current": "5000000000\n",
+            "sys/fs/cgroup/pod/memory.stat": "anon 3900000000\ninactive_file 1000000000\nactive_file 7\n",
+        },
+        {
+            "proc/self/cgroup": "4:memory:/job\n",
+            "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "8000000000\n",
+            "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "5000000000\n",
+            "sys/fs/cgroup/memory/job/memory.stat": "cache 9\ntotal_inactive_file 1000000000\n",
+        },
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_free_memory_is_what_the_control_group_has_left(tmp_path: Path, files: dict[str, str]) -> None:
+    """Of 8 GB 5 are in use, 1 of them by files that can be read again."""
+    root = machine(tmp_path, FULL | files)
+    assert available_memory(root) == 8000000000
+    assert free_memory(root) == 4000000000
+    full = {name: "9000000000\n" for name in files if name.endswith(("memory.current", "usage_in_bytes"))}
+    assert free_memory(machine(tmp_path / "full", FULL | files | full)) == 0
+
+
 def test_the_fingerprint_tells_machines_apart_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from flatout.core.formats import Recipe, uniform
 from flatout.core.fuse import assemble, float_recipe
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
-from flatout.models.llama import Cache, Llama, round_keys_or_values
+from flatout.models.llama import Cache, Llama, attention, round_keys_or_values
 
 SPECS = {
     "llama": tiny_spec("llama"),
@@ -54,6 +54,17 @@ def test_cached_steps_equal_one_pass(spec: ModelSpec) -> None:
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-4, atol=1e-4)
     assert cache.length == 23
     torch.testing.assert_close(model.forward(tokens, last_only=True), whole[-1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 9, 10, 4])
+def test_attention_at_once_is_attention_token_by_token(window: int | None) -> None:
+    """The fused kernel, which takes whole prompts, against the formula, which takes what continues them."""
+    draw = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(9, heads, 16, generator=draw) for heads in (6, 2, 2))
+    whole = attention(q, k, v, torch.arange(9), window)
+    for i in range(1, 9):
+        last = attention(q[i : i + 1], k[: i + 1], v[: i + 1], torch.tensor([i]), window)
+        torch.testing.assert_close(whole[i : i + 1], last)
 
 
 def test_sliding_window_forgets() -> None:

@@ -109,7 +109,7 @@ def test_changes_take_effect_in_order(body: str, changes: list[str]) -> None:
         ("w3a8", "a format is"),
         ("w4a8", "4-bit weights need one"),
         ("w8a8-g128", "groups must divide the width"),
-        ("w8a8/awq", "after the slash stands rtn, gptq, smooth, smooth-gptq"),
+        ("w8a8/awq", "after the slash stands rtn, gptq, smooth"),
         ("w8a8/native", "after the slash stands"),
         ("w8a8,head", "a change is PLACE=FORMAT"),
         ("w8a8,head=", "a change is PLACE=FORMAT"),

@@ -11,7 +11,7 @@ from flatout.core.formats import Recipe, uniform
 from flatout.core.fuse import float_recipe
 from flatout.core.model import Model
 from flatout.engine.engine import Engine
-from flatout.engine.reference import ReferenceRunner
+from flatout.engine.reference import _HEAD_ROWS, ReferenceRunner
 from flatout.engine.request import SamplingParams
 from flatout.engine.runner import StepInput
 from flatout.engine.sampler import log_probabilities, sample_row
@@ -70,6 +70,24 @@ def test_checkpoint_runs_exactly_and_scores() -> None:
     for doc, got in zip(docs, score_documents(runner, docs, step_tokens=16), strict=True):
         logits = Llama(source).forward(doc[:-1]).numpy()
         np.testing.assert_allclose(got, log_probabilities(logits, np.array(doc[1:])), atol=1e-5)
+
+
+def test_scores_of_a_long_step_are_those_of_its_logits() -> None:
+    """More tokens than the head takes at a time, of two sequences, one with a sliding window in its way."""
+    for family in ("llama", "mistral"):
+        runner = ReferenceRunner(tiny_source(tiny_spec(family), seed=2), num_pages=8, page_size=64)
+        rng = np.random.default_rng(3)
+        lengths = np.array([_HEAD_ROWS + 30, 47], dtype=np.int32)
+        batch = StepInput(
+            rng.integers(0, 320, lengths.sum(), dtype=np.int32),
+            np.zeros(2, dtype=np.int32),
+            lengths,
+            np.array([[3, 1, 0], [7, -1, -1]], dtype=np.int32),
+        )
+        targets = rng.integers(0, 320, lengths.sum(), dtype=np.int32)
+        expected = log_probabilities(runner.forward(batch, "all"), targets)
+        # Both round to float32, and products of other shapes add up in another order.
+        np.testing.assert_allclose(runner.score(batch, targets), expected, rtol=0, atol=1e-5)
 
 
 def test_forward_rows() -> None:

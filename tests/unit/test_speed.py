@@ -18,7 +18,8 @@ from flatout.engine.request import SamplingParams
 from flatout.errors import ConfigError, EvidenceError
 from flatout.verify import speed
 from flatout.verify.drivers import RunnerDriver, tokens_per_second, workload_prompts
-from flatout.verify.foreign_load import Ticks, foreign_load, parse_stat, read_ticks
+from flatout.verify.foreign_load import Ticks, foreign_load, parse_stat, read_ticks, until_quiet
+from flatout.verify.race import decode_window, race_workload
 from flatout.verify.speed import SpeedResult, ab_test
 
 
@@ -193,6 +194,18 @@ def test_foreign_load_is_what_this_process_did_not_use() -> None:
     assert foreign_load(start, None) is None
 
 
+@pytest.mark.parametrize(
+    ("loads", "kept"), [([0.1], [0]), ([0.9, 0.3, 0.15], [2]), ([0.9, 0.3, 0.5], [0, 1, 2]), ([None], [0])]
+)
+def test_what_is_measured_beside_other_load_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, loads: list[float | None], kept: list[int]
+) -> None:
+    values, count = iter(loads), itertools.count()
+    monkeypatch.setattr("flatout.verify.foreign_load.foreign_load", lambda before, after: next(values))
+    assert until_quiet(lambda: next(count), cores=2) == kept
+    assert next(values, "all used") == "all used"
+
+
 def test_no_meter_without_proc(tmp_path: Path) -> None:
     assert read_ticks(tmp_path / "stat") is None
 
@@ -219,6 +232,77 @@ def test_driver_generates_what_the_model_says() -> None:
     runner.steps.clear()
     assert driver.prefill(prompts) > 0
     assert runner.steps == [(1, 4), (1, 4), (1, 2)] * 2
+
+
+def test_a_decoder_starts_every_time_at_the_end_of_one_prefill() -> None:
+    prompts = [[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]]
+    seen: list[np.ndarray] = []
+
+    class Recorder(ToyRunner):
+        def sample(self, *args: object, **options: object) -> np.ndarray:
+            seen.append(super().sample(*args, **options))  # type: ignore[arg-type]
+            return seen[-1]
+
+    runner = Recorder(num_pages=8, page_size=4)
+    decode = RunnerDriver(runner, step_tokens=8).decoder(prompts, 4)
+    assert decode() > 0
+    assert decode() > 0
+    assert runner.steps == [(1, 5)] * 2 + [(2, 2)] * (1 + 4) * 2
+    greedy = SamplingParams(max_tokens=5, ignore_eos=True)
+    for first in (3, 8):  # after the untimed step of either call
+        for i, prompt in enumerate(prompts):
+            own = [int(seen[i][0]), *(int(step[i]) for step in seen[first : first + 4])]
+            assert own == toy_generate(prompt, greedy)
+
+
+@pytest.mark.parametrize(
+    ("workload", "window"),
+    [
+        (Workload(prompt=1024, output=96), (1060, 24)),
+        (Workload(prompt=10, output=25), (10, 24)),
+        (Workload(prompt=10, output=5), (10, 5)),
+    ],
+)
+def test_decode_is_timed_in_the_middle_of_the_output(workload: Workload, window: tuple[int, int]) -> None:
+    assert decode_window(workload) == window
+
+
+def test_a_race_gives_the_seconds_of_the_whole_workload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 1 ms and a microsecond for every token before it: 96 from 100 on take 110.16 ms."""
+
+    class Linear:
+        name = "linear"
+
+        def __init__(self, factor: float) -> None:
+            self.factor, self.prompts = factor, set()
+
+        def prefill(self, prompts: list[list[int]]) -> float:
+            self.prompts.add(len(prompts[0]))
+            return self.factor * 0.5
+
+        def decode(self, prompts: list[list[int]], tokens: int) -> float:
+            raise AssertionError("a race uses a decoder")
+
+        def decoder(self, prompts: list[list[int]], tokens: int) -> Callable[[], float]:
+            self.prompts.add(len(prompts[0]))
+            return lambda: self.factor * sum(1e-3 + 1e-6 * (len(prompts[0]) + i) for i in range(tokens))
+
+    monkeypatch.setattr(speed.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(speed, "read_ticks", lambda: None)
+    a, b, seen = Linear(3.0), Linear(1.0), []
+    workload = Workload(prompt=100, output=96)
+    found = race_workload(
+        a, b, ByteTokenizer(), workload, prefill_s=1, decode_s=1, progress=lambda *step: seen.append(step[0])
+    )
+    assert a.prompts == b.prompts == {100, 136}
+    assert set(seen) == {"prefill", "decode"}
+    prefill, decode = found["prefill"], found["decode"]
+    whole = sum(1e-3 + 1e-6 * (100 + i) for i in range(96))
+    assert prefill.timed_share == 1
+    assert decode.timed_share == pytest.approx(1 / 4)
+    assert (prefill.seconds_b.median, decode.seconds_b.median) == pytest.approx((0.5, whole))
+    assert (decode.seconds_a.p20, decode.samples_a[0]) == pytest.approx((3 * whole, 3 * whole))
+    assert (prefill.ratio, decode.ratio) == pytest.approx((3.0, 3.0))
 
 
 def test_driver_refuses_what_does_not_fit() -> None:
@@ -305,6 +389,14 @@ def test_baseline_decodes_greedily_from_the_whole_prompt(tmp_path: Path, single_
         for ids, *_ in calls[1:]:
             assert torch.equal(ids, model(tokens).logits[:, -1:].argmax(-1)), "as without a cache"
             tokens = torch.cat([tokens, ids], dim=1)
+    calls.clear()
+    decode = baseline.decoder(prompts, 3)
+    assert decode() > 0
+    assert decode() > 0
+    assert [tuple(ids.shape) for ids, *_ in calls] == [(2, 4), *[(2, 1)] * (1 + 3) * 2]
+    for one, other in zip(calls[2:5], calls[6:9], strict=True):
+        assert torch.equal(one[1], other[1]), "every call starts where the prompts end"
+    assert torch.equal(calls[1][0], calls[2][0]), "and so does its untimed step"
     assert all(threads == 2 and inference for *_, threads, inference in calls)
     assert torch.get_num_threads() == 1, "the thread count is put back"
     with pytest.raises(ConfigError, match="one length"):

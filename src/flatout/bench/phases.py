@@ -35,7 +35,8 @@ PHASES = (
 class Contender:
     """An engine with one format, and what it costs in quality against the original in its stored precision.
 
-    loss: relative increase of the perplexity; loss_upper: its one-sided 95 % bound.
+    loss: relative increase of the perplexity; loss_upper: its one-sided 95 % bound, None for fewer
+    passages than a spread can be estimated from.
     """
 
     engine: str
@@ -44,7 +45,7 @@ class Contender:
     details: str
     perplexity: float
     loss: float
-    loss_upper: float
+    loss_upper: float | None
 
     @property
     def name(self) -> str:

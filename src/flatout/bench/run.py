@@ -44,7 +44,7 @@ from flatout.verify.quality import (
     score_model,
     token_clusters,
 )
-from flatout.verify.statistics import ratio_bound
+from flatout.verify.statistics import FEWEST_FOR_SPREAD, moments, ratio_bound
 
 OURS = "flatout"
 _PAGE = 64
@@ -211,15 +211,17 @@ def _judge(
         scores.append(np.asarray(entry.side.score(cluster.tokens), dtype=np.float32))
     losses = pair_scores(clusters, base, scores)
     _, perplexity = perplexities(losses)
-    bound = ratio_bound(*arrays(losses), 0.05)
+    # Of a few passages a bootstrapped bound can be any number at all.
+    enough = len(losses) >= FEWEST_FOR_SPREAD
+    bound = ratio_bound(*arrays(losses), 0.05) if enough else None
     return Contender(
         engine=entry.engine,
         format=entry.format,
         version=entry.version,
         details=entry.details,
         perplexity=perplexity,
-        loss=math.expm1(bound.delta),
-        loss_upper=math.expm1(bound.upper),
+        loss=math.expm1(moments(*arrays(losses)).delta),
+        loss_upper=None if bound is None else math.expm1(bound.upper),
     )
 
 

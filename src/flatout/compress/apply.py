@@ -28,9 +28,8 @@ def compress(
     fp32 and bf16 weights stay float32 arrays. q4_0, q4_1 and q8_0 take the file's blocks whatever the
     method, and so does any weight that the file already holds in the format asked for. The rest is rounded
     by `recipe.method`: rtn searches each 4-bit group's range; gptq needs `calibration`, token lists whose
-    activations decide how errors are spread, and rounds embedding and head to nearest; smooth and
-    smooth-gptq first rescale, by the same text, what feeds linears with one activation scale a token;
-    native rounds nothing.
+    activations decide how errors are spread, and rounds embedding and head to nearest; smooth first
+    rescales, by the same text, what feeds linears with one activation scale a token; native rounds nothing.
 
     Raises ConfigError for a recipe that does not fit before any work, and UnsupportedModelError where
     blocks are missing.
@@ -44,16 +43,15 @@ def compress(
             f"method {recipe.method} needs calibration text", "none", "method rtn, or give token lists"
         )
     spec = source.spec
-    if recipe.method in ("smooth", "smooth-gptq"):
+    if recipe.method == "smooth":
         from flatout.compress.smooth import smooth  # loads PyTorch
 
         source = smooth(source, recipe, documents, progress)
     calibrated: Mapping[str, Weight] = {}
-    if recipe.method in ("gptq", "smooth-gptq"):
+    if recipe.method == "gptq":
         from flatout.compress.gptq import gptq_layers  # loads PyTorch
 
-        smoothed = recipe.method == "smooth-gptq"
-        calibrated = gptq_layers(source, recipe, documents, progress, relative=smoothed)
+        calibrated = gptq_layers(source, recipe, documents, progress)
     expected = list(expected_weights(spec, recipe))
     weights: dict[str, Weight] = {}
     for done, (name, _, fmt) in enumerate(expected):

@@ -29,7 +29,7 @@ from flatout.core.fuse import Source, float_weight, native_weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
-from flatout.models.llama import Cache, Llama, attention, decoder_layer
+from flatout.models.llama import Cache, Llama, attention, decoder_layer, rope_turns
 
 _BLOCK = 128  # columns whose updates are applied to the rest of the matrix together
 _DAMPINGS = (1.0, 10.0, 100.0)  # tried in turn when H is too close to singular
@@ -116,30 +116,18 @@ class Documents(Cache):
         return torch.cat(read)
 
 
-def relative_to(hidden: Tensor, inputs: Tensor) -> Tensor:
-    """`inputs` (T, K) of o or down, each token divided by the size of its hidden state (T, D).
-
-    What they add to a token is soon divided by that size in a norm, and so is their error; without this a
-    few tokens with huge states outweigh all others.
-    """
-    size = hidden.square().mean(dim=1, keepdim=True).sqrt()
-    return inputs / torch.clamp(size, min=1e-6)
-
-
 @torch.no_grad()
 def gptq_layers(
     source: Source,
     recipe: Recipe,
     documents: Sequence[np.ndarray],
     progress: Progress | None = None,
-    relative: bool = False,
 ) -> dict[str, QuantizedTensor]:
     """Fused name -> rounded weight of every linear of `source` whose format rounding can make.
 
     documents: token ids, each a sequence of its own. All documents pass a linear together; it is rounded to
     suit what it receives and then used rounded, so that everything after it makes up for its error. Linears
-    in float and native formats are used as they are. relative: for o and down, weigh tokens as `relative_to`
-    does.
+    in float and native formats are used as they are.
     """
     spec = source.spec
     rounded: dict[str, QuantizedTensor] = {}
@@ -153,8 +141,7 @@ def gptq_layers(
         if fmt.is_native:
             weight = native_weight(source, name, fmt).dequantize()
         elif fmt.is_integer:
-            weighed = relative_to(x, inputs) if relative and what in ("o", "down") else inputs
-            hessian = (weighed.T @ weighed / len(weighed)).numpy()
+            hessian = (inputs.T @ inputs / len(inputs)).numpy()
             rounded[name] = gptq(float_weight(source, name), hessian, fmt)
             weight = rounded[name].dequantize()
         else:
@@ -163,6 +150,7 @@ def gptq_layers(
 
     cache = Documents([len(document) for document in documents])
     positions = torch.cat([torch.arange(len(document)) for document in documents])
+    turns = rope_turns(spec, positions)
     x = Llama(source).embed(torch.from_numpy(np.concatenate(documents).astype(np.int64)))
     for layer in range(spec.num_layers):
         x = decoder_layer(
@@ -170,6 +158,7 @@ def gptq_layers(
             layer,
             x,
             positions,
+            turns,
             linear=linear,
             vector=lambda name: as_tensor(float_weight(source, name)),
             cache=cache,

@@ -32,19 +32,19 @@ import torch
 from torch import Tensor
 
 from flatout.compress.apply import Progress
-from flatout.compress.gptq import Documents, relative_to
+from flatout.compress.gptq import Documents
 from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.fuse import Source, float_weight, native_format, source_names
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
-from flatout.models.llama import Llama, decoder_layer, rms_norm
+from flatout.models.llama import Llama, decoder_layer, rms_norm, rope_turns
 
 _DOCUMENTS, _TOKENS = 16, 2048  # of calibration text, at most, that pass through the model
 _FITTED_TOKENS = 512  # of these, evenly spaced, that factors are fitted to
 _WEIGHT_ROWS = 4096  # rows of a weight, evenly spaced, that factors are fitted to
-_STEPS = 60
+_STEPS = 40
 _RATE = 0.1  # first step in log s; it falls to zero along a cosine
 _START = 0.65  # SmoothQuant's exponent, where the descent starts
 _FAINTEST = 1e-3
@@ -132,6 +132,16 @@ def fit_factors(x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
     return torch.exp(best)
 
 
+def relative_to(hidden: Tensor, inputs: Tensor) -> Tensor:
+    """`inputs` (T, K) of o or down, each token divided by the size of its hidden state (T, D).
+
+    What they add to a token is soon divided by that size in a norm, and so is their error; without this a
+    few tokens with huge states outweigh all others.
+    """
+    size = hidden.square().mean(dim=1, keepdim=True).sqrt()
+    return inputs / torch.clamp(size, min=1e-6)
+
+
 def _audible(squares: Tensor) -> Tensor:
     """`squares` (rows, K) with the mean of every column raised to _FAINTEST^2 of the median one; ones if all
     are 0."""
@@ -186,6 +196,7 @@ def smooth(
     documents = [document[: _TOKENS // len(documents)] for document in documents]
     cache = Documents([len(document) for document in documents])
     positions = torch.cat([torch.arange(len(document)) for document in documents])
+    turns = rope_turns(spec, positions)
     x = Llama(source).embed(torch.from_numpy(np.concatenate(documents).astype(np.int64)))
 
     def linear(name: str, inputs: Tensor) -> Tensor:
@@ -199,6 +210,7 @@ def smooth(
             layer,
             x,
             positions,
+            turns,
             linear=linear,
             vector=lambda name: as_tensor(float_weight(source, name)),
             cache=cache,

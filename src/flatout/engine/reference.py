@@ -13,9 +13,13 @@ from flatout.core.fuse import Source
 from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
 from flatout.engine.runner import StepInput, check_step
-from flatout.engine.sampler import log_probabilities, sample
+from flatout.engine.sampler import sample
 from flatout.errors import ConfigError
 from flatout.models.llama import Cache, Llama
+
+_HEAD_ROWS = 128
+"""Tokens whose float32 logits are held at a time: memory that the allocator keeps, instead of fetching and
+clearing new pages for every step."""
 
 
 class ReferenceRunner:
@@ -44,19 +48,30 @@ class ReferenceRunner:
         self._values = torch.full(shape, torch.nan)
 
     def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:
-        check_step(batch, self.spec, self.page_size, self.num_pages)
-        logits = []
-        first = 0
-        for start, length, pages in zip(batch.starts, batch.lengths, batch.pages, strict=True):
-            tokens = batch.tokens[first : first + length]
-            cache = _Pages(self._keys, self._values, pages, self.page_size, int(start), int(length))
-            logits.append(self._llama.forward(tokens, cache, last_only=rows == "last"))
-            first += length
-        joined: np.ndarray = torch.cat(logits).numpy()
-        return joined
+        hidden = self._hidden(batch)
+        if rows == "last":
+            hidden = hidden[torch.from_numpy(np.cumsum(batch.lengths) - 1)]
+        logits: np.ndarray = self._llama.head(hidden).numpy()
+        return logits
 
     def score(self, batch: StepInput, targets: np.ndarray) -> np.ndarray:
-        return log_probabilities(self.forward(batch, "all"), targets)
+        hidden, ids = self._hidden(batch), torch.from_numpy(np.asarray(targets, dtype=np.int64))
+        scores = torch.empty(len(ids))
+        for start in range(0, len(ids), _HEAD_ROWS):
+            piece = slice(start, start + _HEAD_ROWS)
+            scores[piece] = _log_probabilities(self._llama.head(hidden[piece]), ids[piece])
+        found: np.ndarray = scores.numpy()
+        return found
+
+    def _hidden(self, batch: StepInput) -> Tensor:
+        """Hidden states (T, D) of all new tokens, sequence by sequence."""
+        check_step(batch, self.spec, self.page_size, self.num_pages)
+        found, first = [], 0
+        for start, length, pages in zip(batch.starts, batch.lengths, batch.pages, strict=True):
+            cache = _Pages(self._keys, self._values, pages, self.page_size, int(start), int(length))
+            found.append(self._llama.hidden(batch.tokens[first : first + length], cache))
+            first += length
+        return torch.cat(found)
 
     def sample(
         self,
@@ -68,6 +83,15 @@ class ReferenceRunner:
     ) -> np.ndarray:
         logits = self.forward(batch, "last")
         return sample(logits, batch.starts + batch.lengths, temperature, top_k, top_p, seeds)
+
+
+def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """float32 (T,): `sampler.log_probabilities`, with exponentials in float32 (each right to 1e-7), summed in
+    float64. Overwrites the logits."""
+    top = logits.amax(dim=1, keepdim=True)
+    chosen = (logits.gather(1, targets[:, None]) - top)[:, 0].double()
+    total = logits.sub_(top).exp_().sum(dim=1, dtype=torch.float64)
+    return (chosen - total.log()).float()
 
 
 class _Pages(Cache):
@@ -91,4 +115,6 @@ class _Pages(Cache):
         keys, values = self._store
         keys[layer, self._slots[self._start :]] = k
         values[layer, self._slots[self._start :]] = v
+        if self._start == 0:
+            return k, v
         return keys[layer, self._slots], values[layer, self._slots]

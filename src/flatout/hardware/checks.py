@@ -15,8 +15,7 @@ from flatout.core.types import Hardware
 from flatout.hardware.detect import free_memory
 
 _PACKAGES = {
-    "numpy": "", "scipy": "", "safetensors": "", "tokenizers": "", "gguf": "", "typer": "", "rich": "",
-    "jinja2": "", "torch": "",
+    "numpy": "", "scipy": "", "tokenizers": "", "typer": "", "rich": "", "jinja2": "", "torch": "",
     "transformers": "baselines and round trips", "compressed-tensors": "baselines and round trips",
     "accelerate": "baselines and round trips", "huggingface_hub": "Hugging Face ids as models",
 }  # fmt: skip

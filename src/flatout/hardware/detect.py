@@ -86,18 +86,33 @@ def available_cores(root: Path = Path("/")) -> int:
 
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes of memory this process may ever use: the machine's, cut by the control group's limit."""
-    memory = _meminfo(root, "MemTotal")
+    limits = [limit for _, limit in _memory_limits(root)]
+    machine = _meminfo(root, "MemTotal")
+    return min([machine, *limits] if machine else limits, default=0)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that could be allocated now without swapping, in the machine and in every control group."""
+    left = [max(0, limit - _used(folder)) for folder, limit in _memory_limits(root)]
+    return min([_meminfo(root, "MemAvailable"), *left])
+
+
+def _memory_limits(root: Path) -> list[tuple[Path, int]]:
+    """(folder, bytes) of the control groups around this process that limit memory."""
+    found = []
     for folder in _control_groups(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             limit = _read(folder / name).strip()
             if limit.isdigit() and int(limit) > 0:
-                memory = min(memory, int(limit)) if memory else int(limit)
-    return memory
+                found.append((folder, int(limit)))
+    return found
 
 
-def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that could be allocated now without swapping."""
-    return min(_meminfo(root, "MemAvailable"), available_memory(root))
+def _used(folder: Path) -> int:
+    """Bytes in use by a control group, without the file cache that it would give back."""
+    used = _read(folder / "memory.current").strip() or _read(folder / "memory.usage_in_bytes").strip()
+    cache = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+    return int(used) - (int(cache[1]) if cache else 0) if used.isdigit() else 0
 
 
 def _meminfo(root: Path, key: str) -> int:

@@ -33,8 +33,8 @@ Linear = Callable[[str, Tensor], Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
-    """x / rms(x) * (offset + weight) over the last dimension."""
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon) * (offset + weight)
+    """x / rms(x) * (offset + weight) over the last dimension, with rms(x) = sqrt(mean(x^2) + epsilon)."""
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], offset + weight, epsilon)
 
 
 def rope_frequencies(spec: ModelSpec) -> Tensor:
@@ -56,10 +56,15 @@ def rope_frequencies(spec: ModelSpec) -> Tensor:
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
-def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    """RoPE on x (T, heads, E): dimension e is paired with e + E/2 and turned by position * frequency[e]."""
-    angles = positions[:, None].float() * frequencies[None, :]
-    cos, sin = angles.cos()[:, None, :], angles.sin()[:, None, :]
+def rope_turns(spec: ModelSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (T, 1, E/2), of position * frequency: the same for every layer."""
+    angles = positions[:, None].float() * rope_frequencies(spec)[None, :]
+    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+
+
+def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE on x (T, heads, E): dimension e is paired with e + E/2 and turned by its angle."""
+    cos, sin = turns
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -68,6 +73,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | 
     """q (T, H, E) at `positions` over k, v (S, G, E) at positions 0..S-1 -> (T, H * E). Causal; query head
     h reads key head h // (H / G); with a window, keys at least `window` positions back are not seen."""
     tokens, heads, size = q.shape
+    # Queries that are all there is, in no window's way, are what PyTorch's fused kernel takes.
+    if tokens == k.shape[0] and (window is None or window >= tokens):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        read = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return read[0].transpose(0, 1).reshape(tokens, heads * size)
     repeat = heads // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = torch.einsum("the,she->hts", q, k) / math.sqrt(size)
@@ -124,13 +134,15 @@ def decoder_layer(
     layer: int,
     x: Tensor,
     positions: Tensor,
+    turns: tuple[Tensor, Tensor],
     *,
     linear: Linear,
     vector: Callable[[str], Tensor],
     cache: Cache,
     kv_cache: str = "fp32",
 ) -> Tensor:
-    """One layer on x (T, D). `vector` returns norms and biases by fused name."""
+    """One layer on x (T, D) at `positions` with their `rope_turns`. `vector` returns norms and biases by
+    fused name."""
     p = f"layers.{layer}."
     tokens = x.shape[0]
     epsilon, offset = spec.rms_norm_eps, spec.norm_offset
@@ -143,8 +155,7 @@ def decoder_layer(
     )
     if spec.qk_norm:
         q, k = rms_norm(q, vector(p + "q_norm"), epsilon), rms_norm(k, vector(p + "k_norm"), epsilon)
-    frequencies = rope_frequencies(spec)
-    q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+    q, k = rotate(q, turns), rotate(k, turns)
     k, v = round_keys_or_values(k, kv_cache), round_keys_or_values(v, kv_cache)
     x = x + linear(p + "o", cache.attend(layer, q, k, v, positions, spec.sliding_window))
 
@@ -231,6 +242,7 @@ class Llama:
         cache = Cache() if cache is None else cache
         start = cache.length
         positions = torch.arange(start, start + len(ids))
+        turns = rope_turns(self.spec, positions)
         x = self.embed(ids)
         for layer in range(self.spec.num_layers):
             x = decoder_layer(
@@ -238,6 +250,7 @@ class Llama:
                 layer,
                 x,
                 positions,
+                turns,
                 linear=self._linear,
                 vector=self._vector,
                 cache=cache,
@@ -251,7 +264,12 @@ class Llama:
     ) -> Tensor:
         """Logits float32 (T, V), or (1, V) of the last token only."""
         x = self.hidden(tokens, cache)
-        return self._linear("head", x[-1:] if last_only else x)
+        return self.head(x[-1:] if last_only else x)
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits float32 (T, V) of hidden states (T, D)."""
+        return self._linear("head", hidden)
 
 
 def gather_rows(table: QuantizedTensor, rows: np.ndarray) -> QuantizedTensor:

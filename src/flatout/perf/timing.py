@@ -2,7 +2,8 @@
 
 The workload runs as the engine would run it: every prompt in chunks of at most MAX_STEP_TOKENS tokens, then
 one token for all sequences at a time, sampled greedily. Each repetition runs it twice: with the timers off,
-for the seconds of whole phases, and with them on, for the shares of the ops.
+for the seconds of whole phases, and with them on, for the shares of the ops; once the time given is spent,
+with the timers off alone.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def chunks(prompt: int) -> list[tuple[int, int]]:
 def run_workload(
     runner: TimedRunner, workload: Workload, max_seconds: float, progress: Progress
 ) -> dict[str, PhaseSamples]:
-    """Samples of "prefill" and "decode" for about max_seconds, at least 3 repetitions after a warm-up.
+    """Samples of "prefill" and "decode" for about max_seconds, at least 3 repetitions after a warm-up, one of
+    them with timers.
 
     Raises ConfigError for a workload longer than the model allows, ResourceError when its pages do not fit.
     """
@@ -72,10 +74,10 @@ def run_workload(
         if repeat >= _MIN_REPEATS and elapsed * (repeat + 1) / repeat > max_seconds:
             break
         progress("steps", max(0, repeat), _MAX_REPEATS)
-        for timed in (False, True):
-            runner.profile(timed)
-            _repetition(runner, tokens, pages, workload.prompt, samples, timed)
-    runner.profile(False)
+        _repetition(runner, tokens, pages, workload.prompt, samples, timed=False)
+        spent = time.perf_counter() - start >= max_seconds
+        if repeat == 0 or (repeat > 0 and not spent):  # no shares of the warm-up's ops
+            _repetition(runner, tokens, pages, workload.prompt, samples, timed=True)
     progress("steps", _MAX_REPEATS, _MAX_REPEATS)
     return samples
 
@@ -115,6 +117,7 @@ def _repetition(
         else:
             samples[phase].whole.append(seconds)
 
+    runner.profile(timed)
     runner.timings()  # forget what was counted before
     seconds = 0.0
     for row in range(len(tokens)):
@@ -126,6 +129,7 @@ def _repetition(
     for position in range(prompt, tokens.shape[1]):
         column = np.ascontiguousarray(tokens[:, position])
         record("decode", _step(runner, column, ones * position, ones, pages))
+    runner.profile(False)
 
 
 def _step(

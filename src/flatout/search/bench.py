@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -38,9 +39,11 @@ from flatout.perf.profile import Profile, profile_model
 from flatout.search.context import Step
 from flatout.search.recipes import ORIGINAL
 from flatout.verify.baseline import TransformersBaseline
-from flatout.verify.drivers import Driver, RunnerDriver, workload_prompts
+from flatout.verify.drivers import RunnerDriver
+from flatout.verify.foreign_load import until_quiet
 from flatout.verify.quality import BLOCK, Cluster, Divergence, check_scores, divergence, score_model
-from flatout.verify.speed import SpeedResult, ab_test
+from flatout.verify.race import race_workload
+from flatout.verify.speed import SpeedResult
 
 _PAGE = 64
 _KEPT = 3  # built recipes that stay loaded
@@ -72,6 +75,7 @@ class CpuBench:
         longest = -(-(workload.prompt + workload.output) // _PAGE)
         self._pages = max(workload.batch * longest, 2 * (BLOCK // _PAGE)) + 1
         self._built: dict[Recipe, _Built] = {}
+        self._sound: WeakSet[Runner] = WeakSet()
         self._reference: Runner | None = None
         self._baseline: TransformersBaseline | None = None
 
@@ -130,9 +134,15 @@ class CpuBench:
         return measure_ceilings(step)
 
     def score_original(self, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
-        return score_model(
-            self._original(), clusters, lambda done, total: step("scoring the original", done, total)
+        return self._score(self._original(), "scoring the original", clusters, step)
+
+    def _score(self, runner: Runner, what: str, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
+        """Scores of any runner, whose logits are checked the first time it is used."""
+        scores = score_model(
+            runner, clusters, lambda done, total: step(what, done, total), sound=runner in self._sound
         )
+        self._sound.add(runner)
+        return scores
 
     def _original(self) -> Runner:
         from flatout.engine.reference import ReferenceRunner
@@ -179,41 +189,47 @@ class CpuBench:
         return self._built[recipe].model or compress(self._checkpoint, recipe)
 
     def score(self, recipe: Recipe, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
-        return score_model(self._runner(recipe), clusters, lambda done, total: step("scoring", done, total))
+        return self._score(self._runner(recipe), "scoring", clusters, step)
 
     def divergence(self, recipe: Recipe, clusters: Sequence[Cluster]) -> Divergence:
         return divergence(self._original(), self._runner(recipe), clusters)
 
     def profile(self, recipe: Recipe, hardware: Hardware, workload: Workload, max_seconds: float) -> Profile:
-        return profile_model(
-            self._runner(recipe), recipe, hardware, workload, threads=self._threads, max_seconds=max_seconds
-        )
+        def measure() -> Profile:
+            return profile_model(
+                self._runner(recipe),
+                recipe,
+                hardware,
+                workload,
+                threads=self._threads,
+                max_seconds=max_seconds,
+            )
+
+        def seconds(profile: Profile) -> float:
+            prefill, decode = (profile.phase(phase).measured.median for phase in ("prefill", "decode"))
+            return prefill + workload.output * decode
+
+        return min(until_quiet(measure), key=seconds)  # what disturbs a measurement adds to it
 
     def race(
-        self, first: Recipe | None, second: Recipe, workload: Workload, max_seconds: float, step: Step
+        self,
+        first: Recipe | None,
+        second: Recipe,
+        workload: Workload,
+        max_seconds: float,
+        min_pairs: int,
+        step: Step,
     ) -> dict[str, SpeedResult]:
-        a: Driver
-        a = self._transformers() if first is None else RunnerDriver(self._runner(first))
-        b = RunnerDriver(self._runner(second))
-        prompts = workload_prompts(self.tokenizer, workload)
-
-        def progress(phase: str) -> Callable[[int, int], None]:
-            return lambda done, total: step(f"{phase}: {done} clean pairs", min(done, total), total)
-
-        return {
-            "prefill": ab_test(
-                lambda: a.prefill(prompts),
-                lambda: b.prefill(prompts),
-                max_seconds=_RACE_SHARE["prefill"] * max_seconds,
-                progress=progress("prefill"),
-            ),
-            "decode": ab_test(
-                lambda: a.decode(prompts, workload.output),
-                lambda: b.decode(prompts, workload.output),
-                max_seconds=_RACE_SHARE["decode"] * max_seconds,
-                progress=progress("decode"),
-            ),
-        }
+        return race_workload(
+            self._transformers() if first is None else RunnerDriver(self._runner(first)),
+            RunnerDriver(self._runner(second)),
+            self.tokenizer,
+            workload,
+            prefill_s=_RACE_SHARE["prefill"] * max_seconds,
+            decode_s=_RACE_SHARE["decode"] * max_seconds,
+            min_pairs=min_pairs,
+            progress=lambda phase, done, total: step(f"{phase}: {done} clean pairs", min(done, total), total),
+        )
 
     def runner_name(self, recipe: Recipe | None) -> str:
         return self._transformers().name if recipe is None else self._runner(recipe).name

@@ -81,11 +81,17 @@ class Bench(Protocol):
         ...
 
     def profile(self, recipe: Recipe, hardware: Hardware, workload: Workload, max_seconds: float) -> Profile:
-        """Where the time of the built recipe goes."""
+        """Where the time of the built recipe goes, measured again if others were busy meanwhile."""
         ...
 
     def race(
-        self, first: Recipe | None, second: Recipe, workload: Workload, max_seconds: float, step: Step
+        self,
+        first: Recipe | None,
+        second: Recipe,
+        workload: Workload,
+        max_seconds: float,
+        min_pairs: int,
+        step: Step,
     ) -> dict[str, SpeedResult]:
         """Interleaved A/B of "prefill" and "decode"; `first` None is transformers in bf16."""
         ...

@@ -39,7 +39,7 @@ _STAGES = {
     "measure the machine": 17.0,
     "score the original": 20.0,
     "screen candidates": 60.0,
-    "race the fastest": 16.0,
+    "race the fastest": 13.0,
     "certify on sealed text": 45.0,
     "compare with transformers": 40.0,
     "profile operators": 8.0,
@@ -140,10 +140,10 @@ def _plan(context: Context, count: int) -> dict[str, float]:
     return {
         "score the original": validation * _token_seconds(spec, _REFERENCE_OPS),
         "screen candidates": count * (2 * size + 2 + validation * _token_seconds(spec, _ENGINE_OPS)),
-        "race the fastest": 16.0,
+        "race the fastest": 13.0,
         "certify on sealed text": 2 * size
         + sealed * (_token_seconds(spec, _REFERENCE_OPS) + _token_seconds(spec, _ENGINE_OPS)),
-        "compare with transformers": 20 + 15 * size + sealed * _token_seconds(spec, 2 * _REFERENCE_OPS),
+        "compare with transformers": 25 + 6 * size + sealed * _token_seconds(spec, 2.5 * _REFERENCE_OPS),
         "profile operators": 2 + sealed * _token_seconds(spec, _ENGINE_OPS),
         "write the artifact": 3 * size,
     }

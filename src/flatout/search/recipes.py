@@ -26,7 +26,9 @@ ORIGINAL = float_recipe("bf16")
 class Candidate:
     """A recipe worth a look, with the reason it is one.
 
-    relative: the recipe of the same formats whose codes are quicker to make, if there is one.
+    relative: the recipe to look at first, if there is one, because it is at least as fast and its loss says
+    what this one may lose: the same formats with codes that are quicker to make, or the same bits with one
+    scale for twice the weights.
     """
 
     recipe: Recipe
@@ -118,10 +120,10 @@ def candidates(source: Source) -> list[Candidate]:
         found.append(Candidate(recipe=native, why="the file's own blocks: no weight is rounded again"))
     for name, why, relative in (
         ("w8a8-g64", "8-bit codes, a scale for 64 weights", None),
-        ("w8a8-g32", "8-bit codes, a scale for 32 weights", None),
+        ("w8a8-g32", "8-bit codes, a scale for 32 weights", "w8a8-g64"),
         ("w8a8", "8-bit codes, a scale a row", None),
         ("w8a8/smooth", "8-bit codes, a scale a row, outliers moved into the weights", "w8a8"),
-        ("w4a8-g32", "4-bit codes rounded to nearest, a scale for 32 weights", None),
+        ("w4a8-g32", "4-bit codes rounded to nearest, a scale for 32 weights", "w4a8-g64"),
         ("w4a8-g64", "4-bit codes rounded to nearest, a scale for 64 weights", None),
         ("w4a8-g32/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g32"),
         ("w4a8-g64/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g64"),

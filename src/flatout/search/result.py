@@ -21,7 +21,8 @@ from flatout.perf.roofline import op_ceiling, read_ceiling, step_floor
 from flatout.search.context import Context
 from flatout.search.prove import Proof, Race
 from flatout.search.recipes import ORIGINAL, layer_map
-from flatout.search.screen import Row, Screen, memory_bytes
+from flatout.search.rows import Row, memory_bytes
+from flatout.search.screen import Screen
 from flatout.search.units import percent, times
 from flatout.verify.quality import ClusterLoss, perplexities
 

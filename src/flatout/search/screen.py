@@ -3,17 +3,16 @@
 Candidates are tried in the order of their predicted time. One is passed over when even its optimistic
 prediction is no faster than a candidate that already passed, or when its expected loss is beyond the budget;
 every measured candidate corrects the predictions of the rest. A loss is first looked at on a few passages,
-which is enough to see a failure of tens of per cent, and then on all that the power analysis of the hold-out
-needs.
+which is enough to see a failure of tens of per cent, then on as many as the power analysis of the hold-out
+needs. Where that leaves the candidate undecided that would be the best one, it is looked at on all of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from flatout.core.costs import kv_bytes_per_token, weight_bytes
 from flatout.core.formats import Recipe
 from flatout.core.types import Prediction, Workload
 from flatout.errors import EvidenceError, UnsupportedModelError
@@ -21,14 +20,14 @@ from flatout.perf.predict import StepTimes, calibrate, predict
 from flatout.perf.profile import Profile
 from flatout.search.context import Context
 from flatout.search.recipes import ORIGINAL, Candidate
+from flatout.search.rows import Row, loss_of, memory_bytes, regret, two_standard_errors, workload_seconds
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
-from flatout.verify.quality import ClusterLoss, arrays, pair_scores
-from flatout.verify.statistics import FEWEST_CLUSTERS, moments
+from flatout.verify.quality import ClusterLoss, pair_scores
+from flatout.verify.statistics import FEWEST_CLUSTERS
 
 QUICK, VALIDATION = 8, FEWEST_CLUSTERS
-"""Validation passages of the first look (about 3,600 tokens), and of the whole one: as many as a plan
-takes."""
+"""Validation passages of the first look (about 3,600 tokens), and of the one that a plan is made from."""
 
 _PROFILE_S = 1.5
 _PROFILE_STEPS = 16  # decode steps of a profile: all take alike
@@ -36,71 +35,12 @@ NEAR = 1.10
 """Candidates within this factor of the best time are equally good for the stated workload, which is itself a
 guess: they are scored, and the one that suits most other workloads is preferred (`regret`)."""
 
-_KEEPS = {"gptq": (0.15, 0.4, 0.85), "smooth": (0.02, 0.3, 1.0), "smooth-gptq": (0.02, 0.2, 0.9)}
-"""Share of rounding's loss that a method leaves: optimistic, usual, pessimistic. An assumption (GPTQ leaves
-0.4 to 0.85 in published 4-bit results and less on small models) that only decides what is not worth
-building."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loss:
-    """Perplexity increase on validation text, as a fraction: two standard errors down and up."""
-
-    value: float
-    low: float
-    high: float
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A candidate with all that is known of it.
-
-    status: waiting, slower, rejected, failed, passed, chosen or original. Times in seconds; predicted is None
-    until the machine is known, times and loss until measured.
-    """
-
-    candidate: Candidate
-    memory_bytes: int
-    predicted: StepTimes | None = None
-    workload: Prediction | None = None
-    times: dict[str, float] | None = None
-    loss: Loss | None = None
-    expected_loss: tuple[float, float, float] | None = None
-    plan: Plan | None = None
-    status: str = "waiting"
-    reason: str = ""
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.candidate.recipe
-
-    @property
-    def name(self) -> str:
-        return self.candidate.recipe.name
-
-
-def memory_bytes(context: Context, recipe: Recipe) -> int:
-    """Weights as the runner holds them and the KV cache of the workload at its end."""
-    spec, workload = context.bench.source.spec, context.request.workload
-    tokens = workload.batch * (workload.prompt + workload.output)
-    cache = tokens * spec.num_layers * kv_bytes_per_token(spec, recipe.kv_cache)
-    return weight_bytes(spec, recipe) + round(cache)
-
-
-def workload_seconds(workload: Workload, prefill_s: float, decode_s: float) -> float:
-    """Seconds of the whole workload from a prefill of all prompts and one decode step of all sequences."""
-    return prefill_s + workload.output * decode_s
-
-
-def regret(row: Row, rows: Sequence[Row]) -> float:
-    """How much slower `row` can be than the best of `rows` on any mix of prompt and output tokens: the larger
-    of its prefill and decode times over the least there are (minimax regret, Savage 1951; the ratio of two
-    sums lies between the ratios of their terms)."""
-    times = [r.times for r in rows if r.times is not None]
-    if row.times is None:
-        return math.inf
-    return max(row.times[phase] / min(t[phase] for t in times) for phase in ("prefill_s", "decode_s"))
+_KEEPS = {"gptq": (0.15, 0.4, 0.85), "smooth": (0.02, 0.3, 1.0)}
+_FINER = (0.5, 0.75, 1.0)
+"""Share of its relative's loss that a method, or a scale for half the weights, leaves: optimistic, usual,
+pessimistic. Assumptions that only decide what is not worth building: GPTQ leaves 0.4 to 0.85 in published
+4-bit results and less on small models; the largest of 32 normal weights is 0.86 of the largest of 64, and the
+loss goes with the square of the step."""
 
 
 class Screen:
@@ -111,6 +51,7 @@ class Screen:
         self.rows = [Row(candidate=c, memory_bytes=memory_bytes(context, c.recipe)) for c in candidates]
         self.profiles: dict[str, Profile] = {}
         self.residuals: list[float] = []
+        self._undecided: set[str] = set()  # failed on the text of a plan, but not beyond its doubt
 
     def run(self) -> list[Row]:
         """Screen every candidate and return those that passed, the best first."""
@@ -121,7 +62,12 @@ class Screen:
         while (row := self._next()) is not None:
             self._try(row)
             self.predict()
-        return self.ranked([row for row in self.rows if row.status == "passed"])
+        while True:
+            rows = self.ranked([r for r in self.rows if r.status == "passed" or r.name in self._undecided])
+            if not rows or rows[0].status == "passed":
+                return [row for row in rows if row.status == "passed"]
+            self._decide(rows[0], self.losses(rows[0].recipe, len(self.context.texts.validation)))
+            self._undecided.discard(rows[0].name)
 
     def ranked(self, rows: list[Row]) -> list[Row]:
         """Rows by cost; those near the best by regret. With memory as the objective, by cost alone."""
@@ -170,7 +116,7 @@ class Screen:
                 continue
             relative = self._relative(row)
             if relative is not None and relative.status in ("passed", "slower"):
-                self._set(row.name, status="slower", reason=f"runs like {relative.name}, for more work")
+                self._set(row.name, status="slower", reason=f"no faster than {relative.name}")
                 continue
             expected = self._expected_loss(row)
             if expected is not None:
@@ -179,7 +125,8 @@ class Screen:
                     reason = f"expected to lose at least {expected[0]:.1%}"
                     self._set(row.name, status="rejected", reason=reason)
         waiting = [row for row in self.rows if row.status == "waiting"]
-        return min(waiting, key=self.cost, default=None)
+        names = {row.name for row in waiting}
+        return min((r for r in waiting if r.candidate.relative not in names), key=self.cost, default=None)
 
     def _optimistic(self, row: Row) -> float:
         if self.context.request.workload.objective == "memory" or row.workload is None:
@@ -190,12 +137,15 @@ class Screen:
         return next((r for r in self.rows if r.name == row.candidate.relative), None)
 
     def _expected_loss(self, row: Row) -> tuple[float, float, float] | None:
-        """What a refined recipe may lose, from the measured loss of the cheaper one it refines."""
+        """What a recipe may lose, from the measured or else the expected loss of its relative."""
         relative = self._relative(row)
-        if relative is None or relative.loss is None:
+        if relative is None:
             return None
-        low, mid, high = (share * max(relative.loss.value, 0.0) for share in _KEEPS[row.recipe.method])
-        return low, mid, high
+        known = relative.expected_loss if relative.loss is None else (max(relative.loss.value, 0.0),) * 3
+        if known is None:
+            return None
+        low, mid, high = _KEEPS.get(row.recipe.method, _FINER)
+        return low * known[0], mid * known[1], high * known[2]
 
     def _try(self, row: Row) -> None:
         """Build, time and score one candidate until it is clear what becomes of it."""
@@ -206,7 +156,7 @@ class Screen:
             if self.cost(row) > best * NEAR:
                 self._set(row.name, status="slower", reason="measured slower than one that passed")
                 return
-            loss = _loss(self.losses(row.recipe, QUICK))
+            loss = loss_of(self.losses(row.recipe, QUICK))
             if loss.low > max_loss:
                 reason = f"loses {loss.value:.1%} on {loss.tokens:,} tokens"
                 self._set(row.name, loss=loss, status="rejected", reason=reason)
@@ -217,21 +167,27 @@ class Screen:
                 raise
             self._set(row.name, status="rejected", reason=str(error))
             return
+        self._decide(row, losses)
+
+    def _decide(self, row: Row, losses: list[ClusterLoss]) -> None:
+        """Passed if a certificate is likely, undecided if it would be with two standard errors less loss."""
         plan = self.plan(losses)
-        likely = plan.needed is not None and plan.needed <= plan.available
+        likely = _suffices(plan)
+        if not likely and _suffices(self.plan(losses, less=two_standard_errors(losses))):
+            self._undecided.add(row.name)
         self._set(
             row.name,
-            loss=_loss(losses),
+            loss=loss_of(losses),
             plan=plan,
             status="passed" if likely else "failed",
             reason="" if likely else f"a certificate is unlikely: {plan}",
         )
 
-    def plan(self, losses: list[ClusterLoss]) -> Plan:
-        """How much sealed text a certificate takes, from validation losses."""
+    def plan(self, losses: list[ClusterLoss], less: float = 0.0) -> Plan:
+        """How much sealed text a certificate takes, from validation losses, or `less` nats below them."""
         context = self.context
         return plan_opening(
-            losses, context.texts.holdout, original_side(context), margin=context.request.max_loss
+            losses, context.texts.holdout, original_side(context), margin=context.request.max_loss, less=less
         )
 
     def losses(self, recipe: Recipe, passages: int = VALIDATION) -> list[ClusterLoss]:
@@ -286,7 +242,7 @@ class Screen:
     def note_loss(self, name: str, losses: list[ClusterLoss]) -> None:
         """A loss measured outside the screening, for the report; a loss on validation text stays."""
         if self.row(name).loss is None:
-            self._set(name, loss=_loss(losses))
+            self._set(name, loss=loss_of(losses))
 
     def mark(self, name: str, status: str, reason: str = "") -> None:
         """What later steps found out about a candidate."""
@@ -303,6 +259,11 @@ def original_side(context: Context) -> Side:
     )
 
 
+def _suffices(plan: Plan) -> bool:
+    """Whether there is sealed text enough for a certificate that is likely to pass."""
+    return plan.needed is not None and plan.needed <= plan.available
+
+
 def _workload_prediction(workload: Workload, times: StepTimes) -> Prediction:
     low, mid, high = (
         workload_seconds(workload, getattr(times.prefill, edge), getattr(times.decode, edge))
@@ -311,14 +272,3 @@ def _workload_prediction(workload: Workload, times: StepTimes) -> Prediction:
     tiers = ("measured", "calibrated", "datasheet")
     tier = max(times.prefill.tier, times.decode.tier, key=tiers.index)
     return Prediction(low=low, mid=mid, high=high, unit="s", tier=tier)
-
-
-def _loss(losses: list[ClusterLoss]) -> Loss:
-    seen = moments(*arrays(losses))
-    error = 2 * seen.spread / math.sqrt(len(losses))
-    return Loss(
-        value=math.expm1(seen.delta),
-        low=math.expm1(seen.delta - error),
-        high=math.expm1(seen.delta + error),
-        tokens=sum(cluster.tokens for cluster in losses),
-    )

@@ -13,7 +13,7 @@ from flatout.data.passages import load_passages, load_text, split_text
 from flatout.errors import EvidenceError
 from flatout.verify.examination import Holdout, seal
 from flatout.verify.quality import Cluster, Encoder, fits, token_clusters
-from flatout.verify.statistics import FEWEST_CLUSTERS
+from flatout.verify.statistics import FEWEST_CLUSTERS, FEWEST_FOR_SPREAD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +48,11 @@ def read_texts(tokenizer: Encoder, tokenizer_sha256: str, spec: ModelSpec, path:
             block=block,
         ),
     )
-    found = {
-        "validation": len(texts.validation),
-        "hold-out": len(texts.holdout.clusters),
-    }
-    if min(found.values()) < FEWEST_CLUSTERS or not texts.calibration:
+    validation, sealed = len(texts.validation), len(texts.holdout.clusters)
+    if validation < FEWEST_FOR_SPREAD or sealed < FEWEST_CLUSTERS or not texts.calibration:
         raise EvidenceError(
-            f"validation and hold-out need at least {FEWEST_CLUSTERS} passages each",
-            ", ".join(f"{count} for {name}" for name, count in found.items()),
+            f"validation needs at least {FEWEST_FOR_SPREAD} passages and the hold-out {FEWEST_CLUSTERS}",
+            f"{validation} for validation, {sealed} for hold-out",
             "a text of at least 200 kB, or the shipped one (no --text)",
         )
     return texts

@@ -26,7 +26,7 @@ from flatout.engine.runner import Runner
 from flatout.errors import EvidenceError
 from flatout.hardware.detect import detect
 from flatout.verify.certificate import Certificate, Side, check_levels, recompute, refuse_swapped
-from flatout.verify.drivers import RunnerDriver, workload_prompts
+from flatout.verify.drivers import RunnerDriver
 from flatout.verify.examination import Plan, examine, plan_opening, rerun, seal
 from flatout.verify.quality import (
     Cluster,
@@ -38,7 +38,8 @@ from flatout.verify.quality import (
     token_clusters,
     tokens_sha256,
 )
-from flatout.verify.speed import SpeedResult, ab_test
+from flatout.verify.race import race_workload
+from flatout.verify.speed import SpeedResult
 
 _VALIDATION_CLUSTERS = 32
 _PAGE = 64
@@ -274,17 +275,13 @@ def _race(
     tokens = _cache_tokens(pair.served.spec, workload)
     engine = load(original, threads=threads, max_tokens=tokens, recipe=recipe)
     a, b = RunnerDriver(engine.runner), RunnerDriver(pair.served)
-    prompts = workload_prompts(pair.tokenizer, workload)
-    prefill = ab_test(
-        lambda: a.prefill(prompts),
-        lambda: b.prefill(prompts),
-        max_seconds=seconds,
-        progress=lambda done, total: listen("timing prefill", done, total),
+    phases = race_workload(
+        a,
+        b,
+        pair.tokenizer,
+        workload,
+        prefill_s=seconds,
+        decode_s=seconds,
+        progress=lambda phase, done, total: listen(f"timing {phase}", done, total),
     )
-    decode = ab_test(
-        lambda: a.decode(prompts, workload.output),
-        lambda: b.decode(prompts, workload.output),
-        max_seconds=seconds,
-        progress=lambda done, total: listen("timing decode", done, total),
-    )
-    return Speed(workload=workload, original=a.name, optimised=b.name, prefill=prefill, decode=decode)
+    return Speed(workload=workload, original=a.name, optimised=b.name, **phases)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,9 +125,11 @@ def plan_opening(
     margin: float = 0.01,
     alpha: float = 0.05,
     ledger: Path | None = None,
+    less: float = 0.0,
 ) -> Plan:
     """How many hold-out clusters the next opening should score, from validation losses only.
 
+    less: nats a token by which the loss is taken to be smaller than seen, to ask what is still possible.
     Raises EvidenceError for fewer validation clusters than a spread can be estimated from, or a worn-out
     hold-out.
     """
@@ -141,6 +143,7 @@ def plan_opening(
     k = next_k(holdout.sha256, original.sha256, ledger)
     level = alpha_k(k, alpha)
     seen = moments(*arrays(validation))
+    seen = replace(seen, delta=seen.delta - less)
     needed = needed_clusters(seen, margin, level)
     available = len(holdout.clusters)
     scored = available if needed is None else min(available, max(needed, FEWEST_SCORED))

@@ -9,8 +9,18 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from flatout.hardware.detect import available_cores
+
+MAX_FOREIGN = 0.1
+"""Share of the cores that others may keep busy before a measurement counts as disturbed."""
+
+_TRIES = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +67,17 @@ def foreign_load(before: Ticks | None, after: Ticks | None) -> float | None:
         return None
     busy = (after.busy_s - before.busy_s) - (after.own_s - before.own_s)
     return max(0.0, busy / (after.clock_s - before.clock_s))
+
+
+def until_quiet(measure: Callable[[], T], cores: int | None = None) -> list[T]:
+    """Results of `measure`, repeated up to three times: the first undisturbed one alone, or all if there is
+    none."""
+    found: list[T] = []
+    for _ in range(_TRIES):
+        before = read_ticks()
+        result = measure()
+        load = foreign_load(before, read_ticks())
+        if load is None or load <= MAX_FOREIGN * (cores or available_cores()):
+            return [result]
+        found.append(result)
+    return found

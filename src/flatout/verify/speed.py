@@ -18,12 +18,12 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flatout.core.types import Measurement, measurement
 from flatout.errors import ConfigError, EvidenceError
 from flatout.hardware.detect import available_cores
-from flatout.verify.foreign_load import Ticks, foreign_load, read_ticks
+from flatout.verify.foreign_load import MAX_FOREIGN, Ticks, foreign_load, read_ticks
 from flatout.verify.statistics import Interval, order_statistic_interval
 
 Timed = Callable[[], float]
@@ -40,6 +40,7 @@ class SpeedResult:
 
     pairs: used; thrown_away: pairs under foreign load that were left out; kept_noisy: such pairs that had
     to be used; foreign_load: median cores kept busy by others during the pairs used, None without a meter.
+    timed_share: part of the work that a sample timed; seconds are those of the whole.
     """
 
     ratio: float
@@ -55,6 +56,24 @@ class SpeedResult:
     kept_noisy: int
     foreign_load: float | None
     stopped_because: str
+    timed_share: float = 1.0
+
+    def of_whole(self, share: float) -> SpeedResult:
+        """The same comparison as seconds of the whole work, of which `share` was timed."""
+
+        def whole(seconds: Measurement) -> Measurement:
+            return replace(
+                seconds, median=seconds.median / share, p20=seconds.p20 / share, p80=seconds.p80 / share
+            )
+
+        return replace(
+            self,
+            seconds_a=whole(self.seconds_a),
+            seconds_b=whole(self.seconds_b),
+            samples_a=tuple(sample / share for sample in self.samples_a),
+            samples_b=tuple(sample / share for sample in self.samples_b),
+            timed_share=share,
+        )
 
     @property
     def faster(self) -> bool:
@@ -93,7 +112,7 @@ def ab_test(
     width: float = 0.02,
     coverage: float = 0.95,
     warmups: int = 1,
-    max_foreign: float = 0.1,
+    max_foreign: float = MAX_FOREIGN,
     settle_s: float = SETTLE_S,
     seed: int = 0,
     cores: int | None = None,
