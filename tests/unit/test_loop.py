@@ -321,7 +321,9 @@ def test_a_finer_scale_is_tried_only_where_the_coarser_one_fails_by_little(tmp_p
         bench = FakeBench(LOSSES | {"native": 0.2} | losses, dict.fromkeys(NAMES, 1.7) | {"bf16": 1.0})
         return run(bench, tmp_path / str(losses), fresh=True), bench.calls
 
-    result, calls = ran({"w8a8-g64": 0.001, "w8a8-g32": 0.0005, "w8a8": 0.05, "w8a8/smooth": 0.05})
+    result, calls = ran(
+        {"w8a8-g64": 0.001, "w8a8-g32": 0.0005, "w8a8": 0.05, "w8a8/smooth,layers.*.down=w8a16": 0.05}
+    )
     rows = {row["name"]: row for row in result["candidates"]}
     assert rows["w8a8-g64"]["status"] == "chosen"
     assert rows["w8a8-g32"]["reason"] == "no faster than w8a8-g64"
@@ -331,7 +333,9 @@ def test_a_finer_scale_is_tried_only_where_the_coarser_one_fails_by_little(tmp_p
     assert 0.2 < rows["w4a8-g32"]["predicted_loss"]["low"] < 0.3
     assert 0.03 < rows["w4a8-g32/gptq"]["predicted_loss"]["low"] < 0.05
     assert not [call for call in calls if call.startswith("build w4a8-g32")]
-    result, calls = ran({"w8a8-g64": 0.012, "w8a8-g32": 0.006, "w8a8": 0.05, "w8a8/smooth": 0.05})
+    result, calls = ran(
+        {"w8a8-g64": 0.012, "w8a8-g32": 0.006, "w8a8": 0.05, "w8a8/smooth,layers.*.down=w8a16": 0.05}
+    )
     assert statuses(result)["w8a8-g64"] == "failed"
     assert statuses(result)["w8a8-g32"] == "chosen"
     assert calls.index("build w8a8-g64") < calls.index("build w8a8-g32")
@@ -374,15 +378,15 @@ def test_an_undecided_candidate_that_would_not_win_gets_no_longer_look(tmp_path:
 
 
 def test_a_better_method_is_tried_only_where_rounding_fails(tmp_path: Path) -> None:
-    speeds = SPEEDS | {"w8a8": 3.2, "w8a8/smooth": 3.2}
-    bench = FakeBench(LOSSES | {"w8a8": 0.034, "w8a8/smooth": 0.004}, speeds)
+    speeds = SPEEDS | {"w8a8": 3.2, "w8a8/smooth,layers.*.down=w8a16": 3.2}
+    bench = FakeBench(LOSSES | {"w8a8": 0.034, "w8a8/smooth,layers.*.down=w8a16": 0.004}, speeds)
     result = run(bench, tmp_path / "out")
     assert statuses(result)["w8a8"] == "rejected"
-    assert result["optimized"]["recipe"] == "w8a8/smooth"
+    assert result["optimized"]["recipe"] == "w8a8/smooth,layers.*.down=w8a16"
     unneeded = FakeBench(LOSSES | {"w8a8": 0.001}, speeds)
     result = run(unneeded, tmp_path / "other", fresh=True)
     assert result["optimized"]["recipe"] == "w8a8"
-    assert "build w8a8/smooth" not in unneeded.calls
+    assert "build w8a8/smooth,layers.*.down=w8a16" not in unneeded.calls
 
 
 def test_a_candidate_with_broken_logits_is_rejected_and_the_search_goes_on(tmp_path: Path) -> None:

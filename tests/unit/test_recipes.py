@@ -23,7 +23,7 @@ def test_candidates_of_a_quantised_file() -> None:
     assert (native.kv_cache, native.method) == ("int8", "native")
     assert {"w8a8-g64", "w8a8-g32", "w8a8", "w4a8-g32", "w4a8-g64", "w4a8-g32/gptq"} <= set(found)
     assert found["w4a8-g64/gptq"].method == "gptq"
-    assert found["w8a8/smooth"].head == found["w4a8-g64"].head == "q8_0"
+    assert found["w8a8/smooth,layers.*.down=w8a16"].head == found["w4a8-g64"].head == "q8_0"
     finer = recipe_from_name("w8a8,layers.*.down=w8a16", SOURCE)
     assert {finer.format_of(i, "down").name for i in range(3)} == {"w8a16"}
     assert {finer.format_of(i, "qkv").name for i in range(3)} == {"w8a8"}
