@@ -25,6 +25,10 @@ OP_NAMES = {
 }
 
 
+_SAME_LINE = 14
+"""Ceilings closer than a line of text are drawn as one."""
+
+
 def roofline(result: Json, width: float) -> str:
     """Achieved op/s over arithmetic intensity of each operator, before and after, under the machine's
     ceilings.
@@ -61,7 +65,10 @@ def roofline(result: Json, width: float) -> str:
     fixed = []
     for name, value in roofs:
         ridge = x(value / bandwidth)
-        words = Label(ridge + 10, y(value) - 4, f"{name} {si(value, 'op/s')}")
+        near = [n for n, other in roofs if abs(y(other) - y(value)) < _SAME_LINE]
+        if name != near[0]:
+            continue  # named with the line that it would lie on
+        words = Label(ridge + 10, y(value) - 4, f"{', '.join(near)} {si(value, 'op/s')}")
         body.append(svg.path([(ridge, y(value)), (x.end, y(value))], "roof"))
         body.append(svg.text(words.x, words.y, words.words, "roof-name"))
         fixed += [words.box, (ridge, x.end, y(value) + 4)]  # the line itself is kept clear of too
