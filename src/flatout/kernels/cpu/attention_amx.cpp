@@ -21,12 +21,14 @@ static void configure_tiles(int depth) {
   load_tile_config(c);
 }
 
-// Sixteen queries and the 64 keys of a page, as four tiles of 16 x 16 sums: int32, exact, or float.
-#define FLATOUT_MULTIPLY(sums, a, b) \
-  if constexpr (INT8)                \
-    _tile_dpbsud(sums, a, b);        \
-  else                               \
+// A tile product of the cache's kind. A macro: the intrinsics take literal tile numbers.
+#define FLATOUT_MULTIPLY(int8_product, sums, a, b) \
+  if constexpr (INT8)                              \
+    int8_product(sums, a, b);                      \
+  else                                             \
     _tile_dpbf16ps(sums, a, b)
+
+// Sixteen queries and the 64 keys of a page, as four tiles of 16 x 16 sums: int32, exact, or float.
 template <bool INT8>
 static inline void multiply_keys(const uint8_t* q, const uint8_t* page_keys, int row_bytes, int depth,
                                  float (*sums)[kTileRows * kLanes]) {
@@ -39,26 +41,20 @@ static inline void multiply_keys(const uint8_t* q, const uint8_t* page_keys, int
     _tile_loadd(4, q + e, row_bytes);
     _tile_loadd(5, keys, 4 * kPage);
     _tile_loadd(6, keys + 64, 4 * kPage);
-    FLATOUT_MULTIPLY(0, 4, 5);
-    FLATOUT_MULTIPLY(1, 4, 6);
+    FLATOUT_MULTIPLY(_tile_dpbsud, 0, 4, 5);
+    FLATOUT_MULTIPLY(_tile_dpbsud, 1, 4, 6);
     _tile_loadd(5, keys + 128, 4 * kPage);
     _tile_loadd(6, keys + 192, 4 * kPage);
-    FLATOUT_MULTIPLY(2, 4, 5);
-    FLATOUT_MULTIPLY(3, 4, 6);
+    FLATOUT_MULTIPLY(_tile_dpbsud, 2, 4, 5);
+    FLATOUT_MULTIPLY(_tile_dpbsud, 3, 4, 6);
   }
   _tile_stored(0, sums[0], 64);
   _tile_stored(1, sums[1], 64);
   _tile_stored(2, sums[2], 64);
   _tile_stored(3, sums[3], 64);
 }
-#undef FLATOUT_MULTIPLY
 
 // Sixteen queries' weights of a page's keys, 8 bits or bf16, times its values: E / 16 tiles.
-#define FLATOUT_MULTIPLY(sums, weights, b) \
-  if constexpr (INT8)                      \
-    _tile_dpbusd(sums, weights, b);        \
-  else                                     \
-    _tile_dpbf16ps(sums, weights, b)
 template <bool INT8>
 static inline void multiply_values(const uint8_t* weights, const uint8_t* page_values, int E,
                                    float (*sums)[kTileRows * kLanes]) {
@@ -71,10 +67,10 @@ static inline void multiply_values(const uint8_t* weights, const uint8_t* page_v
       const uint8_t* values = page_values + (size_t)key_byte * E + 4 * d;
       _tile_loadd(7, weights + key_byte, kWeightBytes);
       _tile_loadd(2, values, 4 * E);
-      FLATOUT_MULTIPLY(0, 7, 2);
+      FLATOUT_MULTIPLY(_tile_dpbusd, 0, 7, 2);
       if (pair) {
         _tile_loadd(3, values + 4 * kLanes, 4 * E);
-        FLATOUT_MULTIPLY(1, 7, 3);
+        FLATOUT_MULTIPLY(_tile_dpbusd, 1, 7, 3);
       }
     }
     _tile_stored(0, sums[d / kLanes], 64);
@@ -93,12 +89,6 @@ struct TileHead {
 template <bool INT8>
 static inline f32x16 load_sums(const float* p) {
   return INT8 ? to_float(load<i32x16>(p)) : load<f32x16>(p);
-}
-
-static inline void round_row(const float* x, int count, int padded, uint16_t* out) {
-  for (int i = 0; i < padded; i += kLanes)
-    _mm256_storeu_si256((__m256i*)(out + i),
-                        (__m256i)_mm512_cvtneps_pbh((__m512)(i < count ? load_some(x + i, count - i) : splat(0.0f))));
 }
 
 // A copy of a bf16 page's values [64 / 2][E][2] with zeros from slot `count` on: tiles multiply slots that no query sees

@@ -22,8 +22,9 @@ void rms_norm(const float* x, const float* weight, float eps, int d, float* out)
   }
 }
 
-// |x[i .. i + count)|, and at least `m`
-static inline f32x16 greatest(const float* x, int count, f32x16 m) {
+// Greatest |x|, lane by lane.
+static inline f32x16 greatest(const float* x, int count) {
+  f32x16 m = splat(0.0f);
   for (int i = 0; i < count; i += kLanes) m = max(absolute(load_some(x + i, count - i)), m);
   return m;
 }
@@ -67,14 +68,14 @@ static void quantize_planes(const Linear& w, const float* x, const Activations& 
   constexpr int32_t kLimit = PLANES == 1 ? 127 : 127 * 128;
   f32x16 tops[kLanes];
   i32x16 totals[2][kLanes];
-  if (w.activation_group == 0) tops[0] = splat(max_lane(greatest(x, w.k, splat(0.0f))));
+  if (w.activation_group == 0) tops[0] = splat(max_lane(greatest(x, w.k)));
   for (int first = 0; first < w.groups; first += kLanes) {
     const int groups = std::min(kLanes, w.groups - first);
     const auto start = [&](int g) { return (first + g) * w.group; };
     const auto count = [&](int g) { return std::min(w.group, w.k - start(g)); };
     f32x16 amax = tops[0];
     if (w.activation_group) {
-      for (int g = 0; g < groups; ++g) tops[g] = greatest(x + start(g), count(g), splat(0.0f));
+      for (int g = 0; g < groups; ++g) tops[g] = greatest(x + start(g), count(g));
       amax = max_rows(tops, groups);
     }
     alignas(64) float scale[kLanes], inverse[kLanes];
@@ -105,10 +106,7 @@ void quantize(const Linear& w, const float* x, const Activations& row) {
     quantize_planes<1>(w, x, row);
 }
 
-void round_bf16(const float* x, int k, int k_padded, uint16_t* out) {
-  for (int i = 0; i < k; ++i) out[i] = to_bf16(x[i]);
-  if (k < k_padded) std::memset(out + k, 0, sizeof(uint16_t) * (k_padded - k));
-}
+void round_bf16(const float* x, int k, int k_padded, uint16_t* out) { round_row(x, k, k_padded, out); }
 
 // silu(x) = x / (1 + exp(-x));  gelu_tanh(x) = x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
 void gated(const float* gate, const float* up, int count, int lanes, bool gelu, float* out, int stride) {

@@ -251,10 +251,10 @@ void Model::attention(const Batch& b, int layer, int thread) {
   for (int i; (i = next_item_[layer].fetch_add(1, std::memory_order_relaxed)) < (int)items_.size();) {
     const Item& item = items_[i];
     Attention a = place(blocks_[item.block], item.first_head, item.heads);
-    if (item.chunk >= 0) {
+    if (item.split >= 0) {
       const Split& split = splits_[item.split];
       a.chunk = split.first_chunk + item.chunk;
-      a.partial = partials_.data() + split.offset + (size_t)item.chunk * split.stride +
+      a.partial = partials_.data() + split.offset + (size_t)item.chunk * chunk_floats() +
                   (size_t)item.first_head * partial_floats(head_dim_padded_);
     }
     ops_->attend(a);
@@ -267,7 +267,7 @@ void Model::attention(const Batch& b, int layer, int thread) {
     const int h = i % heads;
     float* out = (float*)attended_.data + (size_t)blocks_[split.block].first_token * attention_stride_;
     ops_->merge_chunks(partials_.data() + split.offset + (size_t)h * partial_floats(head_dim_padded_), split.chunks,
-                       split.stride, c.head_dim, head_dim_padded_, out + (size_t)h * c.head_dim);
+                       chunk_floats(), c.head_dim, head_dim_padded_, out + (size_t)h * c.head_dim);
   }
   pool_.barrier(thread);
 }
@@ -288,16 +288,14 @@ void Model::plan_attention() {
     const int first_chunk = begin / kPage / kChunk, chunks = last / kPage / kChunk - first_chunk + 1;
     const bool split = blocks_[i].rows == 1 && chunks > 1 && pool_.size() > 1;
     if (split) {
-      const int stride = c.num_heads * partial_floats(head_dim_padded_);
-      splits_.push_back({i, first_chunk, chunks, stride, floats});
-      floats += (size_t)chunks * stride;
+      splits_.push_back({i, first_chunk, chunks, floats});
+      floats += (size_t)chunks * chunk_floats();
     }
     for (int kv = 0; kv < c.num_kv_heads; ++kv)
       for (int part = 0; part < parts; ++part) {
         const int first = kv * group + group * part / parts, end = kv * group + group * (part + 1) / parts;
-        if (!split) items_.push_back({i, first, end - first, -1, 0});
-        for (int chunk = 0; split && chunk < chunks; ++chunk)
-          items_.push_back({i, first, end - first, chunk, (int)splits_.size() - 1});
+        for (int chunk = 0; chunk < (split ? chunks : 1); ++chunk)
+          items_.push_back({i, first, end - first, split ? (int)splits_.size() - 1 : -1, chunk});
       }
   }
   if (partials_.size() < floats) partials_.resize(floats);

@@ -21,9 +21,15 @@ static inline f32x16 load_scale(const Linear& w, const uint8_t* base, int g) {
 // Sixteen low and sixteen high nibbles a 32-bit lane: column groups 2i and 2i + 1.
 static inline u8x64 low_nibbles(u8x64 v) { return v & (u8x64)splat_i32(0x0f0f0f0f); }
 static inline u8x64 high_nibbles(u8x64 v) {
-  typedef uint32_t u32x16 __attribute__((vector_size(64)));
   return (u8x64)((u32x16)v >> 4) & (u8x64)splat_i32(0x0f0f0f0f);
 }
+
+// Tokens a block: as many as their sums fit the registers.
+#if defined(__AVX512F__)
+constexpr int kBlockTokens[] = {8, 4, 1};
+#else
+constexpr int kBlockTokens[] = {2, 2, 1};
+#endif
 
 static inline int32_t four(const int8_t* p) {
   int32_t v;
@@ -118,10 +124,12 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
 template <int BITS, int PLANES, int MB, int PANELS>
 static void integer_lines(const Linear& w, const uint8_t* const* panel, const Activations& a, int first,
                           float* const* out) {
+#if defined(__AVX512F__)
   const int lines = w.group * BITS / 32;
   if (lines == 4) return integer_block<BITS, PLANES, MB, PANELS, 4>(w, panel, a, first, out);
   if (lines == 8) return integer_block<BITS, PLANES, MB, PANELS, 8>(w, panel, a, first, out);
   if (lines == 16) return integer_block<BITS, PLANES, MB, PANELS, 16>(w, panel, a, first, out);
+#endif
   return integer_block<BITS, PLANES, MB, PANELS, 0>(w, panel, a, first, out);
 }
 
@@ -145,7 +153,6 @@ static void float_block(const Linear& w, const uint8_t* panel, const Activations
 // bf16 without a bf16 instruction: products and sums in fp32, even column first.
 template <int MB>
 static void bf16_block(const Linear& w, const uint8_t* panel, const Activations& a, int first, float* out) {
-  typedef uint32_t u32x16 __attribute__((vector_size(64)));
   f32x16 acc[MB];
 #pragma GCC unroll 16
   for (int m = 0; m < MB; ++m) acc[m] = splat(0.0f);
@@ -184,15 +191,16 @@ static void block(const Linear& w, const uint8_t* const* panel, const Activation
 
 void linear_panels(const Linear& w, const uint8_t* const* panel, int panels, const int8_t* const*,
                    const Activations& a, int first, int count, float* const* out) {
+  constexpr int kMost = kBlockTokens[0], kSome = kBlockTokens[1];
   for (int m = 0; m < count;) {
-    const int size = count - m >= 8 ? 8 : count - m >= 4 ? 4 : 1;
+    const int size = count - m >= kMost ? kMost : count - m >= kSome ? kSome : 1;
     for (int p = 0; p < panels;) {
       float* to[2];
       for (int i = 0; i < 2; ++i) to[i] = out[std::min(p + i, panels - 1)] + (size_t)m * kLanes;
-      if (size == 8) {
-        block<8, 1>(w, panel + p++, a, first + m, to);
-      } else if (size == 4) {
-        block<4, 1>(w, panel + p++, a, first + m, to);
+      if (size == kMost) {
+        block<kMost, 1>(w, panel + p++, a, first + m, to);
+      } else if (size == kSome) {
+        block<kSome, 1>(w, panel + p++, a, first + m, to);
       } else if (panels - p == 2) {
         block<1, 2>(w, panel + p, a, first + m, to);
         p += 2;

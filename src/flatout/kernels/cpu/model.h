@@ -72,6 +72,7 @@ class Model {
     Buffer activations, panel, normed;
   };
 
+  int chunk_floats() const { return config_.num_heads * partial_floats(head_dim_padded_); }  // partial sums of a chunk
   bool by_token(int count) const;  // whether threads take tokens rather than rows of the weights
   void check(const Batch&) const;
   void begin(const Batch&);
@@ -109,11 +110,11 @@ class Model {
     int sequence, first_token, rows;
   };
   std::vector<Block> blocks_;
-  struct Item {  // attention work: some heads of one block, all pages or (one token) a chunk of them
-    int block, first_head, heads, chunk, split;
+  struct Item {  // attention work: some heads of one block, all of its pages or (split >= 0) a chunk of them
+    int block, first_head, heads, split, chunk;
   };
   struct Split {  // a block whose pages are split: its partial sums lie at `offset`, chunk by chunk
-    int block, first_chunk, chunks, stride;
+    int block, first_chunk, chunks;
     size_t offset;
   };
   std::vector<Item> items_;

@@ -37,14 +37,6 @@ static inline void store(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
-#if !defined(__AVX512F__)
-static inline i32x16 widen_u8(const uint8_t* p) {
-  i32x16 v;
-  for (int i = 0; i < 16; ++i) v[i] = p[i];
-  return v;
-}
-#endif
-
 static inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
   return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
 }
@@ -77,18 +69,6 @@ static inline f32x16 from_half(const uint16_t* p) {
 }
 static inline void store_u8(uint8_t* p, i32x16 v) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
-}
-static inline i32x16 widen_u8(const uint8_t* p) {
-  return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-}
-// 64 integers in [-128, 127] (SIGNED) or [0, 255] as bytes. The packs work within 128-bit lanes, the permutation puts
-// them in order.
-template <bool SIGNED>
-static inline void store_bytes(void* p, i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
-  const __m512i ab = _mm512_packs_epi32((__m512i)a, (__m512i)b), cd = _mm512_packs_epi32((__m512i)c, (__m512i)d);
-  const __m512i packed = SIGNED ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
 }
 // acc[lane] += sum over j of u[4 lane + j] * s[j]: unsigned vector times four broadcast signed bytes.
 static inline i32x16 dot_us(i32x16 acc, u8x64 u, int32_t s4) {
@@ -148,11 +128,6 @@ static inline f32x16 from_half(const uint16_t* p) {
 static inline void store_u8(uint8_t* p, i32x16 v) {
   for (int i = 0; i < 16; ++i) p[i] = (uint8_t)v[i];
 }
-template <bool SIGNED>
-static inline void store_bytes(void* p, i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
-  uint8_t* to = (uint8_t*)p;
-  store_u8(to, a), store_u8(to + 16, b), store_u8(to + 32, c), store_u8(to + 48, d);
-}
 // vpmaddubsw would saturate for 8-bit codes, so bytes widen to 16 bits first: every sum stays exact.
 static inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
   __m256i u_lo = _mm256_unpacklo_epi8(u, _mm256_setzero_si256());
@@ -208,11 +183,6 @@ static inline f32x16 from_half(const uint16_t* p) {
 static inline void store_u8(uint8_t* p, i32x16 v) {
   for (int i = 0; i < 16; ++i) p[i] = (uint8_t)v[i];
 }
-template <bool SIGNED>
-static inline void store_bytes(void* p, i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
-  uint8_t* to = (uint8_t*)p;
-  store_u8(to, a), store_u8(to + 16, b), store_u8(to + 32, c), store_u8(to + 48, d);
-}
 static inline i32x16 dot_us(i32x16 acc, u8x64 u, int32_t s4) {
   int8_t s[4];
   std::memcpy(s, &s4, 4);
@@ -229,6 +199,30 @@ static inline i32x16 dot_su(i32x16 acc, u8x64 s, int32_t u4) {
 }
 
 #endif
+
+static inline i32x16 widen_u8(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  i32x16 v;
+  for (int i = 0; i < 16; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+// 64 integers in [-128, 127] (SIGNED) or [0, 255] as bytes.
+template <bool SIGNED>
+static inline void store_bytes(void* p, i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
+#if defined(__AVX512F__)
+  // The packs work within 128-bit lanes, the permutation puts them in order.
+  const __m512i ab = _mm512_packs_epi32((__m512i)a, (__m512i)b), cd = _mm512_packs_epi32((__m512i)c, (__m512i)d);
+  const __m512i packed = SIGNED ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
+#else
+  uint8_t* to = (uint8_t*)p;
+  store_u8(to, a), store_u8(to + 16, b), store_u8(to + 32, c), store_u8(to + 48, d);
+#endif
+}
 
 // Lanes [0, count) from p, zero elsewhere; never touches memory past count.
 static inline f32x16 load_some(const float* p, int count) {
@@ -338,50 +332,38 @@ static inline f32x16 sigmoid(f32x16 x) {
   return reciprocal(splat(1.0f) + exp2(min(x * splat(-kLog2E), splat(60.0f))));
 }
 
-// v[r] of `rows` vectors -> lane r of the result: its sum or its greatest lane, by the same operations in the same order
-// as for one vector. Lanes from `rows` on mean nothing.
+// v[r] of `rows` vectors -> lane r of the result, each folded by `op` as `one` folds a single vector: the same operations
+// in the same order. Lanes from `rows` on mean nothing. Overwrites v.
+template <class V, class Op, class One>
+static inline V fold_rows(V* v, int rows, [[maybe_unused]] Op op, One one) {
 #if defined(__AVX512F__)
-// Each step folds two vectors into the halves of one, 16 x 16 lanes -> 8 x 16 -> 4 x 16 -> 2 x 16 -> 16. Slow for a few.
-template <class V, class Op>
-static inline V fold_rows(V* v, Op op) {
-  const auto at = [&](int i) { return (__m512)v[i]; };
+  if (rows > 4) {
+    // Each step folds two vectors into the halves of one, 16 x 16 lanes -> 8 x 16 -> 4 x 16 -> 2 x 16 -> 16.
+    const auto at = [&](int i) { return (__m512)v[i]; };
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    v[i] = op((V)_mm512_shuffle_f32x4(at(i), at(i + 8), 0x44), (V)_mm512_shuffle_f32x4(at(i), at(i + 8), 0xee));
+    for (int i = 0; i < 8; ++i)
+      v[i] = op((V)_mm512_shuffle_f32x4(at(i), at(i + 8), 0x44), (V)_mm512_shuffle_f32x4(at(i), at(i + 8), 0xee));
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    v[i] = op((V)_mm512_shuffle_f32x4(at(i), at(i + 4), 0x88), (V)_mm512_shuffle_f32x4(at(i), at(i + 4), 0xdd));
+    for (int i = 0; i < 4; ++i)
+      v[i] = op((V)_mm512_shuffle_f32x4(at(i), at(i + 4), 0x88), (V)_mm512_shuffle_f32x4(at(i), at(i + 4), 0xdd));
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i)
-    v[i] = op((V)_mm512_shuffle_ps(at(i), at(i + 2), 0x44), (V)_mm512_shuffle_ps(at(i), at(i + 2), 0xee));
-  const V all = op((V)_mm512_shuffle_ps(at(0), at(1), 0x88), (V)_mm512_shuffle_ps(at(0), at(1), 0xdd));
-  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-  return (V)_mm512_permutexvar_ps(order, (__m512)all);
-}
+    for (int i = 0; i < 2; ++i)
+      v[i] = op((V)_mm512_shuffle_ps(at(i), at(i + 2), 0x44), (V)_mm512_shuffle_ps(at(i), at(i + 2), 0xee));
+    const V all = op((V)_mm512_shuffle_ps(at(0), at(1), 0x88), (V)_mm512_shuffle_ps(at(0), at(1), 0xdd));
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    return (V)_mm512_permutexvar_ps(order, (__m512)all);
+  }
 #endif
-static inline f32x16 sum_rows(f32x16* v, int rows) {
-#if defined(__AVX512F__)
-  if (rows > 4) return fold_rows(v, [](f32x16 a, f32x16 b) { return a + b; });
-#endif
-  f32x16 all = {};
-  for (int r = 0; r < rows; ++r) all[r] = sum(v[r]);
+  V all = {};
+  for (int r = 0; r < rows; ++r) all[r] = one(v[r]);
   return all;
 }
-static inline i32x16 sum_rows(i32x16* v, int rows) {
-#if defined(__AVX512F__)
-  if (rows > 4) return fold_rows(v, [](i32x16 a, i32x16 b) { return a + b; });
-#endif
-  i32x16 all = {};
-  for (int r = 0; r < rows; ++r) all[r] = sum(v[r]);
-  return all;
+template <class V>
+static inline V sum_rows(V* v, int rows) {
+  return fold_rows(v, rows, [](V a, V b) { return a + b; }, [](V x) { return sum(x); });
 }
 static inline f32x16 max_rows(f32x16* v, int rows) {
-#if defined(__AVX512F__)
-  if (rows > 4) return fold_rows(v, [](f32x16 a, f32x16 b) { return max(a, b); });
-#endif
-  f32x16 all = {};
-  for (int r = 0; r < rows; ++r) all[r] = max_lane(v[r]);
-  return all;
+  return fold_rows(v, rows, [](f32x16 a, f32x16 b) { return max(a, b); }, [](f32x16 x) { return max_lane(x); });
 }
 
 // Sixteen pairs of bf16 as two vectors: the first and the second of each pair.
@@ -397,6 +379,19 @@ static inline uint16_t to_bf16(float v) {
   std::memcpy(&bits, &v, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// `count` floats as bf16, and zeros up to `padded`, a multiple of 16.
+static inline void round_row(const float* x, int count, int padded, uint16_t* out) {
+#if defined(__AVX512BF16__)
+  for (int i = 0; i < padded; i += 16) {
+    const f32x16 v = i < count ? load_some(x + i, count - i) : splat(0.0f);
+    _mm256_storeu_si256((__m256i*)(out + i), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  }
+#else
+  for (int i = 0; i < count; ++i) out[i] = to_bf16(x[i]);
+  if (count < padded) std::memset(out + count, 0, sizeof(uint16_t) * (padded - count));
+#endif
 }
 
 }  // namespace FLATOUT_ISA
