@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 
@@ -29,8 +26,8 @@ from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import StepInput
 from flatout.hardware.detect import detect
 from flatout.search.recipes import recipe_from_name
+from record import write
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FORMATS = ("fp32", "bf16", "native", "w8a8", "w8a8-g64", "w8a16", "w4a8-g32", "w4a16-g64-asym")
 CHUNK = 100
 
@@ -88,22 +85,16 @@ def main() -> int:
         bits = {True: "yes", False: "NO", None: ""}[row.get("same_bits")]  # type: ignore[index]
         same = f"{row['same_next_token']:.1%}"
         print(f"| `{row['format']}` | {row['max']:.1e} | {row['rms']:.1e} | {same} | {bits} |")
-    today = datetime.date.today().isoformat()
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    record = {
-        "theme": "logits",
-        "command": "python benchmarks/logits_error.py " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "date": today,
-        "hardware": detect().name,
+    hardware = detect()
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"name": hardware.name, "kind": hardware.kind, "cores": hardware.cores},
         "versions": {name: version(name) for name in ("torch", "numpy")},
-        "result": {"model": args.model, "tokens": len(tokens), "rows": rows},
+        "model": args.model,
+        "tokens": len(tokens),
+        "rows": rows,
     }
-    (RESULTS / f"logits_x86-64_{today}.json").write_text(
-        json.dumps(record, indent=1) + "\n", encoding="utf-8"
-    )
+    write("logits", result, " ".join(["python benchmarks/logits_error.py", *sys.argv[1:]]))
     return 0 if all(row.get("same_bits", True) for row in rows) else 1
 
 

@@ -56,6 +56,15 @@ def file_name(theme: str, result: Mapping[str, Any], date: str) -> str:
     return f"{theme}_{'-'.join(words)}-{hardware['cores']}c_{date}.json"
 
 
+def write(theme: str, result: Mapping[str, Any], command: str | None = None) -> Path:
+    """Write the results file of `result` and return its path. Raises ValueError as make_record does."""
+    record = make_record(result, command, commit_of(ROOT))
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / file_name(theme, result, record["date"])
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
 def commit_of(folder: Path) -> str:
     """The commit that is checked out, with "-dirty" behind it when what is built from it has changed."""
     git = ["git", "-C", str(folder)]
@@ -84,13 +93,10 @@ def main() -> int:
     options = parser.parse_args()
     result = json.loads(options.result.read_text(encoding="utf-8"))
     try:
-        record = make_record(result, options.command, commit_of(ROOT))
+        path = write(options.theme, result, options.command)
     except ValueError as error:
         print(f"{options.result}: {error}", file=sys.stderr)
         return 2
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / file_name(options.theme, result, record["date"])
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(path.relative_to(ROOT))
     return 0
 

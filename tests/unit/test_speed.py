@@ -210,18 +210,24 @@ def test_no_meter_without_proc(tmp_path: Path) -> None:
     assert read_ticks(tmp_path / "stat") is None
 
 
+class Recorder(ToyRunner):
+    """Keeps the tokens of every call of `sample`."""
+
+    def __init__(self, **options: int) -> None:
+        super().__init__(**options)
+        self.seen: list[np.ndarray] = []
+
+    def sample(self, *args: object, **options: object) -> np.ndarray:
+        self.seen.append(super().sample(*args, **options))  # type: ignore[arg-type]
+        return self.seen[-1]
+
+
 def test_driver_generates_what_the_model_says() -> None:
     """Pages, positions and chunks of the driver are right: a toy model that hashes its pages gives the same
     tokens."""
     prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]]
-    seen: list[np.ndarray] = []
-
-    class Recorder(ToyRunner):
-        def sample(self, *args: object, **options: object) -> np.ndarray:
-            seen.append(super().sample(*args, **options))  # type: ignore[arg-type]
-            return seen[-1]
-
     runner = Recorder(num_pages=8, page_size=4)
+    seen = runner.seen
     driver = RunnerDriver(runner, step_tokens=4)
     assert driver.decode(prompts, 5) > 0
     assert runner.steps == [(1, 4), (1, 4), (1, 2)] * 2 + [(2, 2)] * 5
@@ -236,14 +242,8 @@ def test_driver_generates_what_the_model_says() -> None:
 
 def test_a_decoder_starts_every_time_at_the_end_of_one_prefill() -> None:
     prompts = [[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]]
-    seen: list[np.ndarray] = []
-
-    class Recorder(ToyRunner):
-        def sample(self, *args: object, **options: object) -> np.ndarray:
-            seen.append(super().sample(*args, **options))  # type: ignore[arg-type]
-            return seen[-1]
-
     runner = Recorder(num_pages=8, page_size=4)
+    seen = runner.seen
     decode = RunnerDriver(runner, step_tokens=8).decoder(prompts, 4)
     assert decode() > 0
     assert decode() > 0

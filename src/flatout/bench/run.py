@@ -211,16 +211,16 @@ def _judge(
         scores.append(np.asarray(entry.side.score(cluster.tokens), dtype=np.float32))
     losses = pair_scores(clusters, base, scores)
     _, perplexity = perplexities(losses)
+    sums, counts = arrays(losses)
     # Of a few passages a bootstrapped bound can be any number at all.
-    enough = len(losses) >= FEWEST_FOR_SPREAD
-    bound = ratio_bound(*arrays(losses), 0.05) if enough else None
+    bound = ratio_bound(sums, counts, 0.05) if len(losses) >= FEWEST_FOR_SPREAD else None
     return Contender(
         engine=entry.engine,
         format=entry.format,
         version=entry.version,
         details=entry.details,
         perplexity=perplexity,
-        loss=math.expm1(moments(*arrays(losses)).delta),
+        loss=math.expm1(moments(sums, counts).delta),
         loss_upper=None if bound is None else math.expm1(bound.upper),
     )
 

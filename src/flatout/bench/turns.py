@@ -18,12 +18,8 @@ from flatout.bench.phases import Phase
 from flatout.engine.cpu import CpuRunner
 from flatout.engine.score import score_documents
 from flatout.verify.drivers import RunnerDriver
-from flatout.verify.foreign_load import Ticks, read_ticks
+from flatout.verify.foreign_load import MAX_FOREIGN, Ticks, read_ticks
 from flatout.verify.speed import SETTLE_S, Sample, time_sample, without_garbage_collection
-
-MAX_FOREIGN = 0.1
-"""Share of the cores that others may keep busy during a sample."""
-
 
 Prompts = Sequence[Sequence[int]]
 

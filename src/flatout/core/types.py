@@ -70,6 +70,10 @@ class Workload:
                 "the objective is latency, throughput or memory", repr(self.objective), "latency"
             )
 
+    def seconds(self, prefill_s: float, decode_s: float) -> float:
+        """Seconds of all of it from a prefill of all prompts and one decode step of all sequences."""
+        return prefill_s + self.output * decode_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:

@@ -79,6 +79,11 @@ class Profile:
         """The phase called "prefill" or "decode"."""
         return next(p for p in self.phases if p.phase == name)
 
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Medians of a prefill of all prompts and of one decode step."""
+        return self.phase("prefill").measured.median, self.phase("decode").measured.median
+
 
 def profile(
     model: str | Path,

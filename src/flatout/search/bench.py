@@ -205,11 +205,8 @@ class CpuBench:
                 max_seconds=max_seconds,
             )
 
-        def seconds(profile: Profile) -> float:
-            prefill, decode = (profile.phase(phase).measured.median for phase in ("prefill", "decode"))
-            return prefill + workload.output * decode
-
-        return min(until_quiet(measure), key=seconds)  # what disturbs a measurement adds to it
+        # What disturbs a measurement adds to it.
+        return min(until_quiet(measure), key=lambda profile: workload.seconds(*profile.seconds))
 
     def race(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flatout.core.costs import kv_bytes_per_token, weight_bytes
 from flatout.core.formats import Recipe
-from flatout.core.types import Prediction, Workload
+from flatout.core.types import Prediction
 from flatout.perf.predict import StepTimes
 from flatout.search.context import Context
 from flatout.search.recipes import Candidate
@@ -61,11 +61,6 @@ def memory_bytes(context: Context, recipe: Recipe) -> int:
     tokens = workload.batch * (workload.prompt + workload.output)
     cache = tokens * spec.num_layers * kv_bytes_per_token(spec, recipe.kv_cache)
     return weight_bytes(spec, recipe) + round(cache)
-
-
-def workload_seconds(workload: Workload, prefill_s: float, decode_s: float) -> float:
-    """Seconds of the whole workload from a prefill of all prompts and one decode step of all sequences."""
-    return prefill_s + workload.output * decode_s
 
 
 def regret(row: Row, rows: Sequence[Row]) -> float:

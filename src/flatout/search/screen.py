@@ -20,7 +20,7 @@ from flatout.perf.predict import StepTimes, calibrate, predict
 from flatout.perf.profile import Profile
 from flatout.search.context import Context
 from flatout.search.recipes import ORIGINAL, Candidate
-from flatout.search.rows import Row, loss_of, memory_bytes, regret, two_standard_errors, workload_seconds
+from flatout.search.rows import Row, loss_of, memory_bytes, regret, two_standard_errors
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
 from flatout.verify.quality import ClusterLoss, pair_scores
@@ -206,12 +206,11 @@ class Screen:
         }
 
         def compute() -> dict[str, float]:
-            profile = self.profile(row.name)
-            prefill, decode = (profile.phase(phase).measured.median for phase in ("prefill", "decode"))
+            prefill, decode = self.profile(row.name).seconds
             return {
                 "prefill_s": prefill,
                 "decode_s": decode,
-                "workload_s": workload_seconds(context.request.workload, prefill, decode),
+                "workload_s": context.request.workload.seconds(prefill, decode),
             }
 
         times = context.timed("time", row.name, inputs, compute)
@@ -266,7 +265,7 @@ def _suffices(plan: Plan) -> bool:
 
 def _workload_prediction(workload: Workload, times: StepTimes) -> Prediction:
     low, mid, high = (
-        workload_seconds(workload, getattr(times.prefill, edge), getattr(times.decode, edge))
+        workload.seconds(getattr(times.prefill, edge), getattr(times.decode, edge))
         for edge in ("low", "mid", "high")
     )
     tiers = ("measured", "calibrated", "datasheet")

@@ -82,7 +82,10 @@ class Peer:
         return work(self._fastest("decode", count, max(map(len, prompts)) + tokens, work))
 
     def score(self, document: list[int]) -> list[float]:
-        context = self._context("score", 1, len(document), flash=True)
+        key = "score", 1, _rounded(len(document))
+        if key not in self._contexts:
+            self._contexts[key] = self._new(*key[1:], flash=True)
+        context = self._contexts[key]
         context.clear()
         inputs, targets = np.array(document[:-1]), np.array(document[1:])
         scores: list[float] = []
@@ -105,22 +108,14 @@ class Peer:
         """The context for this kind of work. The first time, both are tried and the slower one is dropped."""
         key = kind, sequences, _rounded(positions)
         if key not in self._contexts:
-            with_flash, without = (
-                _Context(self._llama, self._model, self._vocab, *key[1:], self._threads, flash)
-                for flash in (True, False)
-            )
+            with_flash, without = (self._new(*key[1:], flash) for flash in (True, False))
             keep = min(work(with_flash) for _ in range(_TRIES)) <= min(work(without) for _ in range(_TRIES))
             self._contexts[key] = with_flash if keep else without
             (without if keep else with_flash).free()
         return self._contexts[key]
 
-    def _context(self, kind: str, sequences: int, positions: int, flash: bool) -> _Context:
-        key = kind, sequences, _rounded(positions)
-        if key not in self._contexts:
-            self._contexts[key] = _Context(
-                self._llama, self._model, self._vocab, *key[1:], self._threads, flash
-            )
-        return self._contexts[key]
+    def _new(self, sequences: int, positions: int, flash: bool) -> _Context:
+        return _Context(self._llama, self._model, self._vocab, sequences, positions, self._threads, flash)
 
 
 def _rounded(positions: int) -> int:
