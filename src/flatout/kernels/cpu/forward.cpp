@@ -163,10 +163,13 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
     write_activations(*ops_, w, in, a, at);
   };
   if (by_token(count)) {
-    for (const Rows& share : token_shares(count, thread, pool_.size()))
+    for (const Rows& share : token_shares(count, thread, pool_.size())) {
       for (int r = share.first; r < share.last; ++r) prepare_row(r, share.at + r - share.first);
+      pad_activations(w, a, share.at, share.count());
+    }
   } else {
     for (int r = alone ? 0 : thread; r < count; r += alone ? 1 : pool_.size()) prepare_row(r, r);
+    if (alone || thread == 0) pad_activations(w, a, 0, count);
     if (!alone) pool_.barrier(thread);
   }
   return a;

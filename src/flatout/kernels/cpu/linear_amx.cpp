@@ -130,12 +130,12 @@ struct WholeRowBlock {
   alignas(64) int32_t sums[4][kTileRows * kLanes];
   float* out[2];
   f32x16 scale[2];
-  int first = 0, units = 0;  // a unit is 8 tokens of one panel
+  int first = 0, units = 0;  // a unit is 8 tokens of one panel; the panels take turns
 };
 
 // Scale one unit: the sums are of unsigned codes, so the weights' zero times the tokens' code sum comes off first.
 static inline void scale_unit(const Linear& w, const Activations& a, const WholeRowBlock& b, int unit) {
-  const int tile = unit / 2, panel = tile % 2, row = unit % 2 * 8, token = tile / 2 * kTileRows + row;
+  const int panel = unit % 2, token = unit / 2 * 8, row = token % kTileRows, tile = token / kTileRows * 2 + panel;
   const float* a_scale = a.scales + b.first + token;
   const int32_t* a_sum = a.sums[0] + b.first + token;
   const int32_t* high = b.sums[tile] + row * kLanes;
@@ -158,6 +158,12 @@ static inline void scale_unit(const Linear& w, const Activations& a, const Whole
   }
 }
 
+// A tile of weights into the caches. The stream runs on into the next panels, so it is never wasted.
+static inline void fetch(const uint8_t* tile) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(tile + 64 * i);
+}
+
 // One scale a row: 2 x 2 tiles share their operands, four products to four loads; the fp32 work of the last block is
 // done between the products of the next.
 static void whole_row_panels(const Linear& w, const uint8_t* const* panel, const Activations& a, int first, int count,
@@ -171,7 +177,7 @@ static void whole_row_panels(const Linear& w, const uint8_t* const* panel, const
     const int8_t* upper = a.codes[0] + (size_t)(first + m) * w.row_stride;
     const int8_t* lower = w.planes == 2 ? a.codes[1] + (size_t)(first + m) * w.row_stride
                           : second      ? upper + (size_t)kTileRows * w.row_stride
-                                        : upper;
+                                        : nullptr;
     int unit = 0;
     _tile_zero(0);
     _tile_zero(1);
@@ -181,20 +187,28 @@ static void whole_row_panels(const Linear& w, const uint8_t* const* panel, const
       _tile_loadd(4, upper + k, w.row_stride);
       _tile_loadd(6, panel[0] + (size_t)k * kLanes, 64);
       _tile_loadd(7, panel[1] + (size_t)k * kLanes, 64);
-      _tile_loadd(5, lower + k, w.row_stride);
       _tile_dpbsud(0, 4, 6);
       _tile_dpbsud(1, 4, 7);
-      _tile_dpbsud(2, 5, 6);
-      _tile_dpbsud(3, 5, 7);
+      if (lower) {
+        _tile_loadd(5, lower + k, w.row_stride);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+      }
+      if (m == 0) {
+        fetch(panel[0] + (size_t)k * kLanes + kPrefetchBytes);
+        fetch(panel[1] + (size_t)k * kLanes + kPrefetchBytes);
+      }
       if (unit < last.units) scale_unit(w, a, last, unit++);
     }
     while (unit < last.units) scale_unit(w, a, last, unit++);
     _tile_stored(0, now.sums[0], 64);
     _tile_stored(1, now.sums[1], 64);
-    _tile_stored(2, now.sums[2], 64);
-    _tile_stored(3, now.sums[3], 64);
+    if (lower) {
+      _tile_stored(2, now.sums[2], 64);
+      _tile_stored(3, now.sums[3], 64);
+    }
     now.first = first + m;
-    now.units = second ? 8 : 4;
+    now.units = 2 * ((std::min(count - m, second ? 2 * kTileRows : kTileRows) + 7) / 8);
     for (int p = 0; p < 2; ++p) {
       now.out[p] = out[p] + (size_t)m * kLanes;
       now.scale[p] = load_scale(w, panel[p] + w.scales_offset, 0);

@@ -43,6 +43,17 @@ void write_activations(const Ops& ops, const Linear& w, const float* x, const Ac
   }
 }
 
+void pad_activations(const Linear& w, const Activations& a, int at, int count) {
+  const int filled = count % kTileRows;
+  if (w.kind != WeightKind::kInteger || filled == 0 || count < kTileMinimum) return;
+  for (int g = 0; g < w.groups; ++g) {
+    const size_t first = group_index(at + count, g, w.groups);
+    std::fill_n(a.scales + first, kTileRows - filled, 0.0f);
+    std::fill_n(a.scaled_sums + first, kTileRows - filled, 0.0f);
+    for (int p = 0; p < w.planes; ++p) std::fill_n(a.sums[p] + first, kTileRows - filled, 0);
+  }
+}
+
 void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, const std::vector<Rows>& shares,
                      const Output& o, int begin, int end, int8_t* scratch_memory) {
   const bool gate = o.epilogue == Epilogue::kGated;  // panels of gate and up alternate
@@ -87,6 +98,7 @@ void linear_once(const Ops& ops, const Source& source, const float* x, int token
   Buffer memory(activation_bytes(rows, w.row_stride, w.groups)), scratch((size_t)2 * kLanes * w.k_padded);
   const Activations a = place_activations(w, memory.data, rows);
   for (int r = 0; r < tokens; ++r) write_activations(ops, w, x + (size_t)r * w.k, a, r);
+  pad_activations(w, a, 0, tokens);
   Output o;
   o.out = out;
   o.stride = w.n;

@@ -25,6 +25,9 @@ size_t activation_bytes(int rows, int row_stride, int groups);
 // The parts of such a buffer.
 Activations place_activations(const Linear&, uint8_t* memory, int rows);
 void write_activations(const Ops&, const Linear&, const float* x, const Activations&, int row);
+// Zero scales and sums of the rows that fill the last tile of `count` rows from row `at` on. Tiles multiply these rows
+// too, and what lay there may be denormal numbers, which take a hundred times as long.
+void pad_activations(const Linear&, const Activations&, int at, int count);
 
 // Tokens first .. last of a step, whose activations lie in rows `at` and on; `at` is a multiple of 16.
 struct Rows {
