@@ -64,26 +64,25 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
   for (int p = range.first; p <= range.last; ++p) {
     const bool whole = see_page(a, p, visible);
     // The first query fetches the next page along with its own loads: all at once would fill the queue of misses.
-    const Page page = page_at(a, p), next = page_at(a, std::min(p + 1, range.last));
-    i32x16 dot[4];
+    const Page page = page_at(a, p);
+    const Page next = p < range.last ? page_at(a, p + 1) : a.after ? page_parts(a, a.after) : page;
+    const int seen = whole ? kPage : seen_keys(visible, rows);
     const auto score = [&](int r, int i) {
-      if (i == 0) {
-        for (int j = 0; j < 4; ++j) dot[j] = splat_i32(-128 * q_sum[r]);
-        for (int e = 0; e < E; e += 4) {
-          int32_t four;
-          std::memcpy(&four, q + r * E + e, 4);
-          const uint8_t* line = page.keys + (size_t)e * kPage;
-          for (int j = 0; r == 0 && j < 4; ++j) __builtin_prefetch(next.keys + (size_t)e * kPage + 64 * j);
-          for (int j = 0; j < 4; ++j) dot[j] = dot_us(dot[j], load<u8x64>(line + 64 * j), four);
-        }
+      i32x16 dot = splat_i32(-128 * q_sum[r]);
+      for (int e = 0; e < E && i * kLanes < seen; e += 4) {
+        int32_t four;
+        std::memcpy(&four, q + r * E + e, 4);
+        const size_t at = (size_t)e * kPage + 64 * i;
+        if (r == 0) __builtin_prefetch(next.keys + at);
+        dot = dot_us(dot, load<u8x64>(page.keys + at), four);
       }
-      return to_float(dot[i]) * load<f32x16>(page.key_scales + i * kLanes);
+      return to_float(dot) * load<f32x16>(page.key_scales + i * kLanes);
     };
     advance(block, whole, visible, rows, score, scores, page.value_scales, weights);
     for (int r = 0; r < rows; ++r)
       for (int d = 0; d < E; d += kLanes) {
         i32x16 dot = {};
-        for (int key = 0; key < kPage; key += 4) {
+        for (int key = 0; key < seen; key += 4) {
           int32_t four;
           std::memcpy(&four, weights[r] + key, 4);
           const size_t at = (size_t)key * E + 4 * d;

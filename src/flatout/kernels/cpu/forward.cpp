@@ -92,7 +92,7 @@ void Model::begin(const Batch& b) {
     }
     last_rows_.push_back((int32_t)token_sequence_.size() - 1);
   }
-  plan_attention();
+  plan_attention(b.total);
   if (profiling_) last_mark_ = now();
 }
 
@@ -190,32 +190,33 @@ void Model::linear(const Linear& w, const Activations& a, int count, Epilogue ep
   }
 }
 
-// Rotate q and k, normalise them where the model does, and store k and v: one item a token and head.
-void Model::write_cache(const Batch& b, int layer, int thread) {
+// Rotate head h of token t, normalised where the model does; k heads follow the q heads and are stored with their v.
+void Model::rotate(const Batch& b, int layer, int t, int h) {
   const Config& c = config_;
-  const Layer& l = layers_[layer];
-  const int heads = c.num_heads + c.num_kv_heads, items = b.total * heads;
-  const auto rotate = [&](int item) {
-    const int t = item / heads, h = item % heads, position = token_position_[t];
-    float* row = (float*)qkv_.data + (size_t)t * qkv_stride_;
-    float* x = row + (size_t)h * c.head_dim;  // k heads follow the q heads
-    if (c.qk_norm) {
-      const std::vector<float>& weight = h < c.num_heads ? l.q_norm : l.k_norm;
-      ops_->rms_norm(x, weight.data(), c.rms_norm_eps, c.head_dim, x);
-    }
-    ops_->rope(x, rope_.data() + (size_t)position * c.head_dim, c.head_dim);
-    if (h < c.num_heads) return;
-    const int kv = h - c.num_heads;
-    const int32_t page = b.pages[(size_t)token_sequence_[t] * b.page_columns + position / kPage];
-    ops_->write_kv(x, x + (size_t)c.num_kv_heads * c.head_dim, c.head_dim, head_dim_padded_, position % kPage,
-                   c.int8_cache, page_head(layer, kv) + (size_t)page * page_bytes_);
+  const int position = token_position_[t];
+  float* x = (float*)qkv_.data + (size_t)t * qkv_stride_ + (size_t)h * c.head_dim;
+  if (c.qk_norm) {
+    const std::vector<float>& weight = h < c.num_heads ? layers_[layer].q_norm : layers_[layer].k_norm;
+    ops_->rms_norm(x, weight.data(), c.rms_norm_eps, c.head_dim, x);
+  }
+  ops_->rope(x, rope_.data() + (size_t)position * c.head_dim, c.head_dim);
+  if (h < c.num_heads) return;
+  const int32_t page = b.pages[(size_t)token_sequence_[t] * b.page_columns + position / kPage];
+  ops_->write_kv(x, x + (size_t)c.num_kv_heads * c.head_dim, c.head_dim, head_dim_padded_, position % kPage,
+                 c.int8_cache, page_head(layer, h - c.num_heads) + (size_t)page * page_bytes_);
+}
+
+// All heads of all tokens, before attention.
+void Model::write_cache(const Batch& b, int layer, int thread) {
+  const int heads = config_.num_heads + config_.num_kv_heads;
+  const auto write = [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) rotate(b, layer, i / heads, i % heads);
   };
   if (by_token(b.total)) {
-    for (const Rows& share : token_shares(b.total, thread, pool_.size()))
-      for (int item = share.first * heads; item < share.last * heads; ++item) rotate(item);
+    for (const Rows& share : token_shares(b.total, thread, pool_.size())) write(share.first * heads, share.last * heads);
   } else {
-    const int64_t threads = pool_.size();
-    for (int item = (int)(items * thread / threads); item < (int)(items * (thread + 1) / threads); ++item) rotate(item);
+    const int64_t items = (int64_t)b.total * heads, threads = pool_.size();
+    write((int)(items * thread / threads), (int)(items * (thread + 1) / threads));
   }
   pool_.barrier(thread);
 }
@@ -243,6 +244,10 @@ void Model::attention(const Batch& b, int layer, int thread) {
     a.bf16_products = layers_[layer].qkv.kind == WeightKind::kBFloat16;
     return a;
   };
+  const auto first_page = [&](const Attention& a) {
+    const int key = a.window ? std::max(0, a.first_position - a.window + 1) : 0;
+    return a.cache + a.pages[a.partial ? a.chunk * kChunk : key / kPage] * a.page_stride;
+  };
   if (by_token(b.total)) {
     for (const Rows& share : token_shares(b.total, thread, pool_.size()))
       for (int kv = 0; kv < c.num_kv_heads; ++kv)
@@ -251,8 +256,8 @@ void Model::attention(const Batch& b, int layer, int thread) {
             ops_->attend(place(block, kv * group, group));
     return;
   }
-  for (int i; (i = next_item_[layer].fetch_add(1, std::memory_order_relaxed)) < (int)items_.size();) {
-    const Item& item = items_[i];
+  const int items = (int)items_.size();
+  const auto place_item = [&](const Item& item) {
     Attention a = place(blocks_[item.block], item.first_head, item.heads);
     if (item.split >= 0) {
       const Split& split = splits_[item.split];
@@ -260,6 +265,17 @@ void Model::attention(const Batch& b, int layer, int thread) {
       a.partial = partials_.data() + split.offset + (size_t)item.chunk * chunk_floats() +
                   (size_t)item.first_head * partial_floats(head_dim_padded_);
     }
+    return a;
+  };
+  for (int i; (i = next_item_[layer].fetch_add(1, std::memory_order_relaxed)) < items;) {
+    const Item& item = items_[i];
+    if (write_with_attention_) {
+      const int token = blocks_[item.block].first_token, kv = item.first_head / group;
+      for (int h = item.first_head; h < item.first_head + item.heads; ++h) rotate(b, layer, token, h);
+      rotate(b, layer, token, c.num_heads + kv);
+    }
+    Attention a = place_item(item);
+    if (i + pool_.size() < items) a.after = first_page(place_item(items_[i + pool_.size()]));
     ops_->attend(a);
   }
   pool_.barrier(thread);
@@ -277,7 +293,7 @@ void Model::attention(const Batch& b, int layer, int thread) {
 
 // What threads take one after another in attention. Heads of a group read the same pages and stay together unless there
 // would be less work than threads; a single token's long context is split into chunks, whose sums are merged afterwards.
-void Model::plan_attention() {
+void Model::plan_attention(int tokens) {
   const Config& c = config_;
   items_.clear();
   splits_.clear();
@@ -302,6 +318,8 @@ void Model::plan_attention() {
       }
   }
   if (partials_.size() < floats) partials_.resize(floats);
+  // A sequence's only token and a whole group: nobody else needs what is written.
+  write_with_attention_ = !by_token(tokens) && (int)blocks_.size() == tokens && parts == 1 && splits_.empty();
   for (auto& next : next_item_) next.store(0, std::memory_order_relaxed);
 }
 
@@ -325,7 +343,7 @@ void Model::layers(const Batch& b, int thread) {
     const float* bias = l.qkv_bias.empty() ? nullptr : l.qkv_bias.data();
     linear(l.qkv, a, T, Epilogue::kStore, bias, qkv, qkv_stride_, &l.o, thread);
     mark(kQkv, thread);
-    write_cache(b, i, thread);
+    if (!write_with_attention_) write_cache(b, i, thread);
     attention(b, i, thread);
     mark(kAttention, thread);
     a = prepare(l.o, attended, attention_stride_, nullptr, T, nullptr, thread);

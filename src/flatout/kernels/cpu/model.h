@@ -79,8 +79,9 @@ class Model {
   void layers(const Batch&, int thread);
   void lookup(int32_t token, float* out) const;
   void head(const float* hidden, const int32_t* rows, int count, float* logits, int thread);
+  void rotate(const Batch&, int layer, int token, int head);
   void write_cache(const Batch&, int layer, int thread);
-  void plan_attention();
+  void plan_attention(int tokens);
   void attention(const Batch&, int layer, int thread);
   // Input rows (normed when norm is given) in the form `w` needs, ready on all threads when it returns.
   Activations prepare(const Linear& w, const float* x, int stride, const int32_t* rows, int count,
@@ -119,6 +120,7 @@ class Model {
   };
   std::vector<Item> items_;
   std::vector<Split> splits_;
+  bool write_with_attention_ = false;  // each item writes the keys and values it needs first
   std::vector<float> partials_;
   std::vector<std::atomic<int>> next_item_;  // attention work taken, one counter a layer
   bool profiling_ = false, finalized_ = false;

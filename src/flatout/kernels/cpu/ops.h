@@ -64,6 +64,7 @@ struct Attention {
   int head_dim = 0, head_dim_padded = 0;
   const int32_t* pages = nullptr;   // page table of the sequence
   const uint8_t* cache = nullptr;   // this layer and kv head: page p at cache + p * page_stride
+  const uint8_t* after = nullptr;   // the page that this thread is likely to read next
   size_t page_stride = 0;
   float scale = 1.0f;               // 1 / sqrt(E)
   bool int8_cache = true;

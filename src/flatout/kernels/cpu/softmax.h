@@ -89,6 +89,13 @@ static inline bool see_page(const Attention& a, int p, uint64_t* visible) {
   return whole;
 }
 
+// Keys up to the last one that some row sees.
+static inline int seen_keys(const uint64_t* visible, int rows) {
+  uint64_t any = 0;
+  for (int r = 0; r < rows; ++r) any |= visible[r];
+  return any ? kPage - __builtin_clzll(any) : 0;
+}
+
 // A page's scores -> probabilities relative to the new running maximum, left in `scores`. `score(r, i)` gives keys 16 i ..
 // 16 i + 15 of query r. With value_scales (an int8 page) `scores` is left with probability * value scale, and `codes`
 // with those weights as multiples of the page's greatest / 255. Keys that a query does not see weigh 0, whatever their
@@ -204,12 +211,12 @@ struct Page {
   const uint8_t *keys, *values;
   const float *key_scales, *value_scales;
 };
-static inline Page page_at(const Attention& a, int p) {
-  const uint8_t* page = a.cache + a.pages[p] * a.page_stride;
+static inline Page page_parts(const Attention& a, const uint8_t* page) {
   const size_t half = (size_t)kPage * a.head_dim_padded * (a.int8_cache ? 1 : 2);
   const float* scales = (const float*)(page + 2 * half);
   return {page, page + half, scales, scales + kPage};
 }
+static inline Page page_at(const Attention& a, int p) { return page_parts(a, a.cache + a.pages[p] * a.page_stride); }
 
 }  // namespace FLATOUT_ISA
 }  // namespace flatout
