@@ -61,19 +61,24 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
   uint64_t visible[kTileRows];
   quantize_queries(a, a.q, q, block.slope, q_sum);
   const PageRange range = visible_pages(a);
+  const int steps = rows * (kPage + E) / kLanes;
   for (int p = range.first; p <= range.last; ++p) {
     const bool whole = see_page(a, p, visible);
-    // The first query fetches the next page along with its own loads: all at once would fill the queue of misses.
     const Page page = page_at(a, p);
-    const Page next = p < range.last ? page_at(a, p + 1) : a.after ? page_parts(a, a.after) : page;
+    // The next page is fetched a few lines at a time: all at once would fill the queue of misses.
+    const uint8_t* ahead = p < range.last ? page_at(a, p + 1).keys : a.after ? a.after : page.keys;
+    const int share = ((int)(a.page_stride / 64) + steps - 1) / steps;
+    const auto fetch = [&] {
+      for (int line = 0; line < share; ++line, ahead += 64) __builtin_prefetch(ahead);
+    };
     const int seen = whole ? kPage : seen_keys(visible, rows);
     const auto score = [&](int r, int i) {
+      fetch();
       i32x16 dot = splat_i32(-128 * q_sum[r]);
       for (int e = 0; e < E && i * kLanes < seen; e += 4) {
         int32_t four;
         std::memcpy(&four, q + r * E + e, 4);
         const size_t at = (size_t)e * kPage + 64 * i;
-        if (r == 0) __builtin_prefetch(next.keys + at);
         dot = dot_us(dot, load<u8x64>(page.keys + at), four);
       }
       return to_float(dot) * load<f32x16>(page.key_scales + i * kLanes);
@@ -81,12 +86,12 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
     advance(block, whole, visible, rows, score, scores, page.value_scales, weights);
     for (int r = 0; r < rows; ++r)
       for (int d = 0; d < E; d += kLanes) {
+        fetch();
         i32x16 dot = {};
         for (int key = 0; key < seen; key += 4) {
           int32_t four;
           std::memcpy(&four, weights[r] + key, 4);
           const size_t at = (size_t)key * E + 4 * d;
-          if (r == 0) __builtin_prefetch(next.values + at);
           dot = dot_su(dot, load<u8x64>(page.values + at), four);
         }
         add_values(block.chunk.out[d / kLanes][r], to_float(dot), block.shrinks, block.shrink[r], block.scale[r]);
