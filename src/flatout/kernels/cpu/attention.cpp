@@ -67,7 +67,7 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
     const Page page = page_at(a, p);
     // The next page is fetched a few lines at a time: all at once would fill the queue of misses.
     const uint8_t* ahead = p < range.last ? page_at(a, p + 1).keys : a.after ? a.after : page.keys;
-    const int share = ((int)(a.page_stride / 64) + steps - 1) / steps;
+    const int share = ((int)(kv_head_bytes(E, true) / 64) + steps - 1) / steps;
     const auto fetch = [&] {
       for (int line = 0; line < share; ++line, ahead += 64) __builtin_prefetch(ahead);
     };

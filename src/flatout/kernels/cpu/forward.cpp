@@ -110,7 +110,7 @@ std::vector<double> Model::take_timings() {
 }
 
 uint8_t* Model::page_head(int layer, int kv_head) const {
-  return cache_.data + ((size_t)layer * config_.num_kv_heads + kv_head) * num_pages_ * page_bytes_;
+  return cache_.data + ((size_t)layer * config_.num_kv_heads + kv_head) * head_bytes_;
 }
 
 void Model::lookup(int32_t token, float* out) const {

@@ -97,7 +97,7 @@ class Model {
   ThreadPool pool_;
   int activation_rows_ = 0;  // tokens that a thread's own activation buffer holds
   int num_pages_, head_dim_padded_, qkv_stride_, hidden_stride_, gate_stride_, attention_stride_;
-  size_t page_bytes_;
+  size_t head_bytes_, page_bytes_;  // a page holds all layers' heads, so that a short context touches little memory
   std::vector<Layer> layers_;
   std::vector<float> norm_, rope_;
   Arena arena_;

@@ -2,31 +2,39 @@
 
 #include <sys/mman.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
 
 namespace flatout {
 
+constexpr size_t kHugePage = 1 << 21;
+
 Buffer::Buffer(size_t size) : bytes(size) {
   if (size == 0) return;
-  const size_t page = size >= (1 << 21) ? 1 << 21 : 64;
+  // Fresh pages of the kernel are zero and take no memory until they are touched.
+  const size_t page = size >= kHugePage ? kHugePage : 4096;
   const size_t padded = (size + kPrefetchBytes + page - 1) / page * page;
-  data = (uint8_t*)std::aligned_alloc(page, padded);
-  if (data == nullptr) throw std::bad_alloc();
+  mapped_bytes_ = padded + (page > 4096 ? page : 0);
+  void* start = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) throw std::bad_alloc();
+  mapped_ = start;
+  data = (uint8_t*)(((uintptr_t)start + page - 1) / page * page);
 #if defined(MADV_HUGEPAGE)
-  if (page > 64) madvise(data, padded, MADV_HUGEPAGE);  // advice only: without it the buffer is merely slower
+  if (page > 4096) madvise(data, padded, MADV_HUGEPAGE);  // advice only: without it the buffer is merely slower
 #endif
-  std::memset(data, 0, padded);
 }
-Buffer::Buffer(Buffer&& other) noexcept : data(std::exchange(other.data, nullptr)), bytes(other.bytes) {}
+Buffer::Buffer(Buffer&& other) noexcept { *this = std::move(other); }
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(data, other.data);
   std::swap(bytes, other.bytes);
+  std::swap(mapped_, other.mapped_);
+  std::swap(mapped_bytes_, other.mapped_bytes_);
   return *this;
 }
-Buffer::~Buffer() { std::free(data); }
+Buffer::~Buffer() {
+  if (mapped_) munmap(mapped_, mapped_bytes_);
+}
 
 uint8_t* Arena::take(size_t bytes) {
   constexpr size_t kBlock = 32 << 20;
@@ -75,16 +83,18 @@ void pack_floats(const Source& s, const Linear& w, int lane, int row, uint8_t* p
 
 void pack_codes(const Source& s, const Linear& w, int lane, int row, uint8_t* panel) {
   const uint8_t* in = s.codes + (size_t)row * s.k;
-  const uint8_t flip = s.bits == 8 && s.zero == Zero::kSymmetric ? 128 : 0;  // signed -> unsigned around 128
-  for (int k = 0; k < w.k_padded; ++k) {
-    const uint8_t code = k < s.k ? (uint8_t)(in[k] ^ flip) : (uint8_t)w.integer_zero;
-    const int quad = k / 4;
-    if (s.bits == 8) {
-      panel[((size_t)quad * kLanes + lane) * 4 + k % 4] = code;
-    } else {
-      uint8_t* byte = panel + ((size_t)(quad / 2) * kLanes + lane) * 4 + k % 4;
-      *byte = (uint8_t)(*byte | (quad % 2 ? code << 4 : code & 15));
-    }
+  // Signed codes become unsigned around 128.
+  const uint32_t flip = s.bits == 8 && s.zero == Zero::kSymmetric ? 0x80808080u : 0;
+  const auto quad = [&](int i) {
+    uint32_t four = 0x01010101u * (uint32_t)w.integer_zero ^ flip;  // past the last column
+    if (4 * i < s.k) std::memcpy(&four, in + 4 * i, (size_t)(s.k - 4 * i < 4 ? s.k - 4 * i : 4));
+    return four ^ flip;
+  };
+  uint32_t* out = (uint32_t*)panel + lane;
+  if (s.bits == 8) {
+    for (int i = 0; i < w.k_padded / 4; ++i) out[(size_t)i * kLanes] = quad(i);
+  } else {
+    for (int i = 0; i < w.k_padded / 8; ++i) out[(size_t)i * kLanes] = (quad(2 * i) & 0x0f0f0f0f) | quad(2 * i + 1) << 4;
   }
 }
 

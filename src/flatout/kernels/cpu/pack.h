@@ -8,14 +8,19 @@
 
 namespace flatout {
 
-// Memory aligned to 2 MiB pages where it is large, so that the weight stream misses the TLB rarely.
-struct Buffer {
+// Zeroed memory, aligned to 2 MiB pages where it is large, so that the weight stream misses the TLB rarely.
+class Buffer {
+ public:
   explicit Buffer(size_t bytes = 0);
   Buffer(Buffer&&) noexcept;
   Buffer& operator=(Buffer&&) noexcept;
   ~Buffer();
   uint8_t* data = nullptr;
   size_t bytes = 0;
+
+ private:
+  void* mapped_ = nullptr;
+  size_t mapped_bytes_ = 0;
 };
 
 // An (n, k) weight as the caller has it. Integer: codes signed (8-bit symmetric) or unsigned, scales and minima either
