@@ -29,7 +29,7 @@ from flatout.core.config import spec_from_config, spec_to_config
 from flatout.core.files import read_json_object, sha256_of, write_atomic
 from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.fuse import source_names
-from flatout.core.model import Model, Weight, expected_weights
+from flatout.core.model import Model, OnDemand, Weight, expected_weights
 from flatout.core.quantization_config import EMBEDDING, HEAD, cannot_express, to_config
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
 from flatout.core.safetensors import SafetensorsFile, open_safetensors, write_safetensors
@@ -235,9 +235,10 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def load_artifact(path: str | Path) -> tuple[Model, Tokenizer, dict[str, Any]]:
-    """(model, tokenizer, flatout.json) of an artifact folder, after checking every hash and shape.
+    """(model, tokenizer, flatout.json) of an artifact folder, after checking every hash.
 
-    Raises ModelFileError for a folder that is not an artifact, or that was changed since it was written.
+    The weights are read, and their shapes checked, when they are asked for. Raises ModelFileError for a
+    folder that is not an artifact, or that was changed since it was written.
     """
     path = Path(path)
     if not is_artifact(path):
@@ -251,11 +252,14 @@ def load_artifact(path: str | Path) -> tuple[Model, Tokenizer, dict[str, Any]]:
     recipe = recipe_from_json(manifest.get("recipe"))
     layout = _Layout(tied=manifest["tied"], shared=manifest["head_is_embedding"])
     file = open_safetensors(path / _WEIGHTS)
-    weights: dict[str, Weight] = {}
-    for fused, shape, fmt in expected_weights(spec, recipe):
-        shared = fused == "head" and layout.shared
-        weights[fused] = weights["embedding"] if shared else _read(file, spec, fused, shape, fmt)
-    return Model(spec=spec, recipe=recipe, weights=weights), Tokenizer.from_folder(path), manifest
+
+    def read(fused: str, shape: tuple[int, ...], fmt: Format) -> Weight:
+        weight = _read(file, spec, "embedding" if fused == "head" and layout.shared else fused, shape, fmt)
+        file.forget()
+        return weight
+
+    model = Model(spec=spec, recipe=recipe, weights=OnDemand(spec, recipe, read))
+    return model, Tokenizer.from_folder(path), manifest
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:

@@ -108,6 +108,10 @@ def from_tensors(
     else:
         stored = _array(file, module, "weight", names)
         _check(module, "weight", stored.dtype == np.int8)
+        if fmt.bits == 8 and fmt.zero == "symmetric" and not bool((stored == -128).any()):
+            _check(module, "weight", stored.shape == (n, k))
+            scales = _scales(file, module, "weight_scale", names, (n, groups))
+            return QuantizedTensor(format=fmt, codes=stored, scales=scales)
         codes = stored.view(np.uint8) + offset
     _check(module, "weight", codes.shape == (n, k))
     zeros = None

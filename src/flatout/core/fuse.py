@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from flatout.core.formats import Format, Recipe, parse_format
-from flatout.core.model import Model, expected_weights
+from flatout.core.model import Model, OnDemand, Weight
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
 from flatout.core.spec import FUSED, ModelSpec
 from flatout.errors import UnsupportedModelError
@@ -119,10 +119,8 @@ def assemble(source: Source, recipe: Recipe) -> Model:
     """A Model of float and native formats only, so nothing is rounded here. Raises UnsupportedModelError
     otherwise."""
     recipe.check(source.spec)
-    weights: dict[str, np.ndarray | QuantizedTensor] = {}
-    for name, _, fmt in expected_weights(source.spec, recipe):
-        if not fmt.is_integer:
-            weights[name] = float_weight(source, name)
-        else:
-            weights[name] = native_weight(source, name, fmt)
-    return Model(spec=source.spec, recipe=recipe, weights=weights)
+
+    def read(name: str, _: tuple[int, ...], fmt: Format) -> Weight:
+        return native_weight(source, name, fmt) if fmt.is_integer else float_weight(source, name)
+
+    return Model(spec=source.spec, recipe=recipe, weights=OnDemand(source.spec, recipe, read))

@@ -3,7 +3,7 @@ load."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,28 @@ from flatout.core.spec import ModelSpec
 from flatout.errors import ModelFileError
 
 Weight = np.ndarray | QuantizedTensor
+Shape = tuple[int, ...]
+
+
+class OnDemand(Mapping[str, Weight]):
+    """Weights that are read, and checked, whenever they are asked for: a runner that packs one after another
+    never holds a second copy of all."""
+
+    def __init__(self, spec: ModelSpec, recipe: Recipe, read: Callable[[str, Shape, Format], Weight]) -> None:
+        self._expected = {name: (shape, fmt) for name, shape, fmt in expected_weights(spec, recipe)}
+        self._read = read
+
+    def __getitem__(self, name: str) -> Weight:
+        shape, fmt = self._expected[name]
+        weight = self._read(name, shape, fmt)
+        _check_weight(name, weight, shape, fmt)
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._expected)
+
+    def __len__(self) -> int:
+        return len(self._expected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,25 +50,29 @@ class Model:
     weights: Mapping[str, Weight]
 
     def __post_init__(self) -> None:
+        if isinstance(self.weights, OnDemand):
+            return
         for name, shape, fmt in expected_weights(self.spec, self.recipe):
             weight = self.weights.get(name)
             if weight is None:
                 raise ModelFileError(
                     "every weight of the spec must be there", f"no {name}", "re-create the model"
                 )
-            if weight.shape != shape:
-                raise ModelFileError(
-                    f"{name} must have shape {shape}",
-                    str(weight.shape),
-                    "check config.json against the weights",
-                )
-            found = weight.format if isinstance(weight, QuantizedTensor) else None
-            if found != (fmt if fmt.is_integer else None):
-                raise ModelFileError(
-                    f"{name} must be in format {fmt.name}",
-                    found.name if found is not None else "a float array",
-                    "re-create the model",
-                )
+            _check_weight(name, weight, shape, fmt)
+
+
+def _check_weight(name: str, weight: Weight, shape: Shape, fmt: Format) -> None:
+    if weight.shape != shape:
+        raise ModelFileError(
+            f"{name} must have shape {shape}", str(weight.shape), "check config.json against the weights"
+        )
+    found = weight.format if isinstance(weight, QuantizedTensor) else None
+    if found != (fmt if fmt.is_integer else None):
+        raise ModelFileError(
+            f"{name} must be in format {fmt.name}",
+            found.name if found is not None else "a float array",
+            "re-create the model",
+        )
 
 
 def expected_weights(spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], Format]]:

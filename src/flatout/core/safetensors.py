@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class SafetensorsFile:
     metadata: dict[str, str]
     names: tuple[str, ...]
     entries: dict[str, _Entry]
-    data: np.ndarray  # the mapped file, uint8
+    mapped: mmap.mmap
+    data: np.ndarray  # the same as uint8
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
@@ -88,6 +90,10 @@ class SafetensorsFile:
         """The tensor as stored: a read-only view of the file, BF16 as uint16 and F8 as uint8."""
         entry = self._entry(name)
         return self.data[entry.start : entry.stop].view(_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def forget(self) -> None:
+        """Give the file's pages back to the system; views stay valid and read them anew."""
+        self.mapped.madvise(mmap.MADV_DONTNEED)
 
     def float32(self, name: str) -> np.ndarray:
         """A float tensor as float32. Raises UnsupportedModelError for integer and 8-bit float types."""
@@ -147,6 +153,7 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
         metadata=metadata,
         names=tuple(entries),
         entries=entries,
+        mapped=mapped,
         data=np.frombuffer(mapped, np.uint8),
     )
 
