@@ -115,12 +115,13 @@ def float_recipe(name: str, kv_cache: str = "bf16") -> Recipe:
     return Recipe(name=name, layers=name, embedding=name, head=name, kv_cache=kv_cache, method="native")
 
 
-def assemble(source: Source, recipe: Recipe) -> Model:
+def assemble(source: Source, recipe: Recipe, on_demand: bool = False) -> Model:
     """A Model of float and native formats only, so nothing is rounded here. Raises UnsupportedModelError
-    otherwise."""
+    otherwise: now, or on demand when a weight is asked for."""
     recipe.check(source.spec)
 
     def read(name: str, _: tuple[int, ...], fmt: Format) -> Weight:
         return native_weight(source, name, fmt) if fmt.is_integer else float_weight(source, name)
 
-    return Model(spec=source.spec, recipe=recipe, weights=OnDemand(source.spec, recipe, read))
+    weights = OnDemand(source.spec, recipe, read)
+    return Model(spec=source.spec, recipe=recipe, weights=weights if on_demand else dict(weights))

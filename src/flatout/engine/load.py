@@ -94,7 +94,7 @@ def _open(model: str | Path, recipe: Recipe | None, max_tokens: int | None) -> t
     tokens = max_tokens or cache_tokens(checkpoint.spec, recipe.kv_cache)
     tokenizer = checkpoint.tokenizer  # read first: it is small, and a model without one cannot be served
     check_memory(checkpoint.spec, recipe, tokens, read=False)
-    return assemble(checkpoint, recipe), tokenizer, tokens
+    return assemble(checkpoint, recipe, on_demand=True), tokenizer, tokens
 
 
 def _available() -> str:
