@@ -23,9 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from flatout.core.checkpoint import open_checkpoint
-from flatout.core.config import spec_to_config
+from flatout.core.folder import write_folder
 from flatout.core.fuse import Source
-from flatout.core.safetensors import write_safetensors
 from flatout.errors import ConfigError, FlatoutError
 
 
@@ -53,9 +52,6 @@ def main() -> None:
     if not moved:
         raise ConfigError("dither needs a model stored in GGUF blocks", options.model, "smollm2-135m")
     out.mkdir(parents=True, exist_ok=True)
-    config = spec_to_config(checkpoint.spec, "float32")
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    checkpoint.tokenizer.save(out)
     made_from = {
         "model": options.model,
         "sha256": checkpoint.sha256,
@@ -63,11 +59,8 @@ def main() -> None:
         "moved": len(moved),
     }
     (out / "dither.json").write_text(json.dumps(made_from, indent=2) + "\n")
-    write_safetensors(
-        out / "model.safetensors",
-        {name: dithered(checkpoint, name, options.seed) for name in checkpoint.names},
-        {"format": "pt"},
-    )
+    weights = {name: dithered(checkpoint, name, options.seed) for name in checkpoint.names}
+    write_folder(out, checkpoint.spec, checkpoint.tokenizer, weights)
     print(f"{out}: {len(moved)} of {len(checkpoint.names)} weights moved, seed {options.seed}")
 
 

@@ -222,3 +222,13 @@ def test_cpu_seconds_reads_past_a_name_with_brackets(tmp_path: Path) -> None:
 def test_serve_answers_bad_lines_with_errors() -> None:
     for line in ("", "garbage", "[]", "{}", '{"command": "__init__"}', '{"command": "load"}'):
         assert set(serve.answer(object(), line)) == {"error"}
+
+
+def test_the_modules_of_peers_are_found_without_flatout(tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").touch()  # a library that lacks everything
+    command = [sys.executable, str(Path(serve.__file__)), "workers.onnx_runtime"]
+    with Worker("fake 1.0", command, {"PYTHONPATH": str(tmp_path)}) as worker:
+        with pytest.raises(BackendError, match="has no attribute 'SessionOptions'"):
+            worker.load("model", 1)
+        with pytest.raises(BackendError, match="no command 'quantize'"):
+            worker.request("quantize")

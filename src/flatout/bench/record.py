@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import flatout
-from flatout.bench.peers import PEERS, PLANNED
+from flatout.bench.peers import PEERS
 from flatout.bench.phases import MARGIN, PHASES, Contender, Phase, Ratio, Row, ratios
 from flatout.core.types import Hardware
 
@@ -133,7 +133,7 @@ def _names(found: Mapping[str, Ratio | None]) -> dict[str, str | None]:
 
 def _not_measured(contenders: Sequence[Contender], rows: Sequence[Row]) -> tuple[str, ...]:
     engines = {contender.engine for contender in contenders}
-    peers = [peer for peer in (*PEERS, *PLANNED) if peer not in engines]
+    peers = [peer for peer in PEERS if peer not in engines]
     phases = [phase for phase in PHASES if phase.name not in {row.phase for row in rows}]
     found = [f"peers: {', '.join(peers)}"] if peers else []
     found += [f"{phase.name}: longer than the model's positions" for phase in phases]

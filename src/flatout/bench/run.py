@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import flatout
-from flatout.bench.peers import Listener, Variant, install, launch, model_file, variants
+from flatout.bench.install import install
+from flatout.bench.models import model_file, weight_count
+from flatout.bench.peers import LLAMA, TRANSFORMERS, Listener, Variant, launch, variants
 from flatout.bench.phases import PHASES, Contender, Phase, Row, make_row
 from flatout.bench.record import BenchResult, Text, record, tokens_needed
 from flatout.bench.turns import Ours, Side, take_turns
@@ -24,7 +26,6 @@ from flatout.core.artifact import is_artifact
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.files import read_json_object
 from flatout.core.formats import Recipe
-from flatout.core.spec import weight_names
 from flatout.core.types import Hardware
 from flatout.data.passages import load_passages, split_sha256
 from flatout.engine.cpu import CpuRunner
@@ -154,10 +155,8 @@ def _original(model: str, named: str | None) -> Checkpoint:
 def _check_memory(source: Checkpoint, wanted: Sequence[Variant]) -> None:
     """Raise ResourceError unless all contenders fit into memory together: they take turns, loaded."""
     stored = sum(file.stat().st_size for file in source.files)
-    weights = sum(math.prod(shape) for shape in weight_names(source.spec).values())
-    needed = 2 * weights + sum(
-        2 * weights if variant.engine == "transformers" else stored for variant in wanted
-    )
+    weights = weight_count(source)
+    needed = 2 * weights + sum(_held(variant, stored, weights) for variant in wanted)
     free = free_memory()
     if 0 < free < needed:
         raise ResourceError(
@@ -165,6 +164,13 @@ def _check_memory(source: Checkpoint, wanted: Sequence[Variant]) -> None:
             f"{free / 1e9:.1f} GB free",
             "fewer peers in --against",
         )
+
+
+def _held(variant: Variant, stored: int, weights: int) -> int:
+    """Bytes that a loaded variant holds, estimated. OpenVINO and ONNX Runtime keep repacked copies."""
+    if variant.engine == LLAMA:
+        return stored
+    return 2 * weights if variant.engine == TRANSFORMERS else 4 * weights
 
 
 def _score_original(source: Checkpoint, clusters: Sequence[Cluster], listen: Listener) -> list[np.ndarray]:

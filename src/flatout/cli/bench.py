@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flatout.bench.peers import Listener, parse_peers
+from flatout.bench.peers import PEERS, Listener, parse_peers
 from flatout.bench.phases import PHASES, Row
 from flatout.bench.record import BenchResult
 from flatout.bench.run import bench as run_bench
@@ -27,7 +27,7 @@ from flatout.search.units import percent, rate, times
 
 def bench(
     model: Annotated[str, typer.Argument(help="Artifact, checkpoint folder, GGUF file, or built-in name.")],
-    against: Annotated[str, typer.Option(help="Peers, comma-separated: llama.cpp, transformers.")],
+    against: Annotated[str, typer.Option(help=f"Peers, comma-separated: {', '.join(PEERS)}.")],
     original: Annotated[
         str, typer.Option(help="What the peers run; by default what MODEL was made from.")
     ] = "",

@@ -6,6 +6,7 @@ shape is checked against config.json when the folder is opened; nothing of the m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from flatout.core.compressed_tensors import from_tensors
-from flatout.core.config import spec_from_config
-from flatout.core.files import corrupt, read_json_object, shown
+from flatout.core.config import spec_from_config, spec_to_config
+from flatout.core.files import corrupt, read_json_object, shown, write_bytes
 from flatout.core.quantization_config import Scheme, read_schemes
 from flatout.core.quantized import QuantizedTensor
-from flatout.core.safetensors import SafetensorsFile, open_safetensors
+from flatout.core.safetensors import SafetensorsFile, open_safetensors, write_safetensors
 from flatout.core.spec import ModelSpec, weight_names
+from flatout.core.tokenizer import Tokenizer
 from flatout.errors import FlatoutError, ModelFileError, UnsupportedModelError
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -233,3 +235,13 @@ def check_shapes(
 
 def _some(items: list[str]) -> str:
     return ", ".join(items[:2]) + (f" and {len(items) - 2} more" if len(items) > 2 else "")
+
+
+def write_folder(
+    folder: Path, spec: ModelSpec, tokenizer: Tokenizer, weights: Mapping[str, np.ndarray]
+) -> None:
+    """Write float32 `weights` (`spec.weight_names`) as a folder that exists, which transformers loads."""
+    config = json.dumps(spec_to_config(spec, "float32"), indent=2) + "\n"
+    write_bytes(folder / "config.json", config.encode())
+    tokenizer.save(folder)
+    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from . import greedy
+
 _STEP = 512  # tokens of a batch, logical and physical
 _TRIES = 3
-_ROWS = 64  # of logits turned into probabilities at a time
 
 
 class Peer:
@@ -30,7 +31,7 @@ class Peer:
         self._llama.llama_backend_init()
         self._contexts: dict[tuple[str, int, int], _Context] = {}
 
-    def quantize(self, source: str, target: str, ftype: str, pure: bool, threads: int) -> bool:
+    def convert(self, source: str, target: str, threads: int, ftype: str, pure: bool) -> bool:
         """Write `source` as `target` with the weights rounded to LLAMA_FTYPE_MOSTLY_<ftype>."""
         params = self._llama.llama_model_quantize_default_params()
         params.ftype = getattr(self._llama, f"LLAMA_FTYPE_MOSTLY_{ftype}")
@@ -94,12 +95,7 @@ class Peer:
             count = len(chunk)
             positions = np.arange(start, start + count)
             logits = context.step(chunk, positions, np.zeros(count), np.ones(count))
-            for first in range(0, count, _ROWS):
-                rows = logits[first : first + _ROWS].astype(np.float64)
-                rows -= rows.max(axis=-1, keepdims=True)
-                wanted = targets[start + first : start + first + len(rows)]
-                log_p = rows[np.arange(len(rows)), wanted] - np.log(np.exp(rows).sum(axis=-1))
-                scores += log_p.tolist()
+            scores += greedy.log_probabilities(logits, targets[start : start + count])
         return scores
 
     def _fastest(

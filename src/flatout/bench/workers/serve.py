@@ -1,7 +1,7 @@
 """The inside of a worker process: `python serve.py PEER` answers requests until its input ends.
 
 One JSON object a line comes in, {"command": ..., other keys are arguments}; one a line goes out, {"value":
-...} or {"error": ...}. PEER is the name of a module beside this file whose class Peer has a method for each
+...} or {"error": ...}. PEER is a module, workers.llama for instance, whose class Peer has a method for each
 of COMMANDS that it knows. Standard library only: the interpreter is that of the peer's environment.
 """
 
@@ -13,9 +13,10 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
-COMMANDS = ("quantize", "load", "prefill", "decode", "score")
+COMMANDS = ("convert", "load", "prefill", "decode", "score")
 
 _PR_SET_PDEATHSIG = 1
 
@@ -43,6 +44,9 @@ def main() -> None:
     die_with_parent()
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not mix with answers
+    # This folder is a package here, and no module of it may stand before a library of the same name.
+    sys.path[0:1] = []
+    sys.path.append(str(Path(__file__).parents[1]))
     peer = importlib.import_module(sys.argv[1]).Peer()
     for line in sys.stdin:
         channel.write(json.dumps(answer(peer, line)) + "\n")
