@@ -131,8 +131,8 @@ class Encoder:
         )
 
     def token_embeddings(self, texts: Sequence[str], batch_size: int = 32) -> list[np.ndarray]:
-        """Of each text the float32 (tokens, D) states of its tokens, special ones included. Cut and refused as
-        in `encode`."""
+        """Of each text the float32 (tokens, D) states of its tokens, special ones included. Cut and refused
+        as in `encode`."""
         states: list[np.ndarray] = []
         for tokens, starts in self._batches(texts, batch_size):
             states += np.split(self.runner.forward(tokens, starts, "none", False), starts[1:])

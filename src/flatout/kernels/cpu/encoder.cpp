@@ -20,6 +20,9 @@ constexpr int kPagesAToken = 16;    // a chunk has at most one page every so man
 
 int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
+// Floats from one token's row to the next: an odd number of cache lines, so that a column falls into all cache sets.
+int row_stride(int columns) { return (round_up(columns, kLanes) / kLanes | 1) * kLanes; }
+
 void expect(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }
@@ -31,9 +34,9 @@ Encoder::Encoder(const EncoderConfig& c, int threads, const std::string& isa)
       ops_(ops_for(isa)),
       pool_(threads),
       head_dim_padded_(round_up(c.head_dim, kLanes)),
-      hidden_stride_(round_up(c.hidden_size, kLanes)),
-      qkv_stride_(round_up(3 * c.hidden_size, kLanes)),
-      up_stride_(round_up(c.intermediate_size, kLanes)),
+      hidden_stride_(row_stride(c.hidden_size)),
+      qkv_stride_(row_stride(3 * c.hidden_size)),
+      up_stride_(row_stride(c.intermediate_size)),
       layers_(c.num_layers),
       scratch_(threads) {
   expect(head_dim_padded_ <= 256, "head_dim must be at most 256");
