@@ -34,7 +34,9 @@ def test_gelu_is_the_exact_one(isa):
     exact = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in shifted])
     # The fit's 1.2e-7 and the rounding of the polynomial, then of the result.
     np.testing.assert_array_less(np.abs(got - exact), 2.5e-7 + 1.2e-7 * np.abs(exact))
-    np.testing.assert_array_equal(got, _cpu.bias_gelu("portable", x, np.full(x.shape[1], 0.25, np.float32))[0])
+    np.testing.assert_array_equal(
+        got, _cpu.bias_gelu("portable", x, np.full(x.shape[1], 0.25, np.float32))[0]
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -87,9 +89,10 @@ def test_neither_packing_nor_threads_change_a_bit(name, threads, folders):
         np.testing.assert_array_equal(vectors, each)
 
 
-# Greatest difference of a state over the greatest state. fp32: sums of up to 144 products in another order, and
-# keys and values whose rounding to bf16 may flip. bf16: activations rounded to 8 bits of mantissa at every linear,
-# which may flip too. Integers: 8-bit queries and attention weights, which the reference leaves as floats.
+# Greatest difference of a state over the greatest state. fp32: sums of up to 144 products in another order,
+# and keys and values whose rounding to bf16 may flip. bf16: activations rounded to 8 bits of mantissa at
+# every linear, which may flip too. Integers: 8-bit queries and attention weights, which the reference leaves as
+# floats.
 BOUNDS = {"fp32": 5e-3, "bf16": 3e-2, "w8a8": 5e-2, "w8a16": 5e-3, "w8a8-g32": 5e-2, "w4a8-g32": 5e-2}
 
 
