@@ -91,8 +91,8 @@ def test_neither_packing_nor_threads_change_a_bit(name, threads, folders):
 
 # Greatest difference of a state over the greatest state. fp32: sums of up to 144 products in another order,
 # and keys and values whose rounding to bf16 may flip. bf16: activations rounded to 8 bits of mantissa at
-# every linear, which may flip too. Integers: 8-bit queries and attention weights, which the reference leaves as
-# floats.
+# every linear, which may flip too. Integers: 8-bit queries and attention weights, which the reference leaves
+# as floats.
 BOUNDS = {"fp32": 5e-3, "bf16": 3e-2, "w8a8": 5e-2, "w8a16": 5e-3, "w8a8-g32": 5e-2, "w4a8-g32": 5e-2}
 
 
