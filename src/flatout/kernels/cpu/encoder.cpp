@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kQueryBlock = 16;    // queries of one head that attention takes together
 constexpr int kTokensAThread = 64;  // from this many tokens a thread on, threads own tokens
-constexpr int kMostTokens = 256;    // of a thread: what it works on stays near the second-level cache
+constexpr int kChunkTokens = 128;   // of a thread, about: what it works on stays in the second-level cache
 constexpr int kPagesAToken = 16;    // a chunk has at most one page every so many tokens: short texts use pages badly
 
 int round_up(int v, int to) { return (v + to - 1) / to * to; }
@@ -41,7 +41,7 @@ Encoder::Encoder(const EncoderConfig& c, int threads, const std::string& isa)
       scratch_(threads) {
   expect(head_dim_padded_ <= 256, "head_dim must be at most 256");
   expect(c.head_dim * c.num_heads == c.hidden_size, "num_heads * head_dim must be hidden_size");
-  chunk_tokens_ = std::max(kMostTokens * threads, round_up(c.max_positions, kTileRows));
+  chunk_tokens_ = std::max(kChunkTokens * threads, round_up(c.max_positions, kTileRows));
   chunk_pages_ = std::max(chunk_tokens_ / kPagesAToken, (c.max_positions + kPage - 1) / kPage);
   page_bytes_ = kv_head_bytes(head_dim_padded_, c.int8_cache);
   const size_t rows = chunk_tokens_ + kTileRows;
@@ -170,7 +170,8 @@ void Encoder::plan(const Sequences& b) {
            "a sequence has 1 to " + std::to_string(config_.max_positions) + " tokens, sequence " + std::to_string(s) +
                " has " + std::to_string(length));
     const int needed = (length + kPage - 1) / kPage;
-    if (chunks_.empty() || chunks_.back().tokens + length > chunk_tokens_ || pages + needed > chunk_pages_) {
+    if (chunks_.empty() || chunks_.back().tokens + length > kChunkTokens * pool_.size() ||
+        pages + needed > chunk_pages_) {
       chunks_.push_back({first, 0, s, 0});
       first_block_.push_back((int)blocks_.size());
       pages = 0;
@@ -217,15 +218,15 @@ void Encoder::embed(const Sequences& b, const Chunk& c, int thread) {
     const float* position = positions_.data() + (size_t)(at - b.starts[s]) * D;
     float* out = (float*)x_.data + (size_t)t * hidden_stride_;
     const size_t row = (size_t)b.tokens[at] * D;
+    if (words_.empty()) {
+      for (int d = 0; d < D; ++d) out[d] = word_floats_[row + d] + position[d];
+      continue;
+    }
     for (int d = 0; d < D; ++d) {
-      if (!words_.empty()) {
-        const uint32_t bits = (uint32_t)words_[row + d] << 16;
-        float word;
-        std::memcpy(&word, &bits, 4);
-        out[d] = word + position[d];
-      } else {
-        out[d] = word_floats_[row + d] + position[d];
-      }
+      const uint32_t bits = (uint32_t)words_[row + d] << 16;
+      float word;
+      std::memcpy(&word, &bits, 4);
+      out[d] = word + position[d];
     }
   }
 }
