@@ -134,6 +134,8 @@ def test_what_an_earlier_batch_left_behind_changes_nothing(name, isa, folders):
         ([1] * 513, [0], "1 to 512 tokens, sequence 0 has 513"),
         ([1, 2], [0, 0], "sequence 0 has 0"),
         ([1, 2], [0, 2], "sequence 1 has 0"),
+        ([1, 2], [0, 5], "below the number of tokens"),
+        ([1, 2], [0, -5], "sequence 0 has -5"),
         ([1, 2], [1], "begin with 0"),
         ([1, 2], [], "begin with 0"),
     ],

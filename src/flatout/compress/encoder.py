@@ -54,7 +54,7 @@ def load(
         return decoders.load(model, runner, threads, max_tokens, max_batch=max_batch, recipe=recipe)
     for name, value in (("recipe", recipe), ("max_tokens", max_tokens)):
         if value is not None:
-            raise ConfigError(f"an encoder has no {name}", shown_value(value), 'format="w8a8"')
+            raise ConfigError(f"an encoder has no {name}", _shown(value), 'format="w8a8"')
     checkpoint = open_encoder(model)
     tokenizer = checkpoint.tokenizer()
     compressed = compress_encoder(checkpoint, format or DEFAULT_FORMAT)
@@ -69,5 +69,5 @@ def load(
     )
 
 
-def shown_value(value: object) -> str:
+def _shown(value: object) -> str:
     return value.name if isinstance(value, Recipe) else str(value)

@@ -166,6 +166,7 @@ void Encoder::plan(const Sequences& b) {
   int pages = 0;
   for (int s = 0; s < b.count; ++s) {
     const int first = b.starts[s], end = b.end(s), length = end - first;
+    expect(end <= b.total, "starts must lie below the number of tokens");
     expect(length >= 1 && length <= config_.max_positions,
            "a sequence has 1 to " + std::to_string(config_.max_positions) + " tokens, sequence " + std::to_string(s) +
                " has " + std::to_string(length));
