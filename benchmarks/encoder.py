@@ -1,6 +1,6 @@
 """Sentences a second of the encoder minilm, ours beside others on the same tokens, interleaved.
 
-    python benchmarks/encoder.py [MODEL] [--rounds N] [--formats w8a8,bf16]
+    python benchmarks/encoder.py [MODEL] [--rounds N] [--formats w8a8,bf16] [--threads N]
 
 Every round takes each program in turn, at batch 1 and 32 of 128 tokens. Others: transformers in float32 and
 bfloat16, and, where these packages are importable, ONNX Runtime (export by torch.onnx, dynamic int8 of
@@ -170,11 +170,13 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default="minilm")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--formats", default="fp32,bf16,w8a16,w8a8")
+    parser.add_argument("--threads", type=int, help="of every program; default all cores")
     args = parser.parse_args()
     hardware = detect()
+    threads = args.threads or hardware.cores
     import torch
 
-    torch.set_num_threads(hardware.cores)
+    torch.set_num_threads(threads)
     tokenizer = open_encoder(args.model).tokenizer()
 
     def ids_of(split: str, count: int) -> np.ndarray:
@@ -182,7 +184,7 @@ def main() -> int:
         return np.array([row[:TOKENS] for row in rows if len(row) >= TOKENS][:count], np.int64)
 
     texts = ids_of("validation", 128)
-    contestants = programs(args.model, args.formats.split(","), hardware.cores, ids_of("calibration", 64))
+    contestants = programs(args.model, args.formats.split(","), threads, ids_of("calibration", 64))
     exact = contestants["transformers float32"](texts)
     rows: list[dict[str, Any]] = []
     for name, program in contestants.items():
@@ -217,7 +219,7 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in packages if importable(name)},
         "tokens": TOKENS,
-        "threads": hardware.cores,
+        "threads": threads,
         "texts": len(texts),
         "rows": rows,
     }
