@@ -5,7 +5,7 @@ The public names below load on first use, so that `import flatout` needs neither
     profile    where time and bytes of a model go, and how far each operator is from its floor
     optimize   the loop: profile, search formats and kernels, verify, write an artifact
     verify     the quality certificate and the speed test for two checkpoints, or a certificate recomputed
-    load       an engine that generates text with an artifact or a checkpoint
+    load       what runs an artifact or a checkpoint: an engine that generates text, or an encoder of texts
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from flatout._version import __version__
 
 if TYPE_CHECKING:
-    from flatout.engine.load import load
+    from flatout.compress.encoder import load
     from flatout.report.optimize import optimize
 
 __all__ = ["__version__", "load", "optimize", "profile", "verify"]
 
 _LAZY = {
-    "load": ("flatout.engine.load", "load"),
+    "load": ("flatout.compress.encoder", "load"),
     "optimize": ("flatout.report.optimize", "optimize"),
     "profile": ("flatout.perf.profile", "profile"),
     # `flatout.verify` is also a room; its package object is callable and runs the verification.

@@ -287,7 +287,7 @@ def test_the_readme_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         asked.append(model)
         return Engine(ToyRunner(num_pages=256), ByteTokenizer())
 
-    monkeypatch.setattr("flatout.engine.load.load", load)
+    monkeypatch.setattr("flatout.compress.encoder.load", load)
     (code,) = [
         code for language, code in FENCE.findall((ROOT / "README.md").read_text()) if language == "python"
     ]

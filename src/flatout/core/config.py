@@ -46,7 +46,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Config:
+class ConfigReader:
     """Typed look-up in a JSON object with defaults; every error names the key and the file."""
 
     def __init__(self, values: dict[str, Any], where: str, defaults: dict[str, Any] | None = None) -> None:
@@ -116,7 +116,7 @@ def spec_from_config(
             f"{shown(family)} in {where}",
             "such a model",
         )
-    config = _Config(values, where, _DEFAULTS[family])
+    config = ConfigReader(values, where, _DEFAULTS[family])
     _refuse_other_arithmetic(config, family)
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     if heads < 1 or (config.get("head_dim") is None and hidden % heads):
@@ -127,7 +127,7 @@ def spec_from_config(
     theta, scaling = _rope(config)
     bos = config.token_ids("bos_token_id")
     eos = config.token_ids("eos_token_id")
-    eos += _Config(generation or {}, "generation_config.json").token_ids("eos_token_id")
+    eos += ConfigReader(generation or {}, "generation_config.json").token_ids("eos_token_id")
     gemma = family == "gemma"
     return ModelSpec(
         family=family,
@@ -154,7 +154,7 @@ def spec_from_config(
     )
 
 
-def _refuse_other_arithmetic(config: _Config, family: str) -> None:
+def _refuse_other_arithmetic(config: ConfigReader, family: str) -> None:
     """Options of these families that change the result and that no runner here implements."""
     if family == "gemma":
         # "gelu" in the first Gemma files means the tanh form as well; transformers reads it so.
@@ -179,7 +179,7 @@ def _refuse_other_arithmetic(config: _Config, family: str) -> None:
         )
 
 
-def _rope(config: _Config) -> tuple[float, RopeScaling | None]:
+def _rope(config: ConfigReader) -> tuple[float, RopeScaling | None]:
     """Theta and Llama-3 scaling, from rope_parameters (transformers 5) or rope_theta and rope_scaling."""
     merged: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
     for key in ("rope_scaling", "rope_parameters"):
@@ -187,7 +187,7 @@ def _rope(config: _Config) -> tuple[float, RopeScaling | None]:
         if value is not None and not isinstance(value, dict):
             raise config.error(f"{key} must be an object", key)
         merged |= value or {}
-    rope = _Config(merged, config.where)
+    rope = ConfigReader(merged, config.where)
     theta = rope.number("rope_theta", 10000.0)
     kind = merged.get("rope_type", merged.get("type"))
     if kind in (None, "default"):

@@ -33,6 +33,7 @@ class Shards:
     """The tensors of several safetensors files as if they were one; owner: tensor name -> its file."""
 
     folder: Path
+    files: tuple[Path, ...]
     owner: Mapping[str, SafetensorsFile]
 
     @property
@@ -102,6 +103,14 @@ def open_folder(path: Path) -> Folder:
         read_json_object(generation) if generation.exists() else None,
         shown(str(config_path), 300),
     )
+    tensors = open_shards(path)
+    schemes = _schemes(config, spec, config_path)
+    _check_tensors(path, spec, tensors, schemes)
+    return Folder(spec=spec, files=tensors.files, tensors=tensors, schemes=schemes)
+
+
+def open_shards(path: Path) -> Shards:
+    """The tensors of a folder's safetensors files. Raises ModelFileError or UnsupportedModelError."""
     files = _weight_files(path)
     owner: dict[str, SafetensorsFile] = {}
     for file in files:
@@ -109,10 +118,7 @@ def open_folder(path: Path) -> Folder:
             if name in owner:
                 raise corrupt(file.path, "a tensor must be in one file only", name)
             owner[name] = file
-    tensors = Shards(path, owner)
-    schemes = _schemes(config, spec, config_path)
-    _check_tensors(path, spec, tensors, schemes)
-    return Folder(spec=spec, files=tuple(f.path for f in files), tensors=tensors, schemes=schemes)
+    return Shards(path, tuple(f.path for f in files), owner)
 
 
 def _weight_files(path: Path) -> list[SafetensorsFile]:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flatout.core.model import Model, expected_weights
+from flatout.core.formats import Format
+from flatout.core.model import Model, Weight, expected_weights
 from flatout.core.quantized import QuantizedTensor
 from flatout.engine.runner import StepInput
 from flatout.errors import BackendError, ConfigError, ResourceError, UnsupportedModelError
@@ -29,6 +30,21 @@ def extension() -> ModuleType:
     return module
 
 
+def choose(cpu: ModuleType, isa: str | None, threads: int | None) -> tuple[str, int]:
+    """The instruction set and the number of threads, this machine's best and all cores by default. Raises
+    BackendError for an isa this machine has not, ConfigError for an impossible number."""
+    usable: list[str] = list(cpu.isas())
+    if isa is not None and isa not in usable:
+        raise BackendError(
+            f"the instruction set must be one this machine has: {', '.join(usable)}", repr(isa), usable[0]
+        )
+    if threads is None:
+        threads = available_cores()
+    if not 1 <= threads <= 1024:
+        raise ConfigError("threads lie between 1 and 1024", str(threads), f"--threads {available_cores()}")
+    return isa or usable[0], threads
+
+
 class CpuRunner:
     """A Model packed for this machine's instructions, with its own threads and KV cache.
 
@@ -42,27 +58,18 @@ class CpuRunner:
         self, model: Model, threads: int | None = None, isa: str | None = None, num_pages: int = 64
     ) -> None:
         cpu = extension()
-        usable = list(cpu.isas())
-        if isa is not None and isa not in usable:
-            raise BackendError(
-                f"the instruction set must be one this machine has: {', '.join(usable)}", repr(isa), usable[0]
-            )
-        if threads is None:
-            threads = available_cores()
-        if not 1 <= threads <= 1024:
-            raise ConfigError(
-                "threads lie between 1 and 1024", str(threads), f"--threads {available_cores()}"
-            )
+        isa, threads = choose(cpu, isa, threads)
         self.spec = model.spec
         self.recipe = model.recipe
         try:
             self._model: Any = cpu.Model(
                 dataclasses.asdict(model.spec) | {"kv_cache": model.recipe.kv_cache},
                 threads,
-                isa or usable[0],
+                isa,
                 num_pages,
             )
-            _set_weights(self._model, model)
+            for name, _, fmt in expected_weights(model.spec, model.recipe):
+                set_weight(self._model, name, model.weights[name], fmt)
             self._model.finalize()
         except ValueError as error:
             raise UnsupportedModelError(
@@ -116,21 +123,20 @@ class CpuRunner:
         return dict(self._model.timings())
 
 
-def _set_weights(target: Any, model: Model) -> None:
-    for name, _, fmt in expected_weights(model.spec, model.recipe):
-        weight = model.weights[name]
-        if isinstance(weight, QuantizedTensor):
-            target.set_quantized(
-                name,
-                np.ascontiguousarray(weight.codes),
-                np.ascontiguousarray(weight.scales),
-                None if weight.zeros is None else np.ascontiguousarray(weight.zeros),
-                None if weight.minima is None else np.ascontiguousarray(weight.minima),
-                fmt.bits,
-                fmt.group,
-                fmt.zero,
-                fmt.activation,
-                fmt.activation_group,
-            )
-        else:
-            target.set_float(name, np.ascontiguousarray(weight, dtype=np.float32), fmt.name)
+def set_weight(target: Any, name: str, weight: Weight, fmt: Format) -> None:
+    """Hand one weight to a model of the extension, which copies and packs it."""
+    if isinstance(weight, QuantizedTensor):
+        target.set_quantized(
+            name,
+            np.ascontiguousarray(weight.codes),
+            np.ascontiguousarray(weight.scales),
+            None if weight.zeros is None else np.ascontiguousarray(weight.zeros),
+            None if weight.minima is None else np.ascontiguousarray(weight.minima),
+            fmt.bits,
+            fmt.group,
+            fmt.zero,
+            fmt.activation,
+            fmt.activation_group,
+        )
+    else:
+        target.set_float(name, np.ascontiguousarray(weight, dtype=np.float32), fmt.name)

@@ -44,12 +44,9 @@ def load(
     has them and bf16 elsewhere; an artifact has its own. Raises ResourceError when memory would not suffice,
     before it is taken.
     """
-    if runner not in RUNNERS:
-        raise ConfigError(f"the runner is one of {', '.join(RUNNERS)}", repr(runner), "auto")
+    runner = choose_runner(runner)
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError("the KV cache holds at least one token", str(max_tokens), "max_tokens=4096")
-    if runner == "auto":
-        runner = _available()
     loaded, tokenizer, tokens = _open(model, recipe, max_tokens)
     return Engine(_runner(loaded, runner, threads, -(-tokens // PAGE_TOKENS)), tokenizer, max_batch=max_batch)
 
@@ -95,6 +92,13 @@ def _open(model: str | Path, recipe: Recipe | None, max_tokens: int | None) -> t
     tokenizer = checkpoint.tokenizer  # read first: it is small, and a model without one cannot be served
     check_memory(checkpoint.spec, recipe, tokens, read=False)
     return assemble(checkpoint, recipe, on_demand=True), tokenizer, tokens
+
+
+def choose_runner(runner: str) -> str:
+    """`runner`, or for "auto" the one that this installation has. Raises ConfigError for another name."""
+    if runner not in RUNNERS:
+        raise ConfigError(f"the runner is one of {', '.join(RUNNERS)}", repr(runner), "auto")
+    return _available() if runner == "auto" else runner
 
 
 def _available() -> str:

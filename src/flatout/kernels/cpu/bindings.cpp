@@ -4,9 +4,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 
+#include "encoder.h"
 #include "features.h"
 #include "model.h"
 
@@ -129,7 +131,8 @@ Source quantized_source(const AnyMatrix& codes, const AnyMatrix& scales, const n
   return s;
 }
 
-void set_quantized(Model& model, const std::string& name, const AnyMatrix& codes, const AnyMatrix& scales,
+template <class M>
+void set_quantized(M& model, const std::string& name, const AnyMatrix& codes, const AnyMatrix& scales,
                    const nb::object& zeros, const nb::object& minima, int bits, int group, const std::string& zero,
                    const std::string& activation, int activation_group) {
   const Source s = quantized_source(codes, scales, zeros, minima, bits, group, zero, activation, activation_group);
@@ -147,14 +150,52 @@ Source float_source(const Matrix<float>& values, const std::string& format) {
   return s;
 }
 
-void set_vector(Model& model, const std::string& name, const Array<float>& values) {
+template <class M>
+void set_vector(M& model, const std::string& name, const Array<float>& values) {
   model.set_vector(name, values.data(), (int)values.shape(0));
 }
 
-void set_matrix(Model& model, const std::string& name, const Matrix<float>& values, const std::string& format) {
+template <class M>
+void set_matrix(M& model, const std::string& name, const Matrix<float>& values, const std::string& format) {
   const Source s = float_source(values, format);
   nb::gil_scoped_release release;
   model.set_weight(name, s);
+}
+
+// The methods by which weights are handed over.
+template <class M>
+void bind_weights(nb::class_<M>& c) {
+  c.def("set_float", [](M& m, const std::string& name, const Array<float>& v, const std::string&) {
+     set_vector(m, name, v);
+   })
+      .def("set_float", &set_matrix<M>)
+      .def("set_quantized", &set_quantized<M>, nb::arg("name"), nb::arg("codes"), nb::arg("scales"),
+           nb::arg("zeros").none(), nb::arg("minima").none(), nb::arg("bits"), nb::arg("group"), nb::arg("zero"),
+           nb::arg("activation"), nb::arg("activation_group"))
+      .def("finalize", &M::finalize)
+      .def_prop_ro("isa", &M::isa)
+      .def_prop_ro("weight_bytes", &M::weight_bytes);
+}
+
+EncoderConfig parse_encoder_config(const nb::dict& d) {
+  EncoderConfig c{};
+  c.vocab_size = get<int>(d, "vocab_size");
+  c.hidden_size = get<int>(d, "hidden_size");
+  c.intermediate_size = get<int>(d, "intermediate_size");
+  c.num_layers = get<int>(d, "num_layers");
+  c.num_heads = get<int>(d, "num_heads");
+  c.head_dim = get<int>(d, "head_dim");
+  c.max_positions = get<int>(d, "max_positions");
+  c.layer_norm_eps = get<float>(d, "layer_norm_eps");
+  c.int8_cache = get<std::string>(d, "kv_cache") == "int8";
+  return c;
+}
+
+Pooling parse_pooling(const std::string& name) {
+  if (name == "none") return Pooling::kNone;
+  if (name == "mean") return Pooling::kMean;
+  if (name == "cls") return Pooling::kFirst;
+  throw std::invalid_argument("pooling is none, mean or cls");
 }
 
 Result<float> run_linear(const std::string& isa, const Matrix<float>& x, const Source& s) {
@@ -187,24 +228,61 @@ NB_MODULE(_cpu, m) {
         nb::arg("activation_group"));
   m.def("linear_float", [](const std::string& isa, const Matrix<float>& x, const Matrix<float>& weight,
                            const std::string& format) { return run_linear(isa, x, float_source(weight, format)); });
-  nb::class_<Model>(m, "Model")
+  // Elementwise kernels of the encoder, row by row, likewise.
+  m.def("bias_gelu", [](const std::string& isa, const Matrix<float>& x, const Array<float>& bias) {
+    const int rows = (int)x.shape(0), n = (int)x.shape(1);
+    if (bias.shape(0) != x.shape(1)) throw std::invalid_argument("one bias a column");
+    float* out;
+    auto result_array = result<float>({x.shape(0), x.shape(1)}, &out);
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < n; i += kLanes) {
+        const int lanes = std::min(kLanes, n - i);
+        float tile[kLanes] = {};
+        std::copy_n(x.data() + (size_t)r * n + i, lanes, tile);
+        ops_for(isa)->bias_gelu(tile, 1, lanes, bias.data() + i, out + (size_t)r * n + i, n);
+      }
+    return result_array;
+  });
+  m.def("layer_norm", [](const std::string& isa, const Matrix<float>& x, const Array<float>& weight,
+                         const Array<float>& bias, float eps) {
+    const int n = (int)x.shape(1);
+    if (weight.shape(0) != x.shape(1) || bias.shape(0) != x.shape(1))
+      throw std::invalid_argument("one weight and one bias a column");
+    float* out;
+    auto result_array = result<float>({x.shape(0), x.shape(1)}, &out);
+    for (size_t r = 0; r < x.shape(0); ++r)
+      ops_for(isa)->layer_norm(x.data() + r * n, weight.data(), bias.data(), eps, n, out + r * n);
+    return result_array;
+  });
+  nb::class_<Encoder> encoder(m, "Encoder");
+  bind_weights(encoder);
+  encoder
+      .def("__init__",
+           [](Encoder* self, const nb::dict& config, int threads, const std::string& isa) {
+             if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
+             new (self) Encoder(parse_encoder_config(config), threads, isa);
+           })
+      .def("forward", [](Encoder& self, Array<int32_t> tokens, Array<int32_t> starts, const std::string& pooling,
+                         bool normalize) {
+        const Sequences b{tokens.data(), starts.data(), (int)tokens.shape(0), (int)starts.shape(0)};
+        const Pooling kind = parse_pooling(pooling);
+        float* out;
+        auto states = result<float>({kind == Pooling::kNone ? tokens.shape(0) : starts.shape(0),
+                                     (size_t)self.config().hidden_size}, &out);
+        nb::gil_scoped_release release;
+        self.forward(b, kind, normalize, out);
+        return states;
+      });
+  nb::class_<Model> model(m, "Model");
+  bind_weights(model);
+  model
       .def("__init__",
            [](Model* self, const nb::dict& config, int threads, const std::string& isa, int num_pages) {
              if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
              new (self) Model(parse_config(config), threads, isa, num_pages);
            })
-      .def("set_float", [](Model& m, const std::string& name, const Array<float>& v, const std::string&) {
-        set_vector(m, name, v);
-      })
-      .def("set_float", &set_matrix)
-      .def("set_quantized", &set_quantized, nb::arg("name"), nb::arg("codes"), nb::arg("scales"),
-           nb::arg("zeros").none(), nb::arg("minima").none(), nb::arg("bits"), nb::arg("group"), nb::arg("zero"),
-           nb::arg("activation"), nb::arg("activation_group"))
-      .def("finalize", &Model::finalize)
-      .def_prop_ro("isa", &Model::isa)
       .def_prop_ro("num_pages", &Model::num_pages)
       .def_prop_ro("page_size", [](const Model&) { return kPage; })
-      .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def("forward",
            [](Model& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
               Matrix<int32_t> pages, bool all) {

@@ -20,6 +20,8 @@ void quantize(const Linear&, const float* x, const Activations& row);
 void round_bf16(const float* x, int k, int k_padded, uint16_t* out);
 void epilogue(const float* tile, int count, int lanes, const float* bias, bool add, float* out, int stride);
 void gated(const float* gate, const float* up, int count, int lanes, bool gelu, float* out, int stride);
+void bias_gelu(const float* tile, int count, int lanes, const float* bias, float* out, int stride);
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int d, float* out);
 void rope(float* x, const float* table, int head_dim);
 int argmax(const float* row, int n);
 float log_sum_exp(const float* row, int n);

@@ -81,9 +81,12 @@ void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, cons
           continue;
         }
         for (int p = 0; p < panels; ++p) {
-          const int column = (2 * u + p) * kLanes;
-          ops.epilogue(tile[p], rows, std::min(kLanes, width - column), o.bias ? o.bias + column : nullptr,
-                       o.epilogue == Epilogue::kAdd, row + column, o.stride);
+          const int column = (2 * u + p) * kLanes, lanes = std::min(kLanes, width - column);
+          if (o.epilogue == Epilogue::kGelu)
+            ops.bias_gelu(tile[p], rows, lanes, o.bias + column, row + column, o.stride);
+          else
+            ops.epilogue(tile[p], rows, lanes, o.bias ? o.bias + column : nullptr, o.epilogue == Epilogue::kAdd,
+                         row + column, o.stride);
         }
       }
     }

@@ -9,9 +9,10 @@ namespace flatout {
 
 constexpr int kTokenBlock = 128;  // tokens a panel is multiplied by before its results are stored
 
-enum class Epilogue { kStore, kAdd, kGated };
+enum class Epilogue { kStore, kAdd, kGated, kGelu };
 
-// Where the results go: out[row * stride + column] (+ bias, + what is there, or act(gate) * up of alternating panels).
+// Where the results go: out[row * stride + column] (+ bias, + what is there, or gelu of it, or act(gate) * up of
+// alternating panels).
 struct Output {
   Epilogue epilogue = Epilogue::kStore;
   const float* bias = nullptr;

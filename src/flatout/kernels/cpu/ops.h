@@ -59,7 +59,7 @@ struct Attention {
   float* out = nullptr;      // [rows][out_stride], likewise
   int q_stride = 0, out_stride = 0, rows = 0, heads = 1;
   int first_position = 0;           // position of row 0; row r sees keys 0 .. first_position + r * step
-  int step = 1;                     // 0: the rows are heads of one token
+  int step = 1;                     // 0: every row sees the same keys (heads of one token, tokens of an encoder)
   int window = 0;                   // keys further back than this are hidden; 0: no limit
   int head_dim = 0, head_dim_padded = 0;
   const int32_t* pages = nullptr;   // page table of the sequence
@@ -105,6 +105,10 @@ struct Ops {
   void (*epilogue)(const float* tile, int count, int lanes, const float* bias, bool add, float* out, int stride);
   // out[i * stride .. + 16) = act(gate[i][0..15]) * up[i][0..15], at most `lanes` of them
   void (*gated)(const float* gate, const float* up, int count, int lanes, bool gelu, float* out, int stride);
+  // out[i * stride .. + lanes) = gelu(tile[i] + bias), by the error function
+  void (*bias_gelu)(const float* tile, int count, int lanes, const float* bias, float* out, int stride);
+  // out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias; out may be x
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int d, float* out);
   // Rotate x (E values) by the angles of one position: cosines then sines, E / 2 each
   void (*rope)(float* x, const float* table, int head_dim);
   void (*write_kv)(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,

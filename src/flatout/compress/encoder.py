@@ -1,0 +1,73 @@
+"""Encoders in the number format asked for, and load(): from a name or path to what runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flatout.compress.rtn import round_to_nearest
+from flatout.core.encoder import EncoderModel, check_encoder_format, expected_encoder_weights
+from flatout.core.encoder_folder import EncoderCheckpoint, is_encoder, open_encoder
+from flatout.core.formats import Recipe, parse_format
+from flatout.core.model import Weight
+from flatout.engine import load as decoders
+from flatout.engine.encoder import Encoder
+from flatout.engine.engine import Engine
+from flatout.errors import ConfigError
+
+DEFAULT_FORMAT = "bf16"
+
+
+def compress_encoder(source: EncoderCheckpoint, name: str) -> EncoderModel:
+    """The encoder with its linears in format `name`: fp32, bf16, or w{8,4}a{8,16} rounded to nearest.
+
+    Raises ConfigError for another format, or one whose groups do not divide a width, before any work.
+    """
+    fmt = parse_format(name)
+    check_encoder_format(source.spec, fmt)
+    weights: dict[str, Weight] = {}
+    for fused, _, how in expected_encoder_weights(source.spec, fmt):
+        array = source.array(fused)
+        weights[fused] = round_to_nearest(array, how, search_clip=how.bits == 4) if how.is_integer else array
+    return EncoderModel(spec=source.spec, format=fmt, weights=weights)
+
+
+def load(
+    model: str | Path,
+    runner: str = "auto",
+    threads: int | None = None,
+    max_tokens: int | None = None,
+    *,
+    max_batch: int = 32,
+    recipe: Recipe | None = None,
+    format: str | None = None,
+) -> Engine | Encoder:
+    """What runs `model`: an Engine that generates text, or an Encoder for a BERT folder (`minilm` is one).
+
+    Decoders are loaded by `flatout.engine.load.load`, whose arguments these are. An encoder takes runner,
+    threads and `format`, the number format of its linears: "bf16" (default), "fp32", "w8a8", "w8a16" and the
+    other integer formats, rounded to nearest when it is loaded. Raises ConfigError for an argument that the
+    model has no use for.
+    """
+    if not is_encoder(model):
+        if format is not None:
+            raise ConfigError("a decoder's formats are its recipe's", repr(format), "recipe=Recipe(...)")
+        return decoders.load(model, runner, threads, max_tokens, max_batch=max_batch, recipe=recipe)
+    for name, value in (("recipe", recipe), ("max_tokens", max_tokens)):
+        if value is not None:
+            raise ConfigError(f"an encoder has no {name}", _shown(value), 'format="w8a8"')
+    checkpoint = open_encoder(model)
+    tokenizer = checkpoint.tokenizer()
+    compressed = compress_encoder(checkpoint, format or DEFAULT_FORMAT)
+    chosen = decoders.choose_runner(runner)
+    return Encoder.of(
+        compressed,
+        tokenizer,
+        runner=chosen,
+        threads=threads,
+        pooling=checkpoint.pooling,
+        normalize=checkpoint.normalize,
+    )
+
+
+def _shown(value: object) -> str:
+    return value.name if isinstance(value, Recipe) else str(value)
