@@ -242,6 +242,7 @@ Activations Encoder::prepare(const Linear& w, float* x, int stride, int count, c
     if (norm) ops_->layer_norm(row, norm->weight.data(), norm->bias.data(), config_.layer_norm_eps, w.k, row);
     write_activations(*ops_, w, row, a, alone ? r - own.first : r);
   }
+  if (alone || thread == 0) pad_activations(w, a, 0, alone ? own.count() : count);
   if (!alone) pool_.barrier(thread);
   return a;
 }
