@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #endif
 
+#include "half.h"
 #include "pair.h"
 
 namespace flatout {
@@ -199,17 +200,6 @@ static inline i32x16 round_to_int(f32x16 v) {
 // The second operand wins on NaN and on equal zeros, as in the vector instruction.
 static inline f32x16 max(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 static inline f32x16 min(f32x16 a, f32x16 b) { return select(a < b, a, b); }
-static inline float half_to_float(uint16_t h) {
-  uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
-  if (exponent == 0) {
-    float v = (float)mantissa * 5.9604644775390625e-8f;  // 2^-24
-    return sign ? -v : v;
-  }
-  bits = exponent == 31 ? sign | 0x7f800000 | mantissa << 13 : sign | (exponent + 112) << 23 | mantissa << 13;
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
 static inline f32x16 from_half(const uint16_t* p) {
   float r[16];
   for (int i = 0; i < 16; ++i) r[i] = half_to_float(p[i]);
