@@ -3,6 +3,8 @@
 # make lint       ruff and mypy
 # make bench      beside other engines; the result goes to benchmarks/results (builds them once, 10 minutes)
 # make nightly    the C++ engine's tests under the address and undefined-behaviour sanitizers
+# make aarch64    the kernels' checks here and on an emulated ARM processor, which must give the same bits
+#                 (needs the Debian packages g++-aarch64-linux-gnu and qemu-user-static)
 # make extension  the C++ extension built into src/flatout, for work without installing
 # make clean      everything that make has made
 #
@@ -21,7 +23,7 @@ requirements = $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("py
 configure = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
 	-DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python"
 
-.PHONY: demo test lint bench nightly extension clean
+.PHONY: demo test lint bench nightly aarch64 extension clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # timings must not compete; the compiler uses all cores by itself
 
@@ -64,6 +66,17 @@ nightly: $(VENV)/dev
 	cp $(SANITIZED)/_cpu*.so $(SANITIZED)/site/flatout/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/site $(BIN)/python -m pytest -s tests/kernels $(ARGS)
+
+ARM := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	-DCMAKE_EXE_LINKER_FLAGS=-static
+aarch64: $(VENV)/tools
+	$(call configure,build/check) -DFLATOUT_EXTENSION=OFF
+	$(BIN)/cmake --build build/check --target check_kernels
+	$(call configure,build/aarch64) -DFLATOUT_EXTENSION=OFF $(ARM)
+	$(BIN)/cmake --build build/aarch64 --target check_kernels
+	build/check/check_kernels > build/check/digest
+	qemu-aarch64-static build/aarch64/check_kernels > build/aarch64/digest
+	cmp build/check/digest build/aarch64/digest
 
 extension: $(VENV)/tools
 	$(call configure,build/extension)

@@ -49,9 +49,9 @@ class CpuRunner:
     """A Model packed for this machine's instructions, with its own threads and KV cache.
 
     threads: default all cores this process may use. isa: one of the extension's paths by name ("amx",
-    "avx512", "avx2", "portable"), default the best. num_pages: pages of `page_size` tokens. The Model's
-    arrays are copied, not kept. Raises BackendError for an isa this machine has not, UnsupportedModelError
-    for a model the kernels cannot run, ResourceError when memory does not suffice.
+    "avx512", "avxvnni", "avx2", "portable"), default the best. num_pages: pages of `page_size` tokens. The
+    Model's arrays are copied, not kept. Raises BackendError for an isa this machine has not,
+    UnsupportedModelError for a model the kernels cannot run, ResourceError when memory does not suffice.
     """
 
     def __init__(

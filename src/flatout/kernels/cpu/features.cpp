@@ -14,6 +14,9 @@
 #define FLATOUT_ISA avx2
 #include "kernels.h"
 #undef FLATOUT_ISA
+#define FLATOUT_ISA avxvnni
+#include "kernels.h"
+#undef FLATOUT_ISA
 #define FLATOUT_ISA avx512
 #include "kernels.h"
 #undef FLATOUT_ISA
@@ -38,6 +41,7 @@ bool avx512_usable() {
 bool avx2_usable() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+bool avxvnni_usable() { return avx2_usable() && __builtin_cpu_supports("avxvnni"); }
 #endif
 
 }  // namespace
@@ -48,6 +52,7 @@ std::vector<std::string> cpu_features() {
   if (__builtin_cpu_supports("avx2")) found.push_back("avx2");
   if (__builtin_cpu_supports("fma")) found.push_back("fma");
   if (__builtin_cpu_supports("f16c")) found.push_back("f16c");
+  if (__builtin_cpu_supports("avxvnni")) found.push_back("avx_vnni");
   if (__builtin_cpu_supports("avx512f")) found.push_back("avx512f");
   if (__builtin_cpu_supports("avx512bw")) found.push_back("avx512bw");
   if (__builtin_cpu_supports("avx512vnni")) found.push_back("avx512_vnni");
@@ -62,6 +67,7 @@ std::vector<std::string> usable_isas() {
 #if defined(__x86_64__)
   if (avx512_usable() && __builtin_cpu_supports("avx512bf16") && amx_usable()) isas.push_back("amx");
   if (avx512_usable()) isas.push_back("avx512");
+  if (avxvnni_usable()) isas.push_back("avxvnni");
   if (avx2_usable()) isas.push_back("avx2");
 #endif
   isas.push_back("portable");
@@ -83,9 +89,11 @@ const Ops* ops_for(const std::string& isa) {
                 avx512::linear_panels_amx, avx512::attend_amx);
   FLATOUT_TABLE(avx512_ops, "avx512", avx512, nullptr, nullptr, nullptr, avx512::linear_panels, avx512::attend);
   FLATOUT_TABLE(avx512_bf16_ops, "avx512", avx512, nullptr, nullptr, nullptr, avx512::linear_panels_bf16, avx512::attend);
+  FLATOUT_TABLE(avxvnni_ops, "avxvnni", avx2, nullptr, nullptr, nullptr, avxvnni::linear_panels, avxvnni::attend);
   FLATOUT_TABLE(avx2_ops, "avx2", avx2, nullptr, nullptr, nullptr, avx2::linear_panels, avx2::attend);
   if (isa == "amx") return &amx_ops;
   if (isa == "avx512") return __builtin_cpu_supports("avx512bf16") ? &avx512_bf16_ops : &avx512_ops;
+  if (isa == "avxvnni") return &avxvnni_ops;
   if (isa == "avx2") return &avx2_ops;
 #endif
   FLATOUT_TABLE(portable_ops, "portable", portable, nullptr, nullptr, nullptr, portable::linear_panels, portable::attend);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "half.h"
 #include "model.h"
 
 namespace flatout {
@@ -127,9 +128,7 @@ void Model::lookup(int32_t token, float* out) const {
     const int group = e.group ? e.group : e.k, groups = e.k / group;
     const auto value = [&](const Buffer& b, size_t i) {
       if (!e.half_scales) return ((const float*)b.data)[i];
-      _Float16 h;
-      std::memcpy(&h, b.data + 2 * i, 2);
-      return (float)h;
+      return half_to_float(((const uint16_t*)b.data)[i]);
     };
     for (int g = 0; g < groups; ++g) {
       const size_t at = (size_t)token * groups + g;

@@ -159,14 +159,14 @@ static void bf16_block(const Linear& w, const uint8_t* panel, const Activations&
   const uint16_t* x = a.bf16 + (size_t)first * w.row_stride;
   const uint8_t* line = panel;
   for (int k = 0; k < w.k_padded; k += 2, line += 64) {
-    u32x16 pair = load<u32x16>(line);
-    f32x16 even = (f32x16)(pair << 16), odd = (f32x16)(pair & 0xffff0000u);
+    f32x16 even, odd;
+    load_bf16_pairs((const uint16_t*)line, &even, &odd);
 #pragma GCC unroll 16
     for (int m = 0; m < MB; ++m) {
       uint32_t bits;
       std::memcpy(&bits, x + (size_t)m * w.row_stride + k, 4);
-      acc[m] = fma(even, (f32x16)(u32x16{} + (bits << 16)), acc[m]);
-      acc[m] = fma(odd, (f32x16)(u32x16{} + (bits & 0xffff0000u)), acc[m]);
+      acc[m] = fma(even, (f32x16)splat_i32((int32_t)(bits << 16)), acc[m]);
+      acc[m] = fma(odd, (f32x16)splat_i32((int32_t)(bits & 0xffff0000u)), acc[m]);
     }
   }
 #pragma GCC unroll 16

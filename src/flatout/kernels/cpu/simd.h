@@ -1,8 +1,8 @@
 // Sixteen-lane vectors with one meaning on every instruction set.
 //
 // Each kernel file is compiled once per instruction set with FLATOUT_ISA naming its namespace. A logical vector always
-// has 16 lanes (one AVX-512 register, two AVX2 registers, or plain loops), sums run in the same order everywhere and
-// multiply-adds are always fused, so the three builds agree bit for bit in fp32 and in integers.
+// has 16 lanes (one AVX-512 register, two AVX2 registers, or four of 16 bytes), sums run in the same order everywhere and
+// multiply-adds are always fused, so all builds agree bit for bit in fp32 and in integers.
 #pragma once
 
 #include <cmath>
@@ -13,32 +13,80 @@
 #include <immintrin.h>
 #endif
 
+#include "half.h"
+#include "pair.h"
+
 namespace flatout {
 namespace FLATOUT_ISA {
 
+#if defined(__AVX512F__)
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
-typedef float f32x8 __attribute__((vector_size(32)));
-
-// Spelled out: `f32x16{} + v` would keep an addition for the sake of negative zero.
-static inline f32x16 splat(float v) { return f32x16{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
-static inline i32x16 splat_i32(int32_t v) { return i32x16{} + v; }
+#else
+#if defined(__AVX2__)
+constexpr int kPartBytes = 32;
+#else
+constexpr int kPartBytes = 16;
+#endif
+// What one register holds.
+typedef float FloatPart __attribute__((vector_size(kPartBytes)));
+typedef int32_t IntPart __attribute__((vector_size(kPartBytes)));
+typedef uint32_t UintPart __attribute__((vector_size(kPartBytes)));
+typedef uint8_t BytePart __attribute__((vector_size(kPartBytes)));
+constexpr int kPartLanes = kPartBytes / 4;
+using f32x16 = Sixteen<FloatPart>;
+using i32x16 = Sixteen<IntPart>;
+using u32x16 = Sixteen<UintPart>;
+using u8x64 = Sixteen<BytePart>;
+#endif
 
 template <class V>
 static inline V load(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof(V));
-  return v;
+  if constexpr (is_pair<V>) {
+    using Half = decltype(V::lo);
+    return V(load<Half>(p), load<Half>((const char*)p + sizeof(Half)));
+  } else {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+  }
 }
 template <class V>
 static inline void store(void* p, V v) {
-  std::memcpy(p, &v, sizeof(V));
+  if constexpr (is_pair<V>) {
+    store(p, v.lo);
+    store((char*)p + sizeof(v.lo), v.hi);
+  } else {
+    std::memcpy(p, &v, sizeof(V));
+  }
 }
 
+#if defined(__AVX512F__)
+// Spelled out: `f32x16{} + v` would keep an addition for the sake of negative zero.
+static inline f32x16 splat(float v) { return f32x16{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
+static inline i32x16 splat_i32(int32_t v) { return i32x16{} + v; }
+#else
+static inline f32x16 splat(float v) {
+#if defined(__AVX2__)
+  return repeat<f32x16>((FloatPart)_mm256_set1_ps(v));
+#else
+  return repeat<f32x16>(FloatPart{v, v, v, v});
+#endif
+}
+static inline i32x16 splat_i32(int32_t v) { return repeat<i32x16>(IntPart{} + v); }
+#endif
+
 static inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const auto blend = [](IntPart m, FloatPart y, FloatPart n) {  // masks are all ones or all zeros
+    return (FloatPart)_mm256_blendv_ps((__m256)n, (__m256)y, (__m256)m);
+  };
+  return each(blend, mask, yes, no);
+#else
   return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
+#endif
 }
 
 // Lane i from `yes` where bit i is set.
@@ -46,13 +94,14 @@ static inline f32x16 select_bits(uint16_t bits, f32x16 yes, f32x16 no) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_mask_mov_ps((__m512)no, bits, (__m512)yes);
 #else
-  const i32x16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-  return select((splat_i32(bits) & bit) != 0, yes, no);
+  alignas(64) static const int32_t bit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return select((splat_i32(bits) & load<i32x16>(bit)) != splat_i32(0), yes, no);
 #endif
 }
 
 static inline i32x16 iota() {
-  return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  alignas(64) static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load<i32x16>(lanes);
 }
 
 #if defined(__AVX512F__)
@@ -81,121 +130,105 @@ static inline i32x16 dot_su(i32x16 acc, u8x64 s, int32_t u4) {
 
 #elif defined(__AVX2__)
 
-struct Halves {
-  __m256i lo, hi;
-};
-template <class V>
-static inline Halves split(V v) {
-  Halves h;
-  std::memcpy(&h, &v, 64);
-  return h;
-}
-template <class V>
-static inline V join(__m256i lo, __m256i hi) {
-  V v;
-  Halves h{lo, hi};
-  std::memcpy(&v, &h, 64);
-  return v;
-}
 static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-  Halves x = split(a), y = split(b), z = split(c);
-  __m256 lo = _mm256_fmadd_ps((__m256)x.lo, (__m256)y.lo, (__m256)z.lo);
-  __m256 hi = _mm256_fmadd_ps((__m256)x.hi, (__m256)y.hi, (__m256)z.hi);
-  return join<f32x16>((__m256i)lo, (__m256i)hi);
+  const auto part = [](FloatPart x, FloatPart y, FloatPart z) {
+    return (FloatPart)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+  };
+  return each(part, a, b, c);
 }
 static inline f32x16 to_float(i32x16 v) {
-  Halves x = split(v);
-  return join<f32x16>((__m256i)_mm256_cvtepi32_ps(x.lo), (__m256i)_mm256_cvtepi32_ps(x.hi));
+  return each([](IntPart x) { return (FloatPart)_mm256_cvtepi32_ps((__m256i)x); }, v);
 }
 static inline i32x16 round_to_int(f32x16 v) {
-  Halves x = split(v);
-  return join<i32x16>(_mm256_cvtps_epi32((__m256)x.lo), _mm256_cvtps_epi32((__m256)x.hi));
+  return each([](FloatPart x) { return (IntPart)_mm256_cvtps_epi32((__m256)x); }, v);
 }
-static inline f32x16 max(f32x16 a, f32x16 b) {
-  Halves x = split(a), y = split(b);
-  return join<f32x16>((__m256i)_mm256_max_ps((__m256)x.lo, (__m256)y.lo),
-                      (__m256i)_mm256_max_ps((__m256)x.hi, (__m256)y.hi));
-}
+static inline FloatPart max(FloatPart a, FloatPart b) { return (FloatPart)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline f32x16 max(f32x16 a, f32x16 b) { return f32x16(max(a.lo, b.lo), max(a.hi, b.hi)); }
 static inline f32x16 min(f32x16 a, f32x16 b) {
-  Halves x = split(a), y = split(b);
-  return join<f32x16>((__m256i)_mm256_min_ps((__m256)x.lo, (__m256)y.lo),
-                      (__m256i)_mm256_min_ps((__m256)x.hi, (__m256)y.hi));
+  return each([](FloatPart x, FloatPart y) { return (FloatPart)_mm256_min_ps((__m256)x, (__m256)y); }, a, b);
 }
 static inline f32x16 from_half(const uint16_t* p) {
-  return join<f32x16>((__m256i)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
-                      (__m256i)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
+  return f32x16((FloatPart)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+                (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
 }
 static inline void store_u8(uint8_t* p, i32x16 v) {
-  for (int i = 0; i < 16; ++i) p[i] = (uint8_t)v[i];
+  const __m256i byte = _mm256_set1_epi32(255);
+  const __m256i lo = _mm256_and_si256((__m256i)v.lo, byte), hi = _mm256_and_si256((__m256i)v.hi, byte);
+  const __m256i words = _mm256_packus_epi32(lo, hi), bytes = _mm256_packus_epi16(words, words);
+  _mm_storeu_si128((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
-// vpmaddubsw would saturate for 8-bit codes, so bytes widen to 16 bits first: every sum stays exact.
-static inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
-  __m256i u_lo = _mm256_unpacklo_epi8(u, _mm256_setzero_si256());
-  __m256i u_hi = _mm256_unpackhi_epi8(u, _mm256_setzero_si256());
-  __m256i sign = _mm256_cmpgt_epi8(_mm256_setzero_si256(), s);
-  __m256i s_lo = _mm256_unpacklo_epi8(s, sign), s_hi = _mm256_unpackhi_epi8(s, sign);
-  __m256i p_lo = _mm256_madd_epi16(u_lo, s_lo), p_hi = _mm256_madd_epi16(u_hi, s_hi);
-  return _mm256_add_epi32(acc, _mm256_hadd_epi32(p_lo, p_hi));
+// Sums of four products of bytes, `u` unsigned and `s` signed. vpmaddubsw would saturate, so bytes widen to 16 bits first.
+static inline IntPart add_dots(IntPart acc, __m256i u, __m256i s) {
+#if defined(__AVXVNNI__)
+  return (IntPart)_mm256_dpbusd_avx_epi32((__m256i)acc, u, s);
+#else
+  const __m256i u_even = _mm256_and_si256(u, _mm256_set1_epi16(255)), u_odd = _mm256_srli_epi16(u, 8);
+  const __m256i s_even = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), s_odd = _mm256_srai_epi16(s, 8);
+  return acc + ((IntPart)_mm256_madd_epi16(u_even, s_even) + (IntPart)_mm256_madd_epi16(u_odd, s_odd));
+#endif
 }
+// acc[lane] += sum over j of u[4 lane + j] * s[j]: unsigned vector times four broadcast signed bytes.
 static inline i32x16 dot_us(i32x16 acc, u8x64 u, int32_t s4) {
-  Halves x = split(acc), y = split(u);
-  __m256i s = _mm256_set1_epi32(s4);
-  return join<i32x16>(dot_half(x.lo, y.lo, s), dot_half(x.hi, y.hi, s));
+  return each([=](IntPart a, BytePart x) { return add_dots(a, (__m256i)x, _mm256_set1_epi32(s4)); }, acc, u);
 }
+// acc[lane] += sum over j of s[4 lane + j] * u[j]: signed vector times four broadcast unsigned bytes.
 static inline i32x16 dot_su(i32x16 acc, u8x64 s, int32_t u4) {
-  Halves x = split(acc), y = split(s);
-  __m256i u = _mm256_set1_epi32(u4);
-  return join<i32x16>(dot_half(x.lo, u, y.lo), dot_half(x.hi, u, y.hi));
+  return each([=](IntPart a, BytePart x) { return add_dots(a, _mm256_set1_epi32(u4), (__m256i)x); }, acc, s);
 }
 
 #else
 
 static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-  f32x16 r;
-  for (int i = 0; i < 16; ++i) r[i] = std::fmaf(a[i], b[i], c[i]);
-  return r;
+  const auto part = [](FloatPart x, FloatPart y, FloatPart z) {
+    FloatPart r;
+    for (int i = 0; i < kPartLanes; ++i) r[i] = std::fmaf(x[i], y[i], z[i]);
+    return r;
+  };
+  return each(part, a, b, c);
 }
-static inline f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+static inline f32x16 to_float(i32x16 v) {
+  return each([](IntPart x) { return __builtin_convertvector(x, FloatPart); }, v);
+}
 static inline i32x16 round_to_int(f32x16 v) {
-  i32x16 r;
-  for (int i = 0; i < 16; ++i) r[i] = (int32_t)std::nearbyintf(v[i]);
-  return r;
+  const auto part = [](FloatPart x) {
+    IntPart r;
+    for (int i = 0; i < kPartLanes; ++i) r[i] = (int32_t)std::nearbyintf(x[i]);
+    return r;
+  };
+  return each(part, v);
 }
 // The second operand wins on NaN and on equal zeros, as in the vector instruction.
 static inline f32x16 max(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 static inline f32x16 min(f32x16 a, f32x16 b) { return select(a < b, a, b); }
-static inline float half_to_float(uint16_t h) {
-  uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
-  if (exponent == 0) {
-    float v = (float)mantissa * 5.9604644775390625e-8f;  // 2^-24
-    return sign ? -v : v;
-  }
-  bits = exponent == 31 ? sign | 0x7f800000 | mantissa << 13 : sign | (exponent + 112) << 23 | mantissa << 13;
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
 static inline f32x16 from_half(const uint16_t* p) {
-  f32x16 r;
+  float r[16];
   for (int i = 0; i < 16; ++i) r[i] = half_to_float(p[i]);
-  return r;
+  return load<f32x16>(r);
 }
 static inline void store_u8(uint8_t* p, i32x16 v) {
-  for (int i = 0; i < 16; ++i) p[i] = (uint8_t)v[i];
+  int32_t lanes[16];
+  store(lanes, v);
+  for (int i = 0; i < 16; ++i) p[i] = (uint8_t)lanes[i];
 }
 static inline i32x16 dot_us(i32x16 acc, u8x64 u, int32_t s4) {
   int8_t s[4];
   std::memcpy(s, &s4, 4);
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 4; ++j) acc[i] += (int32_t)u[4 * i + j] * s[j];
-  return acc;
+  const auto part = [&](IntPart a, BytePart x) {
+    for (int i = 0; i < kPartLanes; ++i)
+      for (int j = 0; j < 4; ++j) a[i] += (int32_t)x[4 * i + j] * s[j];
+    return a;
+  };
+  return each(part, acc, u);
 }
 static inline i32x16 dot_su(i32x16 acc, u8x64 s, int32_t u4) {
   uint8_t u[4];
   std::memcpy(u, &u4, 4);
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 4; ++j) acc[i] += (int32_t)(int8_t)s[4 * i + j] * u[j];
-  return acc;
+  const auto part = [&](IntPart a, BytePart x) {
+    for (int i = 0; i < kPartLanes; ++i)
+      for (int j = 0; j < 4; ++j) a[i] += (int32_t)(int8_t)x[4 * i + j] * u[j];
+    return a;
+  };
+  return each(part, acc, s);
 }
 
 #endif
@@ -203,10 +236,13 @@ static inline i32x16 dot_su(i32x16 acc, u8x64 s, int32_t u4) {
 static inline i32x16 widen_u8(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return i32x16((IntPart)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+                (IntPart)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))));
 #else
-  i32x16 v;
+  int32_t v[16];
   for (int i = 0; i < 16; ++i) v[i] = p[i];
-  return v;
+  return load<i32x16>(v);
 #endif
 }
 // 64 integers in [-128, 127] (SIGNED) or [0, 255] as bytes.
@@ -218,6 +254,15 @@ static inline void store_bytes(void* p, i32x16 a, i32x16 b, i32x16 c, i32x16 d) 
   const __m512i packed = SIGNED ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
+#elif defined(__AVX2__)
+  const auto pack = [](i32x16 x, i32x16 y) {
+    const __m256i xx = _mm256_packs_epi32((__m256i)x.lo, (__m256i)x.hi);
+    const __m256i yy = _mm256_packs_epi32((__m256i)y.lo, (__m256i)y.hi);
+    const __m256i packed = SIGNED ? _mm256_packs_epi16(xx, yy) : _mm256_packus_epi16(xx, yy);
+    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  };
+  _mm256_storeu_si256((__m256i*)p, pack(a, b));
+  _mm256_storeu_si256((__m256i*)p + 1, pack(c, d));
 #else
   uint8_t* to = (uint8_t*)p;
   store_u8(to, a), store_u8(to + 16, b), store_u8(to + 32, c), store_u8(to + 48, d);
@@ -230,9 +275,9 @@ static inline f32x16 load_some(const float* p, int count) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
 #else
-  f32x16 v = {};
-  std::memcpy(&v, p, sizeof(float) * count);
-  return v;
+  float v[16] = {};
+  std::memcpy(v, p, sizeof(float) * count);
+  return load<f32x16>(v);
 #endif
 }
 static inline void store_some(float* p, f32x16 v, int count) {
@@ -240,26 +285,23 @@ static inline void store_some(float* p, f32x16 v, int count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
 #else
-  std::memcpy(p, &v, sizeof(float) * count);
+  float lanes[16];
+  store(lanes, v);
+  std::memcpy(p, lanes, sizeof(float) * count);
 #endif
 }
 
 // Reductions: halves are folded 16 -> 8 -> 4 -> 2 -> 1 on every instruction set, so the order never differs.
 #if defined(__AVX2__)
-static inline __m256 low_half(f32x16 v) {
-  __m256 h;
-  std::memcpy(&h, &v, 32);
-  return h;
-}
-static inline __m256 high_half(f32x16 v) {
 #if defined(__AVX512F__)
+static inline __m256 low_half(f32x16 v) { return _mm512_castps512_ps256((__m512)v); }
+static inline __m256 high_half(f32x16 v) {
   return _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1));
-#else
-  __m256 h;
-  std::memcpy(&h, (const char*)&v + 32, 32);
-  return h;
-#endif
 }
+#else
+static inline __m256 low_half(f32x16 v) { return (__m256)v.lo; }
+static inline __m256 high_half(f32x16 v) { return (__m256)v.hi; }
+#endif
 static inline float sum(f32x16 v) {
   __m256 a = _mm256_add_ps(low_half(v), high_half(v));
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -292,8 +334,9 @@ static inline int32_t sum(i32x16 v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)v);
 #else
-  int32_t total = 0;
-  for (int i = 0; i < 16; ++i) total += v[i];
+  int32_t lanes[16], total = 0;
+  store(lanes, v);
+  for (int i = 0; i < 16; ++i) total += lanes[i];
   return total;
 #endif
 }
@@ -353,17 +396,35 @@ static inline V fold_rows(V* v, int rows, [[maybe_unused]] Op op, One one) {
     const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
     return (V)_mm512_permutexvar_ps(order, (__m512)all);
   }
+#elif defined(__AVX2__)
+  using Part = decltype(V::lo);
+  // Likewise for eight rows: 8 x 16 lanes -> 8 x 8 -> 4 x 8 -> 2 x 8 -> 8.
+  const auto fold_eight = [&](const V* from) __attribute__((always_inline)) {
+    __m256 x[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) x[i] = (__m256)op(from[i].lo, from[i].hi);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      x[i] = (__m256)op((Part)_mm256_permute2f128_ps(x[i], x[i + 4], 0x20),
+                        (Part)_mm256_permute2f128_ps(x[i], x[i + 4], 0x31));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      x[i] = (__m256)op((Part)_mm256_shuffle_ps(x[i], x[i + 2], 0x44), (Part)_mm256_shuffle_ps(x[i], x[i + 2], 0xee));
+    x[0] = (__m256)op((Part)_mm256_shuffle_ps(x[0], x[1], 0x88), (Part)_mm256_shuffle_ps(x[0], x[1], 0xdd));
+    return (Part)_mm256_permutevar8x32_ps(x[0], _mm256_setr_epi32(0, 2, 1, 3, 4, 6, 5, 7));
+  };
+  if (rows > 2) return V(fold_eight(v), rows > 8 ? fold_eight(v + 8) : Part{});
 #endif
-  V all = {};
+  alignas(64) decltype(one(v[0])) all[16] = {};
   for (int r = 0; r < rows; ++r) all[r] = one(v[r]);
-  return all;
+  return load<V>(all);
 }
 template <class V>
 static inline V sum_rows(V* v, int rows) {
-  return fold_rows(v, rows, [](V a, V b) { return a + b; }, [](V x) { return sum(x); });
+  return fold_rows(v, rows, [](auto a, auto b) { return a + b; }, [](V x) { return sum(x); });
 }
 static inline f32x16 max_rows(f32x16* v, int rows) {
-  return fold_rows(v, rows, [](f32x16 a, f32x16 b) { return max(a, b); }, [](f32x16 x) { return max_lane(x); });
+  return fold_rows(v, rows, [](auto a, auto b) { return max(a, b); }, [](f32x16 x) { return max_lane(x); });
 }
 
 // Sixteen pairs of bf16 as two vectors: the first and the second of each pair.
