@@ -32,6 +32,7 @@ from flatout.engine.scheduler import Sequence, Step
 
 LONGEST_DRAFT = 15
 """With the token it follows it fills the 16 rows of a tile."""
+_LENGTHS = (0, 1, 2, 3, 5, 7, 11, LONGEST_DRAFT)  # few, so that the seconds of each are soon known
 _NGRAMS = (3, 2)  # tokens that must have occurred before, in order of preference
 _MEMORY = 5  # measurements of a step size that are kept; their median is believed
 _WEIGHT = 0.1  # of a new observation in the chance that a guess comes true
@@ -178,12 +179,12 @@ class Speculator:
             return 0
         gains = [0.0, *accumulate(accumulate(self._chances, mul))]
         rates = []
-        for longest in range(max(lengths) + 1):
+        for longest in _LENGTHS:
             cut = [min(length, longest) for length in lengths]
             rates.append((count + sum(gains[n] for n in cut)) / self._times.estimate(count + sum(cut)))
-        best = max(range(len(rates)), key=rates.__getitem__)
+        best = rates.index(max(rates))
         self._declined = 0 if best else self._declined + 1
-        if self._declined < _PATIENCE:
-            return best
-        self._declined = 0
-        return max(range(1, len(rates)), key=rates.__getitem__)
+        if self._declined == _PATIENCE:
+            self._declined = 0
+            best = rates.index(max(rates[1:]), 1)
+        return _LENGTHS[best]
