@@ -15,8 +15,9 @@ import numpy as np
 
 from flatout.core.spec import ModelSpec
 from flatout.engine.request import SamplingParams
-from flatout.engine.runner import StepInput, check_step
+from flatout.engine.runner import StepInput, check_step, sampled_rows
 from flatout.engine.sampler import log_probabilities, sample, sample_row
+from flatout.engine.scheduler import Sequence as EngineSequence
 
 EOS = 256
 VOCABULARY = 257
@@ -77,6 +78,12 @@ def toy_generate(
     return tokens[len(prompt) :]
 
 
+def toy_next(sequence: EngineSequence, tokens: list[int]) -> int:
+    """What the toy model draws after `tokens` for this sequence."""
+    s = sequence
+    return sample_row(toy_logits(tokens), s.temperature, s.top_k, s.top_p, s.seed, len(tokens))
+
+
 class ToyRunner:
     """See the module's text. `steps` keeps (number of sequences, number of tokens) of every step."""
 
@@ -120,9 +127,11 @@ class ToyRunner:
         top_k: np.ndarray,
         top_p: np.ndarray,
         seeds: np.ndarray,
+        rows: Literal["last", "all"] = "last",
     ) -> np.ndarray:
-        logits = self.forward(batch, "last")
-        return sample(logits, batch.starts + batch.lengths, temperature, top_k, top_p, seeds)
+        of, positions = sampled_rows(batch, rows)
+        logits = self.forward(batch, rows)
+        return sample(logits, positions, temperature[of], top_k[of], top_p[of], seeds[of])
 
     def _write(self, tokens: np.ndarray, start: int, pages: np.ndarray) -> None:
         state = self._read_hashes(pages, start)[-1] if start else 0
@@ -168,8 +177,9 @@ class ScriptedRunner:
         top_k: np.ndarray,
         top_p: np.ndarray,
         seeds: np.ndarray,
+        rows: Literal["last", "all"] = "last",
     ) -> np.ndarray:
-        return self._said[np.minimum(batch.starts + batch.lengths, len(self._said) - 1)]
+        return self._said[np.minimum(sampled_rows(batch, rows)[1], len(self._said) - 1)]
 
 
 class ByteStream:

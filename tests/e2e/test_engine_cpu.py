@@ -166,6 +166,23 @@ def test_load_runs_a_folder_on_either_runner(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
+def test_speculation_is_on_where_it_is_exact(tmp_path: Path) -> None:
+    folder = tiny_checkpoint_folder(tmp_path / "model", tiny_spec())
+    artifact = save_artifact(
+        tiny_model(tiny_spec(), INTEGER[0]), open_checkpoint(folder).tokenizer, tmp_path / "artifact", {}
+    )
+    for path, options, on in (
+        (artifact, {}, True),
+        (artifact, {"speculate": "off"}, False),
+        (artifact, {"runner": "reference"}, False),
+        (folder, {}, False),
+        (folder, {"speculate": "ngram"}, True),
+    ):
+        assert (flatout.load(path, threads=1, **options).speculator is not None) == on  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="one of auto, ngram, off; found: 'medusa'"):
+        flatout.load(folder, speculate="medusa")
+
+
 def test_without_the_extension_auto_says_so_and_cpu_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

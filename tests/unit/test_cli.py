@@ -28,7 +28,8 @@ FLAGS = {
     "verify": {"--against", "--margin", "--text", "--speed-seconds", "--rerun", "--json"},
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
     "run": {
-        "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner", "--json",
+        "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner",
+        "--speculate", "--json",
     },
 }  # fmt: skip
 """A flag must prove its need: adding one means adding it here."""

@@ -68,6 +68,7 @@ def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert record["prompt_tokens"] == len("<user>Hi<assistant>")
     assert record["finish_reason"] == "stop"
     assert record["tokens_per_s"] > 0
+    assert record["speculation"] == {"steps": 0, "proposed": 0, "accepted": 0}
     assert err == ""
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tests.toy import EOS, ToyRunner, toy_generate
+from tests.guess import Oracle
+from tests.toy import EOS, VOCABULARY, ToyRunner, toy_generate, toy_next
 
 from flatout.engine.request import SamplingParams
 from flatout.engine.scheduler import Scheduler, Sequence, Step
@@ -214,15 +215,18 @@ class Traffic(RuleBasedStateMachine):
         self.s.add(q)
         self.all.append((q, prompt, params))
 
-    @rule()
-    def advance(self) -> None:
-        step = self.s.schedule()
+    @rule(longest=st.integers(0, 6), right=st.sampled_from([0.0, 0.8, 1.0]))
+    def advance(self, longest: int, right: float) -> None:
+        def guess(sequences: list[Sequence]) -> list[list[int]]:
+            return Oracle(toy_next, VOCABULARY, right, len(self.all)).propose(sequences, longest)
+
+        step = self.s.schedule(guess)
         if step is not None:
             self.s.commit(step, self.execute(step))
 
     @rule()
     def fail(self) -> None:
-        step = self.s.schedule()
+        step = self.s.schedule(lambda s: Oracle(toy_next, VOCABULARY, 0.5).propose(s, 3))
         if step is not None:
             self.execute(step)  # the pages are written, the samples are lost
 
@@ -233,7 +237,7 @@ class Traffic(RuleBasedStateMachine):
         self.s.finish(live[data.draw(st.integers(0, len(live) - 1))], "cancelled")
 
     def execute(self, step: Step) -> np.ndarray:
-        return self.runner.sample(step.batch, step.temperature, step.top_k, step.top_p, step.seeds)
+        return self.runner.sample(step.batch, step.temperature, step.top_k, step.top_p, step.seeds, step.rows)
 
     @invariant()
     def pages_add_up(self) -> None:

@@ -41,6 +41,9 @@ def run(
     seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
     runner: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
+    speculate: Annotated[
+        str, typer.Option(help="ngram guesses several tokens a step, off none; auto guesses where exact.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, tokens_per_s.")] = False,
 ) -> None:
     """Generate text with an artifact or a checkpoint, or talk when no prompt is given."""
@@ -51,7 +54,7 @@ def run(
         raise ConfigError(
             "--json prints one answer, so it needs a prompt", "none", 'flatout run MODEL "Hello"'
         )
-    engine = load(model, runner=runner, threads=threads)
+    engine = load(model, runner=runner, threads=threads, speculate=speculate)
     if prompt is None:
         log(f"{model} on {engine.runner.name}; /help lists commands")
         with _history():
@@ -171,6 +174,7 @@ class Chat:
         rows += [
             ["computed", f"{stats.tokens_computed} tokens in {stats.steps} steps"],
             ["reused", f"{stats.tokens_reused} tokens"],
+            ["guessed", f"{stats.tokens_accepted} of {stats.tokens_drafted} tokens right"],
         ]
         return aligned(rows, right=False)
 
@@ -192,6 +196,7 @@ def _summary(result: Result) -> str:
 
 def _record(model: str, engine: Engine, result: Result) -> dict[str, object]:
     """The JSON of the command contract."""
+    stats = engine.stats()
     return {
         "model": model,
         "runner": engine.runner.name,
@@ -202,6 +207,11 @@ def _record(model: str, engine: Engine, result: Result) -> dict[str, object]:
         "first_token_s": result.first_token_s,
         "decode_s": result.decode_s,
         "tokens_per_s": result.tokens_per_s,
+        "speculation": {
+            "steps": stats.drafted_steps,
+            "proposed": stats.tokens_drafted,
+            "accepted": stats.tokens_accepted,
+        },
     }
 
 

@@ -39,6 +39,7 @@ def load(
     *,
     max_batch: int = 32,
     recipe: Recipe | None = None,
+    speculate: str | None = None,
     format: str | None = None,
 ) -> Engine | Encoder:
     """What runs `model`: an Engine that generates text, or an Encoder for a BERT folder (`minilm` is one).
@@ -51,8 +52,16 @@ def load(
     if not is_encoder(model):
         if format is not None:
             raise ConfigError("a decoder's formats are its recipe's", repr(format), "recipe=Recipe(...)")
-        return decoders.load(model, runner, threads, max_tokens, max_batch=max_batch, recipe=recipe)
-    for name, value in (("recipe", recipe), ("max_tokens", max_tokens)):
+        return decoders.load(
+            model,
+            runner,
+            threads,
+            max_tokens,
+            max_batch=max_batch,
+            recipe=recipe,
+            speculate=speculate or "auto",
+        )
+    for name, value in (("recipe", recipe), ("max_tokens", max_tokens), ("speculate", speculate)):
         if value is not None:
             raise ConfigError(f"an encoder has no {name}", _shown(value), 'format="w8a8"')
     checkpoint = open_encoder(model)

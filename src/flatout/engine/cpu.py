@@ -103,10 +103,10 @@ class CpuRunner:
         top_k: np.ndarray,
         top_p: np.ndarray,
         seeds: np.ndarray,
+        rows: Literal["last", "all"] = "last",
     ) -> np.ndarray:
-        tokens: np.ndarray = self._model.sample(
-            batch.tokens, batch.starts, batch.lengths, batch.pages, temperature, top_k, top_p, seeds
-        )
+        step = batch.tokens, batch.starts, batch.lengths, batch.pages
+        tokens: np.ndarray = self._model.sample(*step, temperature, top_k, top_p, seeds, rows == "all")
         return tokens
 
     @property

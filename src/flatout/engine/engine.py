@@ -21,6 +21,7 @@ from flatout.engine.request import Output, Request, Result, SamplingParams, Stop
 from flatout.engine.runner import MAX_STEP_TOKENS, Runner
 from flatout.engine.scheduler import Scheduler, SchedulerStats, Sequence
 from flatout.engine.score import score_documents
+from flatout.engine.speculate import Speculator
 from flatout.errors import ConfigError
 
 __all__ = ["Engine", "Prompt", "SamplingParams", "score_documents"]
@@ -52,6 +53,8 @@ class Engine:
     """Serves requests from one runner. Prompts of the same beginning share its KV cache pages.
 
     max_batch: most sequences in a step. max_step_tokens: most tokens in a step, prompt chunks included.
+    speculator: guesses tokens and has several judged in a step, for the same answers; None decodes one by
+    one.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class Engine:
         max_batch: int = 32,
         max_step_tokens: int = MAX_STEP_TOKENS,
         prefix_reuse: bool = True,
+        speculator: Speculator | None = None,
     ) -> None:
         self.runner = runner
+        self.speculator = speculator
         self.tokenizer = tokenizer
         self.scheduler = Scheduler(
             num_pages=runner.num_pages,
@@ -216,16 +221,26 @@ class Engine:
 
     def _advance(self) -> None:
         self._take_in()
-        step = self.scheduler.schedule()
+        speculator = self.speculator
+        step = self.scheduler.schedule(None if speculator is None else speculator.propose)
         if step is None:
             return
-        sampled = self.runner.sample(step.batch, step.temperature, step.top_k, step.top_p, step.seeds)
+        begin = time.perf_counter()
+        sampled = self.runner.sample(
+            step.batch, step.temperature, step.top_k, step.top_p, step.seeds, step.rows
+        )
         now = time.perf_counter()
-        for sequence in self.scheduler.commit(step, sampled):
+        if speculator is not None:
+            speculator.record(step, now - begin)
+        for sequence, new in self.scheduler.commit(step, sampled):
             request = self._requests[sequence.id]
-            text = request.take(sequence.tokens[-1], now)
-            if request.stops.found:
-                self.scheduler.finish(sequence, "stop")
+            text = ""
+            for i in range(len(sequence.tokens) - new, len(sequence.tokens)):
+                text += request.take(sequence.tokens[i], now)
+                if request.stops.found:
+                    del sequence.tokens[i + 1 :]  # accepted, but the answer ends before them
+                    self.scheduler.finish(sequence, "stop")
+                    break
             if text or sequence.finish_reason is not None:
                 self._deliver(request, text)
 

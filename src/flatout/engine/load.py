@@ -16,10 +16,12 @@ from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
 from flatout.engine.engine import Engine
 from flatout.engine.runner import Runner
+from flatout.engine.speculate import NgramProposer, Speculator, is_exact
 from flatout.errors import BackendError, ConfigError, ResourceError
 from flatout.hardware.detect import free_memory
 
 RUNNERS = ("auto", "cpu", "reference")
+SPECULATION = ("auto", "ngram", "off")
 PAGE_TOKENS = 64
 _CACHE_BYTES = 256 << 20  # of KV cache unless told otherwise, but no less than one context of up to:
 _CACHE_TOKENS = 4096
@@ -33,6 +35,7 @@ def load(
     *,
     max_batch: int = 32,
     recipe: Recipe | None = None,
+    speculate: str = "auto",
 ) -> Engine:
     """An Engine for an artifact of flatout, a GGUF file, a safetensors folder, a Hugging Face id or a
     built-in name.
@@ -41,14 +44,27 @@ def load(
     was not). threads: of the cpu runner, default all cores. max_tokens: what the KV cache holds, all
     sequences together; default 256 MiB, but at least one context of up to 4096 tokens. recipe: how a
     checkpoint's weights run, by formats that round nothing further; default its own integer blocks where it
-    has them and bf16 elsewhere; an artifact has its own. Raises ResourceError when memory would not suffice,
-    before it is taken.
+    has them and bf16 elsewhere; an artifact has its own. speculate: "ngram" guesses tokens from what was
+    said before and has several judged in a step where that pays (`speculate`), "off" decodes one by one;
+    "auto" is "ngram" where answers are bit for bit the same either way: integer formats on the cpu runner.
+    Elsewhere a near tie between two tokens may fall the other way. Raises ResourceError when memory would not
+    suffice, before it is taken.
     """
     runner = choose_runner(runner)
+    if speculate not in SPECULATION:
+        raise ConfigError(f"speculation is one of {', '.join(SPECULATION)}", repr(speculate), "auto")
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError("the KV cache holds at least one token", str(max_tokens), "max_tokens=4096")
     loaded, tokenizer, tokens = _open(model, recipe, max_tokens)
-    return Engine(_runner(loaded, runner, threads, -(-tokens // PAGE_TOKENS)), tokenizer, max_batch=max_batch)
+    if speculate == "auto":
+        exact = runner == "cpu" and is_exact(loaded.spec, loaded.recipe)
+        speculate = "ngram" if exact else "off"
+    return Engine(
+        _runner(loaded, runner, threads, -(-tokens // PAGE_TOKENS)),
+        tokenizer,
+        max_batch=max_batch,
+        speculator=Speculator(NgramProposer()) if speculate == "ngram" else None,
+    )
 
 
 def cache_tokens(spec: ModelSpec, kv_cache: str) -> int:

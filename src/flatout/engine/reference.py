@@ -12,7 +12,7 @@ from torch import Tensor
 from flatout.core.fuse import Source
 from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
-from flatout.engine.runner import StepInput, check_step
+from flatout.engine.runner import StepInput, check_step, sampled_rows
 from flatout.engine.sampler import sample
 from flatout.errors import ConfigError
 from flatout.models.llama import Cache, Llama
@@ -80,9 +80,11 @@ class ReferenceRunner:
         top_k: np.ndarray,
         top_p: np.ndarray,
         seeds: np.ndarray,
+        rows: Literal["last", "all"] = "last",
     ) -> np.ndarray:
-        logits = self.forward(batch, "last")
-        return sample(logits, batch.starts + batch.lengths, temperature, top_k, top_p, seeds)
+        of, positions = sampled_rows(batch, rows)
+        logits = self.forward(batch, rows)
+        return sample(logits, positions, temperature[of], top_k[of], top_p[of], seeds[of])
 
 
 def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:

@@ -69,13 +69,24 @@ class Runner(Protocol):
         top_k: np.ndarray,
         top_p: np.ndarray,
         seeds: np.ndarray,
+        rows: Literal["last", "all"] = "last",
     ) -> np.ndarray:
-        """int32 (S,): the next token of each sequence, drawn as `sampler.sample` does from its last logits.
+        """int32 (S,) or (T,): the token after each sequence's last new token, or after every new token, drawn
+        as `sampler.sample` does from the logits there.
 
-        temperature and top_p are float32 (S,), top_k int32 (S,), seeds uint64 (S,); the RNG's position is
-        that of the new token, starts + lengths.
+        temperature and top_p are float32 (S,), top_k int32 (S,), seeds uint64 (S,), each for all of its
+        sequence's rows; the RNG's position is that of the drawn token, starts + lengths for the last.
         """
         ...
+
+
+def sampled_rows(batch: StepInput, rows: Literal["last", "all"]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row that `Runner.sample` draws for: its sequence (R,), and the drawn token's position (R,)."""
+    if rows == "last":
+        return np.arange(len(batch.lengths)), batch.starts + batch.lengths
+    of = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+    first = np.cumsum(batch.lengths) - batch.lengths
+    return of, batch.starts[of] + np.arange(len(of)) - first[of] + 1
 
 
 def check_step(batch: StepInput, spec: ModelSpec, page_size: int, num_pages: int) -> None:

@@ -11,23 +11,30 @@ Rules, in order of importance:
   4. When it does, the sequence that arrived last gives up its pages and waits at the head of the queue with
      its tokens; it is recomputed later. The first to arrive is never the victim while another runs, so the
      queue always moves.
+  5. A step in which every sequence decodes may also carry drafts: tokens guessed to follow, computed in the
+     same step. They take no page that preempts anyone, and pages beyond what was accepted go back at once.
 
-Whether a sequence was batched, chunked, preempted or had its prefix reused changes what is computed when,
-never which tokens and positions it attends to. Pure Python over a page pool: no weights, and tests need none.
-vLLM's scheduler (v1) treats prefill and decode alike in the same way; this one keeps first-come order and
-allocates prompts whole.
+Whether a sequence was batched, chunked, drafted for, preempted or had its prefix reused changes what is
+computed when, never which tokens and positions it attends to. Pure Python over a page pool: no weights, and
+tests need none. vLLM's scheduler (v1) treats prefill and decode alike in the same way; this one keeps
+first-come order and allocates prompts whole.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from flatout.engine.cache import PagePool, extend_digests
 from flatout.engine.runner import MAX_STEP_TOKENS, StepInput
 from flatout.errors import ConfigError
+
+MAX_DRAFTED_ROWS = 64
+"""Most tokens of a step that carries drafts: each costs a row of logits over the vocabulary."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -60,7 +67,8 @@ class Sequence:
 @dataclass(slots=True, frozen=True, eq=False)
 class Step:
     """A step to run: the batch, the sampling parameters of its sequences, and who takes part with how many
-    tokens."""
+    tokens, the last of which are its draft. rows: after which new tokens to sample; "all" when there are
+    drafts."""
 
     batch: StepInput
     temperature: np.ndarray  # float32 (S,)
@@ -69,11 +77,26 @@ class Step:
     seeds: np.ndarray  # uint64 (S,)
     sequences: list[Sequence]
     counts: list[int]
+    drafts: list[list[int]]
+
+    @property
+    def rows(self) -> Literal["last", "all"]:
+        return "all" if any(self.drafts) else "last"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each sequence computes its last token and its draft only: no prompts."""
+        return all(count == 1 + len(draft) for count, draft in zip(self.counts, self.drafts, strict=True))
+
+
+Propose = Callable[[list[Sequence]], list[list[int]]]
+"""Tokens guessed to come next, of each of the sequences that decode in a step; may be none."""
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class SchedulerStats:
-    """Counters since the start, and the state now."""
+    """Counters since the start, and the state now. tokens_drafted of tokens_computed were guesses, in
+    drafted_steps of all steps; tokens_accepted of them came true."""
 
     running: int
     waiting: int
@@ -83,6 +106,9 @@ class SchedulerStats:
     tokens_computed: int
     tokens_reused: int
     preemptions: int
+    drafted_steps: int
+    tokens_drafted: int
+    tokens_accepted: int
 
 
 class Scheduler:
@@ -113,6 +139,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self._steps = self._computed = self._reused = self._preemptions = 0
+        self._drafted_steps = self._drafted = self._accepted = 0
         self._tables = np.full((max_batch, -(-self.capacity // page_size)), -1, dtype=np.int32)
         self._temperature = np.zeros(max_batch, dtype=np.float32)
         self._top_k = np.zeros(max_batch, dtype=np.int32)
@@ -155,9 +182,10 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> Step | None:
+    def schedule(self, propose: Propose | None = None) -> Step | None:
         """The next step, or None when nothing is left to do. Each step must be committed before the next is
-        asked for; a step whose execution failed may be dropped instead and is scheduled again."""
+        asked for; a step whose execution failed may be dropped instead and is scheduled again. `propose` is
+        asked for drafts when every sequence of the step decodes; what does not fit of them is cut."""
         preempted = self._grow()
         sequences: list[Sequence] = []
         counts: list[int] = []
@@ -180,30 +208,47 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(sequence)
             budget -= self._advance(sequence, budget, sequences, counts)
-        return self._step(sequences, counts) if sequences else None
+        if not sequences:
+            return None
+        drafts: list[list[int]] = [[] for _ in sequences]
+        if propose is not None and all(s.computed == len(s.tokens) - 1 for s in sequences):
+            drafts = self._fit(sequences, propose(sequences))
+            counts = [1 + len(draft) for draft in drafts]
+        return self._step(sequences, counts, drafts)
 
-    def commit(self, step: Step, sampled: np.ndarray) -> list[Sequence]:
-        """Take in the tokens a step sampled (S,). Returns the sequences that have a new last token, in step
-        order; those at a stop token or at their limit are finished."""
-        page_size = self.page_size
-        advanced: list[Sequence] = []
-        for sequence, count, token in zip(step.sequences, step.counts, sampled.tolist(), strict=True):
-            before = sequence.computed
-            after = sequence.computed = before + count
+    def commit(self, step: Step, sampled: np.ndarray) -> list[tuple[Sequence, int]]:
+        """Take in the tokens a step sampled: (S,), or (T,) of a step with drafts. Returns the sequences that
+        have new tokens and how many, in step order; those at a stop token or at their limit are finished.
+
+        Of a draft those tokens are accepted that equal the model's own draw, up to the first that does not;
+        the draw there is the next token. What the sequence is given is therefore what it would have drawn
+        without drafts: a draw depends on seed and position only, and rejected tokens' keys and values are
+        overwritten before anything attends to them.
+        """
+        advanced: list[tuple[Sequence, int]] = []
+        drawn = iter(sampled.tolist())
+        for sequence, count, draft in zip(step.sequences, step.counts, step.drafts, strict=True):
+            draws = [next(drawn) for _ in range(1 + len(draft))]
+            agreed = 0
+            while agreed < len(draft) and draft[agreed] == draws[agreed]:
+                agreed += 1
             self._computed += count
-            if after // page_size > before // page_size and self.prefix_reuse:
-                extend_digests(sequence.digests, sequence.tokens, page_size)
-                for j in range(before // page_size, after // page_size):
-                    self.pool.name(sequence.pages[j], sequence.digests[j])
-            if after < len(sequence.tokens):
+            self._drafted += len(draft)
+            computed = sequence.computed + count - len(draft)
+            if computed < len(sequence.tokens):
+                self._keep(sequence, computed)
                 continue  # a chunk that does not end the prompt: its sample means nothing
-            sequence.tokens.append(token)
-            advanced.append(sequence)
-            if token in sequence.stop_ids:
+            new = self._until_end(sequence, draws[: agreed + 1])
+            self._accepted += len(new) - 1
+            sequence.tokens += new
+            self._keep(sequence, computed + len(new) - 1)
+            advanced.append((sequence, len(new)))
+            if new[-1] in sequence.stop_ids:
                 self.finish(sequence, "stop")
             elif len(sequence.tokens) >= sequence.limit:
                 self.finish(sequence, "length")
         self._steps += 1
+        self._drafted_steps += any(step.drafts)
         return advanced
 
     def stats(self) -> SchedulerStats:
@@ -216,7 +261,54 @@ class Scheduler:
             tokens_computed=self._computed,
             tokens_reused=self._reused,
             preemptions=self._preemptions,
+            drafted_steps=self._drafted_steps,
+            tokens_drafted=self._drafted,
+            tokens_accepted=self._accepted,
         )
+
+    def _fit(self, sequences: list[Sequence], drafts: list[list[int]]) -> list[list[int]]:
+        """As much of each draft as has room: before the sequence's limit, in the step, and in pages that
+        nobody holds, which are taken."""
+        budget = min(self.max_step_tokens, max(MAX_DRAFTED_ROWS, len(sequences))) - len(sequences)
+        fitted = []
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            length = len(sequence.tokens)
+            wanted = min(len(draft), budget, sequence.limit - length - 1)
+            while length + wanted > len(sequence.pages) * self.page_size and self.pool.free:
+                self._take_page(sequence)
+            wanted = min(wanted, len(sequence.pages) * self.page_size - length)
+            fitted.append(draft[:wanted])
+            budget -= wanted
+        return fitted
+
+    def _until_end(self, sequence: Sequence, tokens: list[int]) -> list[int]:
+        """`tokens` up to the first at which the sequence ends."""
+        tokens = tokens[: sequence.limit - len(sequence.tokens)]
+        for i, token in enumerate(tokens):
+            if token in sequence.stop_ids:
+                return tokens[: i + 1]
+        return tokens
+
+    def _keep(self, sequence: Sequence, computed: int) -> None:
+        """Note that the first `computed` tokens are in pages: name those now full, and give back pages that
+        were taken for what a draft did not come to."""
+        page_size = self.page_size
+        first, last = sequence.computed // page_size, computed // page_size
+        sequence.computed = computed
+        if last > first and self.prefix_reuse:
+            extend_digests(sequence.digests, sequence.tokens, page_size)
+            for j in range(first, last):
+                self.pool.name(sequence.pages[j], sequence.digests[j])
+        needed = -(-len(sequence.tokens) // page_size)
+        if len(sequence.pages) > needed:
+            self.pool.release(sequence.pages[needed:])
+            self._tables[sequence.row, needed : len(sequence.pages)] = -1
+            del sequence.pages[needed:]
+
+    def _take_page(self, sequence: Sequence) -> None:
+        page = self.pool.take()
+        self._tables[sequence.row, len(sequence.pages)] = page
+        sequence.pages.append(page)
 
     def _grow(self) -> bool:
         """Give each running sequence the page its next token goes to. True when one had to give up its
@@ -232,9 +324,7 @@ class Scheduler:
                 self._preempt(self.running.pop())
                 preempted = True
             if sequence.row >= 0:
-                page = self.pool.take()
-                self._tables[sequence.row, len(sequence.pages)] = page
-                sequence.pages.append(page)
+                self._take_page(sequence)
         return preempted
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -284,7 +374,7 @@ class Scheduler:
         counts.append(count)
         return count
 
-    def _step(self, sequences: list[Sequence], counts: list[int]) -> Step:
+    def _step(self, sequences: list[Sequence], counts: list[int], drafts: list[list[int]]) -> Step:
         size = len(sequences)
         rows = [s.row for s in sequences]
         if self._gathered is None or self._gathered[0] != rows:
@@ -300,11 +390,11 @@ class Scheduler:
             lengths = self._ones[:size]
         else:
             flat: list[int] = []
-            for s, count in zip(sequences, counts, strict=True):
-                flat += s.tokens[s.computed : s.computed + count]
+            for s, count, draft in zip(sequences, counts, drafts, strict=True):
+                flat += s.tokens[s.computed : s.computed + count - len(draft)]
+                flat += draft
             tokens = np.array(flat, dtype=np.int32)
             lengths = np.array(counts, dtype=np.int32)
         starts = np.array([s.computed for s in sequences], dtype=np.int32)
-        return Step(
-            StepInput(tokens, starts, lengths, pages), temperature, top_k, top_p, seeds, sequences, counts
-        )
+        batch = StepInput(tokens, starts, lengths, pages)
+        return Step(batch, temperature, top_k, top_p, seeds, sequences, counts, drafts)

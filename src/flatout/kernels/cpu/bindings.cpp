@@ -308,16 +308,16 @@ NB_MODULE(_cpu, m) {
       .def("sample",
            [](Model& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
               Matrix<int32_t> pages, Array<float> temperature, Array<int32_t> top_k, Array<float> top_p,
-              Array<uint64_t> seeds) {
+              Array<uint64_t> seeds, bool all) {
              const Batch b = make_batch(tokens, starts, lengths, pages);
              const size_t n = b.sequences;
              if (temperature.shape(0) != n || top_k.shape(0) != n || top_p.shape(0) != n || seeds.shape(0) != n)
                throw std::invalid_argument("sampling parameters must have one value a sequence");
              int32_t* out;
-             auto tokens_out = result<int32_t>({n}, &out);
+             auto tokens_out = result<int32_t>({(size_t)(all ? b.total : b.sequences)}, &out);
              const Sampling s{temperature.data(), top_p.data(), top_k.data(), seeds.data()};
              nb::gil_scoped_release release;
-             self.sample(b, s, out);
+             self.sample(b, s, all, out);
              return tokens_out;
            })
       .def("profile", &Model::set_profiling)

@@ -401,20 +401,24 @@ void Model::score(const Batch& b, const int32_t* targets, float* out) {
   });
 }
 
-void Model::sample(const Batch& b, const Sampling& s, int32_t* out) {
+void Model::sample(const Batch& b, const Sampling& s, bool all, int32_t* out) {
   begin(b);
-  const size_t needed = (size_t)b.sequences * config_.vocab_size * sizeof(float);
+  const int32_t* rows = all ? nullptr : last_rows_.data();
+  const int count = all ? b.total : b.sequences;
+  const size_t needed = (size_t)count * config_.vocab_size * sizeof(float);
   if (logits_.bytes < needed) logits_ = Buffer(needed);
   float* logits = (float*)logits_.data;
   pool_.run([&](int thread) {
     layers(b, thread);
-    head((const float*)x_.data, last_rows_.data(), b.sequences, logits, thread);
-    for (int r = thread; r < b.sequences; r += pool_.size())
-      out[r] = sample_token(*ops_, logits + (size_t)r * config_.vocab_size, config_.vocab_size, s.temperature[r],
-                            s.top_k[r], s.top_p[r], s.seeds[r], (int64_t)b.starts[r] + b.lengths[r]);
+    head((const float*)x_.data, rows, count, logits, thread);
+    for (int r = thread; r < count; r += pool_.size()) {
+      const int t = rows ? rows[r] : r, of = token_sequence_[t];
+      out[r] = sample_token(*ops_, logits + (size_t)r * config_.vocab_size, config_.vocab_size, s.temperature[of],
+                            s.top_k[of], s.top_p[of], s.seeds[of], (int64_t)token_position_[t] + 1);
+    }
     mark(kOther, thread);
   });
-  for (int r = 0; r < b.sequences; ++r)
+  for (int r = 0; r < count; ++r)
     if (out[r] == kNotFinite) throw std::runtime_error("the model's logits are not numbers: its weights are damaged");
 }
 

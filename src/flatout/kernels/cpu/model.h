@@ -54,7 +54,8 @@ class Model {
   void forward(const Batch&, bool all, float* logits);
   // log p(target[i] | tokens up to i) of every token.
   void score(const Batch&, const int32_t* targets, float* out);
-  void sample(const Batch&, const Sampling&, int32_t* out);
+  // The token after the last token of each sequence, or after every token; parameters are those of its sequence.
+  void sample(const Batch&, const Sampling&, bool all, int32_t* out);
 
   void set_profiling(bool on) { profiling_ = on; }
   std::vector<double> take_timings();  // seconds by Phase since the last call

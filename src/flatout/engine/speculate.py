@@ -1,0 +1,190 @@
+"""Speculative decoding: guess the next tokens cheaply and let the model judge several of them in one step.
+
+A step that reads all weights for one token costs little more for a few. So tokens that are likely to come
+next, a *draft*, are computed together with the last one, and the model draws at each position what it would
+have drawn there anyway. The draft's tokens up to the first that differs from that draw are accepted, and the
+draw there comes on top (`scheduler.Scheduler.commit`).
+
+Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding" (2023), and Chen
+et al., "Accelerating large language model decoding with speculative sampling" (2023), accept a draft's token
+with a probability that keeps the model's distribution. Here the random number of a draw depends on seed and
+position alone (`sampler`), so accepting exactly the drafts that equal the draw keeps more than that: every
+token is the one that plain decoding with the same seed gives, whoever guessed and however well. It rests on
+logits that do not depend on how a sequence was cut into steps, which integer formats promise on the cpu
+runner; with float weights a near tie may fall the other way, as it may in another batch.
+
+Prompt lookup is Saxena's (2023, github.com/apoorvumang/prompt-lookup-decoding): what followed the last
+tokens when they occurred before is likely to follow again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect, insort
+from collections import deque
+from itertools import accumulate
+from operator import mul
+from statistics import median_low
+from typing import Protocol
+
+from flatout.core.formats import Recipe, parse_format
+from flatout.core.spec import ModelSpec
+from flatout.engine.scheduler import Sequence, Step
+
+LONGEST_DRAFT = 15
+"""With the token it follows it fills the 16 rows of a tile."""
+_LENGTHS = (0, 1, 2, 3, 5, 7, 11, LONGEST_DRAFT)  # few, so that the seconds of each are soon known
+_NGRAMS = (3, 2)  # tokens that must have occurred before, in order of preference
+_MEMORY = 5  # measurements of a step size that are kept; their median is believed
+_WEIGHT = 0.1  # of a new observation in the chance that a guess comes true
+_PATIENCE = 128  # steps with a draft that did not seem to pay before one is tried all the same
+
+
+class Proposer(Protocol):
+    """Guesses. Any guess is safe: a wrong one costs time, never a different answer."""
+
+    def propose(self, sequences: list[Sequence], longest: int) -> list[list[int]]:
+        """For each sequence at most `longest` tokens that may follow `sequence.tokens`, or none."""
+        ...
+
+
+def is_exact(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether logits on the cpu runner are the same bits however steps are cut: all products are of
+    integers."""
+    linears = [recipe.format_of(i, linear) for i in range(spec.num_layers) for linear in spec.linears()]
+    return all(fmt.is_integer for fmt in (*linears, parse_format(recipe.head)))
+
+
+class NgramProposer:
+    """Prompt lookup: what followed the latest earlier occurrence of a sequence's last 3 tokens, or else 2.
+
+    An occurrence that runs into the end of the sequence is continued as a cycle.
+    """
+
+    def __init__(self) -> None:
+        self._indexes: dict[int, NgramIndex] = {}
+
+    def propose(self, sequences: list[Sequence], longest: int) -> list[list[int]]:
+        # Only sequences that still decode are kept.
+        self._indexes = {s.id: self._indexes.get(s.id) or NgramIndex() for s in sequences}
+        return [self._indexes[s.id].guess(s.tokens, longest) for s in sequences]
+
+
+class NgramIndex:
+    """Where each n-gram of one growing sequence was last seen; a constant number of look-ups a token."""
+
+    def __init__(self) -> None:
+        self._after: dict[tuple[int, ...], int] = {}
+        self._end = _NGRAMS[-1]
+
+    def guess(self, tokens: list[int], longest: int) -> list[int]:
+        """What may follow `tokens`, which begin with those of the last call."""
+        # The n-grams at the very end are looked for, so they are entered with the next token only.
+        for end in range(self._end, len(tokens)):
+            for n in _NGRAMS:
+                if n <= end:
+                    self._after[tuple(tokens[end - n : end])] = end
+        self._end = max(self._end, len(tokens))
+        for n in _NGRAMS:
+            start = self._after.get(tuple(tokens[-n:]))
+            if start is not None:
+                cycle = len(tokens) - start
+                return [tokens[start + i % cycle] for i in range(longest)]
+        return []
+
+
+class StepTimes:
+    """Seconds of decoding steps by their number of tokens: the median of the last few."""
+
+    def __init__(self) -> None:
+        self._samples: dict[int, deque[float]] = {}
+        self._sizes: list[int] = []
+        self._seconds: dict[int, float] = {}
+
+    def __contains__(self, tokens: int) -> bool:
+        return tokens in self._seconds
+
+    def add(self, tokens: int, seconds: float) -> None:
+        if tokens not in self._samples:
+            self._samples[tokens] = deque(maxlen=_MEMORY)
+            insort(self._sizes, tokens)
+        self._samples[tokens].append(seconds)
+        self._seconds[tokens] = median_low(self._samples[tokens])
+
+    def estimate(self, tokens: int) -> float:
+        """Of a size never measured: on the line between its neighbours; beyond all, hopefully, as of the
+        nearest. Call only after `add`."""
+        if tokens in self._seconds:
+            return self._seconds[tokens]
+        i = bisect(self._sizes, tokens)
+        if i in (0, len(self._sizes)):
+            return self._seconds[self._sizes[max(i - 1, 0)]]
+        low, high = self._sizes[i - 1], self._sizes[i]
+        share = (tokens - low) / (high - low)
+        return self._seconds[low] * (1 - share) + self._seconds[high] * share
+
+
+class Speculator:
+    """Decides, step by step, how much of what a proposer guesses is worth computing.
+
+    Of n tokens guessed, those up to the first wrong one come on top of the step's own token, so the best cut
+    is the one with the most expected tokens a second: chances from how often guesses came true, seconds from
+    the steps of that size. Guesses are judged by the tokens that came, whether they were computed or not;
+    only the time of larger steps has to be tried again now and then.
+    """
+
+    def __init__(self, proposer: Proposer) -> None:
+        self._proposer = proposer
+        self._times = StepTimes()
+        # The chance that a draft's token i comes true once those before it have.
+        self._chances = [0.6] * LONGEST_DRAFT
+        # By sequence, where a draft began, and the draft: until it is known how much of it came true.
+        self._open: dict[int, tuple[int, list[int]]] = {}
+        self._declined = 0
+
+    def propose(self, sequences: list[Sequence]) -> list[list[int]]:
+        """A draft, or none, for each sequence of a step (`scheduler.Propose`)."""
+        self._open = {s.id: self._open[s.id] for s in sequences if s.id in self._open}
+        for sequence in sequences:
+            self._judge(sequence)
+        drafts = self._proposer.propose(sequences, LONGEST_DRAFT)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            if draft:
+                self._open.setdefault(sequence.id, (len(sequence.tokens), draft))
+        longest = self._best_length([len(draft) for draft in drafts])
+        return [draft[:longest] for draft in drafts]
+
+    def record(self, step: Step, seconds: float) -> None:
+        """Learn what a step of decoding sequences cost."""
+        if step.decodes:
+            self._times.add(len(step.batch.tokens), seconds)
+
+    def _judge(self, sequence: Sequence) -> None:
+        if sequence.id not in self._open:
+            return
+        start, draft = self._open[sequence.id]
+        came = sequence.tokens[start : start + len(draft)]
+        agreed = 0
+        while agreed < len(came) and came[agreed] == draft[agreed]:
+            agreed += 1
+        if agreed == len(came) < len(draft):
+            return  # right so far
+        del self._open[sequence.id]
+        for i in range(min(agreed + 1, len(draft))):
+            self._chances[i] += _WEIGHT * ((i < agreed) - self._chances[i])
+
+    def _best_length(self, lengths: list[int]) -> int:
+        """The length to cut drafts of `lengths` to; 0 when plain decoding is faster."""
+        count = len(lengths)
+        if not any(lengths) or count not in self._times:
+            return 0
+        gains = [0.0, *accumulate(accumulate(self._chances, mul))]
+        rates = []
+        for longest in _LENGTHS:
+            cut = [min(length, longest) for length in lengths]
+            rates.append((count + sum(gains[n] for n in cut)) / self._times.estimate(count + sum(cut)))
+        best = rates.index(max(rates))
+        self._declined = 0 if best else self._declined + 1
+        if self._declined == _PATIENCE:
+            self._declined = 0
+            best = rates.index(max(rates[1:]), 1)
+        return _LENGTHS[best]
