@@ -35,7 +35,8 @@ LONGEST_DRAFT = 15
 _LENGTHS = (0, 1, 2, 3, 5, 7, 11, LONGEST_DRAFT)  # few, so that the seconds of each are soon known
 _NGRAMS = (3, 2)  # tokens that must have occurred before, in order of preference
 _MEMORY = 5  # measurements of a step size that are kept; their median is believed
-_WEIGHT = 0.1  # of a new observation in the chance that a guess comes true
+_WEIGHT = 0.1  # least weight of a new observation in the chance that a guess comes true
+_GROWTH = 0.25  # how much slower a step of twice the tokens is thought to be before it is measured
 _PATIENCE = 128  # steps with a draft that did not seem to pay before one is tried all the same
 
 
@@ -111,13 +112,14 @@ class StepTimes:
         self._seconds[tokens] = median_low(self._samples[tokens])
 
     def estimate(self, tokens: int) -> float:
-        """Of a size never measured: on the line between its neighbours; beyond all, hopefully, as of the
-        nearest. Call only after `add`."""
+        """Of a size never measured: on the line between its neighbours; beyond all, a cautious growth from
+        the largest. Call only for sizes from the smallest that was added."""
         if tokens in self._seconds:
             return self._seconds[tokens]
         i = bisect(self._sizes, tokens)
-        if i in (0, len(self._sizes)):
-            return self._seconds[self._sizes[max(i - 1, 0)]]
+        if i == len(self._sizes):
+            largest = self._sizes[-1]
+            return self._seconds[largest] * (1 + _GROWTH * (tokens - largest) / largest)
         low, high = self._sizes[i - 1], self._sizes[i]
         share = (tokens - low) / (high - low)
         return self._seconds[low] * (1 - share) + self._seconds[high] * share
@@ -136,7 +138,8 @@ class Speculator:
         self._proposer = proposer
         self._times = StepTimes()
         # The chance that a draft's token i comes true once those before it have.
-        self._chances = [0.6] * LONGEST_DRAFT
+        self._chances = [0.5] * LONGEST_DRAFT
+        self._judged = [1] * LONGEST_DRAFT
         # By sequence, where a draft began, and the draft: until it is known how much of it came true.
         self._open: dict[int, tuple[int, list[int]]] = {}
         self._declined = 0
@@ -170,7 +173,9 @@ class Speculator:
             return  # right so far
         del self._open[sequence.id]
         for i in range(min(agreed + 1, len(draft))):
-            self._chances[i] += _WEIGHT * ((i < agreed) - self._chances[i])
+            self._judged[i] += 1
+            weight = max(_WEIGHT, 1 / self._judged[i])
+            self._chances[i] += weight * ((i < agreed) - self._chances[i])
 
     def _best_length(self, lengths: list[int]) -> int:
         """The length to cut drafts of `lengths` to; 0 when plain decoding is faster."""
