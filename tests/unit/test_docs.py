@@ -140,7 +140,7 @@ def unknown_words(line: str, targets: set[str]) -> Iterator[str]:
 
 def make_targets() -> set[str]:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    return set(re.findall(r"^([a-z]+):(?!=)", text, re.MULTILINE))
+    return set(re.findall(r"^([a-z0-9]+):(?!=)", text, re.MULTILINE))
 
 
 @pages
