@@ -13,13 +13,11 @@ benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from flatout.core.encoder_folder import open_encoder
 from flatout.data.passages import load_passages
 from flatout.engine.encoder import Encoder
 from flatout.hardware.detect import detect
-from record import write
+from record import measured_here, write
 
 TOKENS, BATCHES = 128, (1, 32)
 SECONDS = 0.4  # of each program, batch and round
@@ -172,8 +170,7 @@ def main() -> int:
     parser.add_argument("--formats", default="fp32,bf16,w8a16,w8a8")
     parser.add_argument("--threads", type=int, help="of every program; default all cores")
     args = parser.parse_args()
-    hardware = detect()
-    threads = args.threads or hardware.cores
+    threads = args.threads or detect().cores
     import torch
 
     torch.set_num_threads(threads)
@@ -213,11 +210,8 @@ def main() -> int:
         print(
             f"| {row['program']} | {' | '.join(cells)} | {row['cosine_mean']:.5f} | {row['cosine_min']:.5f} |"
         )
-    packages = ("torch", "transformers", "onnxruntime", "openvino", "nncf")
     result = {
-        "hardware": {"name": hardware.name, "cores": hardware.cores, "kind": hardware.kind},
-        "date": datetime.date.today().isoformat(),
-        "versions": {name: version(name) for name in packages if importable(name)},
+        **measured_here("torch", "transformers", "onnxruntime", "openvino", "nncf"),
         "tokens": TOKENS,
         "threads": threads,
         "texts": len(texts),

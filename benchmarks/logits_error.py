@@ -11,9 +11,7 @@ threads gave the same bits.
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
-from importlib.metadata import version
 
 import numpy as np
 
@@ -24,9 +22,8 @@ from flatout.data.passages import load_passages
 from flatout.engine.cpu import CpuRunner
 from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import StepInput
-from flatout.hardware.detect import detect
 from flatout.search.recipes import recipe_from_name
-from record import write
+from record import measured_here, write
 
 FORMATS = ("fp32", "bf16", "native", "w8a8", "w8a8-g64", "w8a16", "w4a8-g32", "w4a16-g64-asym")
 CHUNK = 100
@@ -85,11 +82,8 @@ def main() -> int:
         bits = {True: "yes", False: "NO", None: ""}[row.get("same_bits")]  # type: ignore[index]
         same = f"{row['same_next_token']:.1%}"
         print(f"| `{row['format']}` | {row['max']:.1e} | {row['rms']:.1e} | {same} | {bits} |")
-    hardware = detect()
     result = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"name": hardware.name, "kind": hardware.kind, "cores": hardware.cores},
-        "versions": {name: version(name) for name in ("torch", "numpy")},
+        **measured_here("torch", "numpy"),
         "model": args.model,
         "tokens": len(tokens),
         "rows": rows,

@@ -12,13 +12,18 @@ elsewhere. docs/benchmarks.md describes the file.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from flatout.hardware.detect import detect
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,6 +59,20 @@ def file_name(theme: str, result: Mapping[str, Any], date: str) -> str:
     name = re.sub(r"\(\w+\)|\b(cpu|processor)\b|@.*", " ", hardware["name"].lower())
     words = re.findall(r"[a-z0-9.]+", name) or [hardware["kind"]]
     return f"{theme}_{'-'.join(words)}-{hardware['cores']}c_{date}.json"
+
+
+def measured_here(*packages: str) -> dict[str, Any]:
+    """When, where and with which versions of `packages` (those installed) a benchmark ran."""
+    hardware = detect()
+    versions = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"name": hardware.name, "kind": hardware.kind, "cores": hardware.cores},
+        "versions": versions,
+    }
 
 
 def write(theme: str, result: Mapping[str, Any], command: str | None = None) -> Path:

@@ -12,19 +12,16 @@ Prints a table; --write keeps it in benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 import time
-from importlib.metadata import version
 
 from flatout.data.passages import load_passages
 from flatout.engine.engine import Engine
 from flatout.engine.load import load
 from flatout.engine.request import SamplingParams
 from flatout.engine.speculate import NgramProposer, Speculator
-from flatout.hardware.detect import detect
 from flatout.verify.speed import ab_test
-from record import write
+from record import measured_here, write
 
 TASKS = ("copy", "continue", "sampled")
 PROMPT_TOKENS = 160
@@ -109,11 +106,8 @@ def main() -> int:
                 flush=True,
             )
     if args.write:
-        hardware = detect()
         result = {
-            "date": datetime.date.today().isoformat(),
-            "hardware": {"name": hardware.name, "kind": hardware.kind, "cores": hardware.cores},
-            "versions": {"numpy": version("numpy")},
+            **measured_here("numpy"),
             "model": args.model,
             "runner": engine.runner.name,
             "rows": rows,

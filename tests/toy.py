@@ -22,6 +22,8 @@ from flatout.engine.scheduler import Sequence as EngineSequence
 EOS = 256
 VOCABULARY = 257
 _MASK = (1 << 64) - 1
+PROMPTS = [[7], [1, 2, 3, 4] * 3, [1, 2, 3, 4] * 3 + [9], [5] * 17, [1, 2, 3, 4], list(range(40))]
+"""Short, long, a page's worth, with common beginnings, and repetitive."""
 
 
 def toy_spec(max_positions: int = 4096, vocab_size: int = VOCABULARY) -> ModelSpec:

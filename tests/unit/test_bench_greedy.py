@@ -13,7 +13,7 @@ from flatout.bench.workers import greedy, onnx_runtime, openvino_runtime
 VOCABULARY = 11
 
 
-class Counting:
+class Counting(greedy.Session):
     """A session that predicts token + 1 and writes down what it is asked."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Counting:
 
 def test_decode_feeds_each_sequence_its_own_last_prediction() -> None:
     session = Counting()
-    assert greedy.decode(session, [[1, 2, 3], [7, 8, 9]], 2) > 0
+    assert session.decode([[1, 2, 3], [7, 8, 9]], 2) > 0
     assert session.began == [(2, 5)]
     assert session.seen == [
         ([[1, 2, 3], [7, 8, 9]], 0, [2]),
@@ -42,7 +42,7 @@ def test_decode_feeds_each_sequence_its_own_last_prediction() -> None:
 
 def test_prefill_asks_for_the_last_logits_only() -> None:
     session = Counting()
-    assert greedy.prefill(session, [[1, 2, 3, 4]]) > 0
+    assert session.prefill([[1, 2, 3, 4]]) > 0
     assert (session.began, session.seen) == ([(1, 4)], [([[1, 2, 3, 4]], 0, [3])])
 
 
@@ -50,7 +50,7 @@ def test_scores_are_log_probabilities_of_the_next_tokens(monkeypatch: pytest.Mon
     monkeypatch.setattr(greedy, "_ROWS", 2)
     total = np.log(np.e + VOCABULARY - 1)  # one logit of 1, the others 0
     session = Counting()
-    scores = greedy.score(session, [1, 2, 3, 4, 5, 9])
+    scores = session.score([1, 2, 3, 4, 5, 9])
     assert scores == pytest.approx([1 - total] * 4 + [-total])
     assert len(session.seen) == 1
     assert all(isinstance(score, float) for score in scores)
@@ -58,7 +58,7 @@ def test_scores_are_log_probabilities_of_the_next_tokens(monkeypatch: pytest.Mon
 
 def test_batches_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one length, not \[1, 2\]"):
-        greedy.prefill(Counting(), [[1], [1, 2]])
+        Counting().prefill([[1], [1, 2]])
 
 
 class FakeRequest:

@@ -197,7 +197,7 @@ def test_names_in_the_cache_tell_everything_apart() -> None:
 
 
 def test_memory_is_counted_for_every_variant(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = models.weight_count(checkpoint)
+    weights = checkpoint.spec.num_parameters()
     wanted = variants("openvino", checkpoint)
     monkeypatch.setattr(run, "free_memory", lambda: 10 * weights)
     run._check_memory(checkpoint, wanted)

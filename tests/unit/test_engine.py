@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.toy import (
     EOS,
+    PROMPTS,
     ByteTokenizer,
     ScriptedRunner,
     ToyRunner,
@@ -60,7 +61,6 @@ MIXED = [
     SamplingParams(max_tokens=30, temperature=2.0, top_p=0.9, seed=2**64 - 1),
     SamplingParams(max_tokens=9, temperature=1.0, seed=1, ignore_eos=True),
 ]
-PROMPTS = [[7], [1, 2, 3, 4] * 3, [1, 2, 3, 4] * 3 + [9], [5] * 17, [1, 2, 3, 4], list(range(40))]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tests.guess import Always, Oracle
 from tests.tiny import tiny_spec
 from tests.toy import (
     EOS,
+    PROMPTS,
     VOCABULARY,
     ByteTokenizer,
     ScriptedRunner,
@@ -42,7 +43,6 @@ MIXED = [
     SamplingParams(max_tokens=30, temperature=2.0, top_p=0.9, seed=2**64 - 1),
     SamplingParams(max_tokens=25, temperature=1.0, seed=1, ignore_eos=True),
 ]
-PROMPTS = [[7], [1, 2, 3, 4] * 3, [1, 2, 3, 4] * 3 + [9], [5] * 17, [1, 2, 3, 4], list(range(40))]
 
 
 @pytest.mark.parametrize("right", [0.0, 0.5, 0.9, 1.0])

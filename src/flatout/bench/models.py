@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,7 +20,6 @@ from flatout.bench.worker import LOAD_S
 from flatout.core.checkpoint import Checkpoint
 from flatout.core.folder import write_folder
 from flatout.core.sources import cache_dir, lock
-from flatout.core.spec import weight_names
 from flatout.errors import ResourceError
 from flatout.hardware.detect import free_memory
 
@@ -60,13 +58,9 @@ def cache_name(variant: Variant, sha256: str, made_by: Mapping[str, object]) -> 
     return f"{sha256[:32]}-{words}-{hashlib.sha256(made.encode()).hexdigest()[:12]}"
 
 
-def weight_count(original: Checkpoint) -> int:
-    return sum(math.prod(shape) for shape in weight_names(original.spec).values())
-
-
 def _check_room(variant: Variant, original: Checkpoint, folder: Path) -> None:
     """Raise ResourceError unless disk and memory suffice for a conversion."""
-    copies = 4 * weight_count(original)  # one copy in float32
+    copies = 4 * original.spec.num_parameters()  # one copy in float32
     disk = original.path.stat().st_size * 2 if variant.engine == LLAMA else 3 * copies
     memory = 0 if variant.engine == LLAMA else 4 * copies
     free_disk, free = shutil.disk_usage(folder).free, free_memory()

@@ -16,7 +16,7 @@ import numpy as np
 
 import flatout
 from flatout.bench.install import install
-from flatout.bench.models import model_file, weight_count
+from flatout.bench.models import model_file
 from flatout.bench.peers import LLAMA, TRANSFORMERS, Listener, Variant, launch, variants
 from flatout.bench.phases import PHASES, Contender, Phase, Row, make_row
 from flatout.bench.record import BenchResult, Text, record, tokens_needed
@@ -155,7 +155,7 @@ def _original(model: str, named: str | None) -> Checkpoint:
 def _check_memory(source: Checkpoint, wanted: Sequence[Variant]) -> None:
     """Raise ResourceError unless all contenders fit into memory together: they take turns, loaded."""
     stored = sum(file.stat().st_size for file in source.files)
-    weights = weight_count(source)
+    weights = source.spec.num_parameters()
     needed = 2 * weights + sum(_held(variant, stored, weights) for variant in wanted)
     free = free_memory()
     if 0 < free < needed:

@@ -100,31 +100,27 @@ def from_tensors(
     n, k = _shape(module, shape)
     groups = fmt.groups(k)
     packed = f"{module}.weight_packed" in names
+    signed = fmt.bits == 8 and fmt.zero == "symmetric"
     if packed:
         _check(
             module, "weight_shape", _array(file, module, "weight_shape", names).reshape(-1).tolist() == [n, k]
         )
         codes = unpack(_array(file, module, "weight_packed", names), fmt.bits, k)
+        if signed:
+            codes = (codes - offset).view(np.int8)
     else:
         stored = _array(file, module, "weight", names)
         _check(module, "weight", stored.dtype == np.int8)
-        if fmt.bits == 8 and fmt.zero == "symmetric" and not bool((stored == -128).any()):
-            _check(module, "weight", stored.shape == (n, k))
-            scales = _scales(file, module, "weight_scale", names, (n, groups))
-            return QuantizedTensor(format=fmt, codes=stored, scales=scales)
-        codes = stored.view(np.uint8) + offset
+        codes = stored if signed else stored.view(np.uint8) + offset
     _check(module, "weight", codes.shape == (n, k))
     zeros = None
     if fmt.zero == "asymmetric":
         stored = _array(file, module, "weight_zero_point", names)
         zeros = unpack(stored.T, fmt.bits, n).T if packed else stored.view(np.uint8) + offset
-    if fmt.bits == 8 and fmt.zero == "symmetric":
-        signed = (codes - offset).view(np.int8)
-        if bool((codes == 0).any()):
-            fmt = parse_format(f"{fmt.name}-asym")
-            zeros = np.full((n, groups), offset, dtype=np.uint8)
-        else:
-            codes = signed
+    if signed and bool((codes == -128).any()):
+        fmt = parse_format(f"{fmt.name}-asym")
+        zeros = np.full((n, groups), offset, dtype=np.uint8)
+        codes = codes.view(np.uint8) + offset
     return QuantizedTensor(
         format=fmt,
         codes=codes,

@@ -76,8 +76,8 @@ def cache_tokens(spec: ModelSpec, kv_cache: str) -> int:
 def check_memory(spec: ModelSpec, recipe: Recipe, tokens: int, read: bool) -> None:
     """Raise ResourceError when loading would need more memory than is free now.
 
-    While it loads, a model is there twice: as read (float32, or a byte a code), unless it was `read` already,
-    and packed for the runner.
+    Cautious: counts a checkpoint's weights twice, packed for the runner and as they are read (float32, or a
+    byte a code), of which the cpu runner holds one at a time. `read`: not the second, as for artifacts.
     """
     as_read = 0
     if not read:

@@ -111,6 +111,14 @@ class SchedulerStats:
     tokens_accepted: int
 
 
+def agreement(draft: list[int], drawn: list[int]) -> int:
+    """How many tokens of a draft came true: the length of the common beginning."""
+    agreed = 0
+    while agreed < min(len(draft), len(drawn)) and draft[agreed] == drawn[agreed]:
+        agreed += 1
+    return agreed
+
+
 class Scheduler:
     """Owns the page pool and every live sequence. Not thread-safe."""
 
@@ -229,9 +237,7 @@ class Scheduler:
         drawn = iter(sampled.tolist())
         for sequence, count, draft in zip(step.sequences, step.counts, step.drafts, strict=True):
             draws = [next(drawn) for _ in range(1 + len(draft))]
-            agreed = 0
-            while agreed < len(draft) and draft[agreed] == draws[agreed]:
-                agreed += 1
+            agreed = agreement(draft, draws)
             self._computed += count
             self._drafted += len(draft)
             computed = sequence.computed + count - len(draft)

@@ -28,7 +28,7 @@ from typing import Protocol
 
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.spec import ModelSpec
-from flatout.engine.scheduler import Sequence, Step
+from flatout.engine.scheduler import Sequence, Step, agreement
 
 LONGEST_DRAFT = 15
 """With the token it follows it fills the 16 rows of a tile."""
@@ -166,9 +166,7 @@ class Speculator:
             return
         start, draft = self._open[sequence.id]
         came = sequence.tokens[start : start + len(draft)]
-        agreed = 0
-        while agreed < len(came) and came[agreed] == draft[agreed]:
-            agreed += 1
+        agreed = agreement(draft, came)
         if agreed == len(came) < len(draft):
             return  # right so far
         del self._open[sequence.id]

@@ -3,55 +3,56 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import numpy as np
 
 _ROWS = 64  # of logits turned into probabilities at a time
 
 
-class Session(Protocol):
-    """A model with a KV cache."""
+class Session(ABC):
+    """A model with a KV cache, and what a peer is asked for."""
 
+    @abstractmethod
     def begin(self, sequences: int, positions: int) -> None:
         """Forget everything; `positions` tokens of each sequence will come."""
-        ...
 
+    @abstractmethod
     def step(self, tokens: np.ndarray, past: int, wanted: np.ndarray) -> np.ndarray:
         """Take in tokens (S, N), which follow `past` others, and give float32 logits (S, W, V) of the W
         positions of the N in `wanted`; valid until the next step."""
-        ...
 
+    def prefill(self, prompts: list[list[int]]) -> float:
+        """Seconds until the logits after the last token of every prompt are there."""
+        tokens = _batch(prompts)
+        self.begin(*tokens.shape)
+        start = time.perf_counter()
+        self._take_in(tokens)
+        return time.perf_counter() - start
 
-def prefill(session: Session, prompts: list[list[int]]) -> float:
-    """Seconds until the logits after the last token of every prompt are there."""
-    tokens = _batch(prompts)
-    session.begin(*tokens.shape)
-    start = time.perf_counter()
-    _take_in(session, tokens)
-    return time.perf_counter() - start
+    def decode(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds to generate `tokens` tokens for each prompt, after an untimed prefill."""
+        batch = _batch(prompts)
+        sequences, past = batch.shape
+        self.begin(sequences, past + tokens)
+        following = self._take_in(batch)
+        only = np.zeros(1, dtype=np.int64)  # wanted
+        start = time.perf_counter()
+        for _ in range(tokens):
+            following = _likeliest(self.step(following, past, only))
+            past += 1
+        return time.perf_counter() - start
 
+    def score(self, document: list[int]) -> list[float]:
+        """log p of tokens 1.. of the document, from one forward pass."""
+        inputs = np.array([document[:-1]], dtype=np.int64)
+        self.begin(*inputs.shape)
+        logits = self.step(inputs, 0, np.arange(inputs.shape[1]))
+        return log_probabilities(logits[0], np.array(document[1:]))
 
-def decode(session: Session, prompts: list[list[int]], count: int) -> float:
-    """Seconds to generate `count` tokens for each prompt, after an untimed prefill."""
-    tokens = _batch(prompts)
-    sequences, past = tokens.shape
-    session.begin(sequences, past + count)
-    following = _take_in(session, tokens)
-    only = np.zeros(1, dtype=np.int64)  # wanted
-    start = time.perf_counter()
-    for _ in range(count):
-        following = _likeliest(session.step(following, past, only))
-        past += 1
-    return time.perf_counter() - start
-
-
-def score(session: Session, document: list[int]) -> list[float]:
-    """log p of tokens 1.. of the document, from one forward pass."""
-    inputs = np.array([document[:-1]], dtype=np.int64)
-    session.begin(*inputs.shape)
-    logits = session.step(inputs, 0, np.arange(inputs.shape[1]))
-    return log_probabilities(logits[0], np.array(document[1:]))
+    def _take_in(self, tokens: np.ndarray) -> np.ndarray:
+        """Prefill all sequences and return the greedy next tokens (S, 1)."""
+        return _likeliest(self.step(tokens, 0, np.array([tokens.shape[1] - 1], dtype=np.int64)))
 
 
 def log_probabilities(logits: np.ndarray, targets: np.ndarray) -> list[float]:
@@ -63,11 +64,6 @@ def log_probabilities(logits: np.ndarray, targets: np.ndarray) -> list[float]:
         wanted = targets[first : first + len(rows)]
         found += (rows[np.arange(len(rows)), wanted] - np.log(np.exp(rows).sum(axis=-1))).tolist()
     return found
-
-
-def _take_in(session: Session, tokens: np.ndarray) -> np.ndarray:
-    """Prefill all sequences and return the greedy next tokens (S, 1)."""
-    return _likeliest(session.step(tokens, 0, np.array([tokens.shape[1] - 1], dtype=np.int64)))
 
 
 def _likeliest(logits: np.ndarray) -> np.ndarray:

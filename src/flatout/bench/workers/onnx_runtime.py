@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import greedy
+from .greedy import Session
 
 _MODEL = "model.onnx"
 _CONFIG = "genai_config.json"
@@ -39,8 +39,8 @@ def builder_arguments(source: str, target: str, block: int, symmetric: bool) -> 
     return [*arguments, "--extra_options", *(f"{key}={value}" for key, value in options.items())]
 
 
-class Peer:
-    """See `serve`. A `greedy.Session`, too."""
+class Peer(Session):
+    """See `serve`."""
 
     def __init__(self) -> None:
         # By name: the package is in this peer's environment only.
@@ -76,15 +76,6 @@ class Peer:
             "version": f"onnxruntime {self._runtime.__version__}",
             "details": f"accuracy level {_ACCURACY_LEVEL}, float32 KV cache in place",
         }
-
-    def prefill(self, prompts: list[list[int]]) -> float:
-        return greedy.prefill(self, prompts)
-
-    def decode(self, prompts: list[list[int]], tokens: int) -> float:
-        return greedy.decode(self, prompts, tokens)
-
-    def score(self, document: list[int]) -> list[float]:
-        return greedy.score(self, document)
 
     def begin(self, sequences: int, positions: int) -> None:
         key = sequences, -(-positions // _GRANULE) * _GRANULE

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from . import greedy
+from .greedy import Session
 
 _MODEL = "openvino_model.xml"
 
 
-class Peer:
-    """See `serve`. A `greedy.Session`, too."""
+class Peer(Session):
+    """See `serve`."""
 
     def __init__(self) -> None:
         # By name: the package is in this peer's environment only.
@@ -66,15 +66,6 @@ class Peer:
             "details": f"latency hint, {arithmetic.to_string()} arithmetic, "
             f"activations in groups of {group}, {cache.to_string()} KV cache",
         }
-
-    def prefill(self, prompts: list[list[int]]) -> float:
-        return greedy.prefill(self, prompts)
-
-    def decode(self, prompts: list[list[int]], tokens: int) -> float:
-        return greedy.decode(self, prompts, tokens)
-
-    def score(self, document: list[int]) -> list[float]:
-        return greedy.score(self, document)
 
     def begin(self, sequences: int, positions: int) -> None:
         self._request.reset_state()

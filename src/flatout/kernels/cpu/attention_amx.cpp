@@ -137,8 +137,8 @@ static void attend_heads(const Attention& a, int depth, int heads) {
   for (int p = range.first; p <= range.last; ++p) {
     const bool whole = see_page(a, p, visible);
     const Page page = page_at(a, p);
-    const int seen = a.first_position + (rows - 1) * a.step + 1 - p * kPage;  // slots that the last query sees
-    const uint8_t* values = !INT8 && seen < kPage ? seen_values(page.values, seen, E, copy) : page.values;
+    const uint8_t* values =
+        INT8 || whole ? page.values : seen_values(page.values, seen_keys(visible, rows), E, copy);
     f32x16 key_scales[4];
     for (int i = 0; INT8 && i < 4; ++i) key_scales[i] = load<f32x16>(page.key_scales + i * kLanes);
     for (int h = 0; h < heads; ++h, side ^= 1) {

@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "features.h"
+#include "weights.h"
 
 namespace flatout {
 
@@ -18,14 +19,8 @@ constexpr int kTokensAThread = 64;  // from this many tokens a thread on, thread
 constexpr int kChunkTokens = 128;   // of a thread, about: what it works on stays in the second-level cache
 constexpr int kPagesAToken = 16;    // a chunk has at most one page every so many tokens: short texts use pages badly
 
-int round_up(int v, int to) { return (v + to - 1) / to * to; }
-
 // Floats from one token's row to the next: an odd number of cache lines, so that a column falls into all cache sets.
 int row_stride(int columns) { return (round_up(columns, kLanes) / kLanes | 1) * kLanes; }
-
-void expect(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
 
 }  // namespace
 
@@ -55,34 +50,22 @@ Encoder::Encoder(const EncoderConfig& c, int threads, const std::string& isa)
 }
 
 void Encoder::set_vector(const std::string& name, const float* values, int count) {
-  std::vector<float> v(values, values + count);
-  int layer = -1;
-  char field[32] = {};
-  if (name == "embedding_norm") {
-    embedding_norm_ = std::move(v);
-  } else if (name == "embedding_norm_bias") {
-    embedding_norm_bias_ = std::move(v);
-  } else if (std::sscanf(name.c_str(), "layers.%d.%31s", &layer, field) == 2 && layer >= 0 &&
-             layer < config_.num_layers) {
-    Layer& l = layers_[layer];
-    const std::string f = field;
-    if (f == "qkv_bias") l.qkv_bias = std::move(v);
-    else if (f == "o_bias") l.o_bias = std::move(v);
-    else if (f == "attention_norm") l.attention_norm = std::move(v);
-    else if (f == "attention_norm_bias") l.attention_norm_bias = std::move(v);
-    else if (f == "up_bias") l.up_bias = std::move(v);
-    else if (f == "down_bias") l.down_bias = std::move(v);
-    else if (f == "output_norm") l.output_norm = std::move(v);
-    else if (f == "output_norm_bias") l.output_norm_bias = std::move(v);
-    else throw std::invalid_argument("unknown vector " + name);
-  } else {
-    throw std::invalid_argument("unknown vector " + name);
-  }
+  std::vector<float>* to = layer_field<Layer, std::vector<float>>(layers_, name,
+                                                                  {{"qkv_bias", &Layer::qkv_bias},
+                                                                   {"o_bias", &Layer::o_bias},
+                                                                   {"attention_norm", &Layer::attention_norm},
+                                                                   {"attention_norm_bias", &Layer::attention_norm_bias},
+                                                                   {"up_bias", &Layer::up_bias},
+                                                                   {"down_bias", &Layer::down_bias},
+                                                                   {"output_norm", &Layer::output_norm},
+                                                                   {"output_norm_bias", &Layer::output_norm_bias}});
+  if (name == "embedding_norm") to = &embedding_norm_;
+  if (name == "embedding_norm_bias") to = &embedding_norm_bias_;
+  expect(to != nullptr, "unknown vector " + name);
+  to->assign(values, values + count);
 }
 
 void Encoder::set_weight(const std::string& name, const Source& s) {
-  int layer = -1;
-  char field[32] = {};
   if (name == "embedding" || name == "positions") {
     expect(s.kind != WeightKind::kInteger, name + " must be floats");
     const size_t values = (size_t)s.n * s.k;
@@ -98,39 +81,25 @@ void Encoder::set_weight(const std::string& name, const Source& s) {
       words_.resize(values);
       for (size_t i = 0; i < values; ++i) words_[i] = round_to_bf16(s.values[i]);
     }
-  } else if (std::sscanf(name.c_str(), "layers.%d.%31s", &layer, field) == 2 && layer >= 0 &&
-             layer < config_.num_layers) {
-    Layer& l = layers_[layer];
-    const std::string f = field;
-    if (f == "qkv") l.qkv = pack_linear(s, false, arena_);
-    else if (f == "o") l.o = pack_linear(s, false, arena_);
-    else if (f == "up") l.up = pack_linear(s, false, arena_);
-    else if (f == "down") l.down = pack_linear(s, false, arena_);
-    else throw std::invalid_argument("unknown weight " + name);
-  } else {
-    throw std::invalid_argument("unknown weight " + name);
+    return;
   }
+  Linear* to = layer_field<Layer, Linear>(
+      layers_, name, {{"qkv", &Layer::qkv}, {"o", &Layer::o}, {"up", &Layer::up}, {"down", &Layer::down}});
+  expect(to != nullptr, "unknown weight " + name);
+  *to = pack_linear(s, false, arena_);
 }
 
 void Encoder::finalize() {
   const EncoderConfig& c = config_;
   const int D = c.hidden_size, F = c.intermediate_size;
-  int widest = 0, most_groups = 0;
-  const auto check_linear = [&](const Linear& w, int n, int k, const std::string& name) {
-    expect(w.n == n && w.k == k, name + " is missing or has the wrong shape");
-    widest = std::max(widest, w.row_stride);
-    most_groups = std::max(most_groups, w.groups);
-  };
-  const auto check_vector = [&](const std::vector<float>& v, int n, const std::string& name) {
-    expect((int)v.size() == n, name + " is missing or has the wrong length");
-  };
+  LinearChecks linears;
   for (int i = 0; i < c.num_layers; ++i) {
     const Layer& l = layers_[i];
     const std::string at = "layers." + std::to_string(i) + ".";
-    check_linear(l.qkv, 3 * D, D, at + "qkv");
-    check_linear(l.o, D, D, at + "o");
-    check_linear(l.up, F, D, at + "up");
-    check_linear(l.down, D, F, at + "down");
+    linears.check(l.qkv, 3 * D, D, at + "qkv");
+    linears.check(l.o, D, D, at + "o");
+    linears.check(l.up, F, D, at + "up");
+    linears.check(l.down, D, F, at + "down");
     check_vector(l.qkv_bias, 3 * D, at + "qkv_bias");
     check_vector(l.o_bias, D, at + "o_bias");
     check_vector(l.attention_norm, D, at + "attention_norm");
@@ -145,10 +114,10 @@ void Encoder::finalize() {
   expect(!positions_.empty(), "positions is missing");
   expect(word_rows_ == c.vocab_size && word_columns_ == D, "embedding is missing or has the wrong shape");
   own_tokens_ = round_up((chunk_tokens_ + pool_.size() - 1) / pool_.size(), kTileRows) + kTileRows;
-  shared_ = Buffer(activation_bytes(kTokensAThread * pool_.size() + kTileRows, widest, most_groups));
+  shared_ = Buffer(activation_bytes(kTokensAThread * pool_.size() + kTileRows, linears.widest, linears.most_groups));
   for (ThreadScratch& s : scratch_) {
-    s.activations = Buffer(activation_bytes(own_tokens_, widest, most_groups));
-    s.panel = Buffer((size_t)2 * kLanes * widest);
+    s.activations = Buffer(activation_bytes(own_tokens_, linears.widest, linears.most_groups));
+    s.panel = Buffer((size_t)2 * kLanes * linears.widest);
   }
   finalized_ = true;
 }

@@ -7,6 +7,7 @@
 
 #include "half.h"
 #include "model.h"
+#include "weights.h"
 
 namespace flatout {
 
@@ -26,14 +27,8 @@ void fetch_ahead(const Linear& w, int pair) {
   for (int i = 0; i < kPrefetchBytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-int round_up(int v, int to) { return (v + to - 1) / to * to; }
-
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-void expect(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
 }
 
 // A thread's tokens when the step is split by tokens: an early and a late chunk, so that causal attention balances.

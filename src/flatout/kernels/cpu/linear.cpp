@@ -14,10 +14,6 @@
 namespace flatout {
 namespace FLATOUT_ISA {
 
-static inline f32x16 load_scale(const Linear& w, const uint8_t* base, int g) {
-  return w.half_scales ? from_half((const uint16_t*)base + g * kLanes) : load<f32x16>((const float*)base + g * kLanes);
-}
-
 // Sixteen low and sixteen high nibbles a 32-bit lane: column groups 2i and 2i + 1.
 static inline u8x64 low_nibbles(u8x64 v) { return v & (u8x64)splat_i32(0x0f0f0f0f); }
 static inline u8x64 high_nibbles(u8x64 v) {

@@ -49,10 +49,6 @@ void prepare_panel(const Linear& w, const uint8_t* panel, int8_t* scratch) {
   }
 }
 
-static inline f32x16 load_scale(const Linear& w, const uint8_t* base, int g) {
-  return w.half_scales ? from_half((const uint16_t*)base + g * kLanes) : load<f32x16>((const float*)base + g * kLanes);
-}
-
 // Tile product `sum_tile` = activations x weights over group `g`. A macro: the intrinsics take literal tile numbers.
 #define FLATOUT_MULTIPLY(sum_tile, a_tile, b_tile, codes, g)           \
   _tile_zero(sum_tile);                                                \

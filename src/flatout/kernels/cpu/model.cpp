@@ -6,13 +6,11 @@
 #include <stdexcept>
 
 #include "features.h"
+#include "weights.h"
 
 namespace flatout {
 
 namespace {
-
-
-int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
 // Frequencies theta^(-2i/E), for Llama 3 slowed by `factor` where the wavelength exceeds the original context
 // (smoothly between the two thresholds), as transformers' modeling_rope_utils computes them.
@@ -36,10 +34,6 @@ std::vector<float> rope_frequencies(const Config& c) {
     frequency[i] = f;
   }
   return frequency;
-}
-
-void expect(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
 }
 
 }  // namespace
@@ -80,35 +74,21 @@ Model::Model(const Config& config, int threads, const std::string& isa, int num_
 }
 
 void Model::set_vector(const std::string& name, const float* values, int count) {
-  std::vector<float> v(values, values + count);
-  const bool is_norm = name.size() >= 4 && name.compare(name.size() - 4, 4, "norm") == 0;
-  if (is_norm)
-    for (float& value : v) value += config_.norm_offset;
-  int layer = -1;
-  char field[32] = {};
-  if (name == "norm") {
-    norm_ = std::move(v);
-  } else if (std::sscanf(name.c_str(), "layers.%d.%31s", &layer, field) == 2 && layer >= 0 &&
-             layer < config_.num_layers) {
-    Layer& l = layers_[layer];
-    const std::string f = field;
-    if (f == "input_norm") l.input_norm = std::move(v);
-    else if (f == "post_norm") l.post_norm = std::move(v);
-    else if (f == "qkv_bias") l.qkv_bias = std::move(v);
-    else if (f == "q_norm") l.q_norm = std::move(v);
-    else if (f == "k_norm") l.k_norm = std::move(v);
-    else throw std::invalid_argument("unknown vector " + name);
-  } else {
-    throw std::invalid_argument("unknown vector " + name);
-  }
+  std::vector<float>* to = layer_field<Layer, std::vector<float>>(layers_, name,
+                                                                  {{"input_norm", &Layer::input_norm},
+                                                                   {"post_norm", &Layer::post_norm},
+                                                                   {"qkv_bias", &Layer::qkv_bias},
+                                                                   {"q_norm", &Layer::q_norm},
+                                                                   {"k_norm", &Layer::k_norm}});
+  if (name == "norm") to = &norm_;
+  expect(to != nullptr, "unknown vector " + name);
+  to->assign(values, values + count);
+  if (name.ends_with("norm"))
+    for (float& value : *to) value += config_.norm_offset;
 }
 
 void Model::set_weight(const std::string& name, const Source& s) {
-  int layer = -1;
-  char field[32] = {};
-  if (name == "head") {
-    head_ = pack_linear(s, false, arena_);
-  } else if (name == "embedding") {
+  if (name == "embedding") {
     embedding_ = s;
     const size_t values = (size_t)s.n * s.k, groups = s.group ? (size_t)s.n * (s.k / s.group) : (size_t)s.n;
     const auto copy = [](Buffer& to, const void* from, size_t bytes) {
@@ -127,39 +107,28 @@ void Model::set_weight(const std::string& name, const Source& s) {
       if (s.zero == Zero::kMinimum) copy(embedding_minima_, s.minima, groups * width);
       if (s.zero == Zero::kAsymmetric) copy(embedding_zeros_, s.zeros, groups);
     }
-  } else if (std::sscanf(name.c_str(), "layers.%d.%31s", &layer, field) == 2 && layer >= 0 &&
-             layer < config_.num_layers) {
-    Layer& l = layers_[layer];
-    const std::string f = field;
-    if (f == "qkv") l.qkv = pack_linear(s, false, arena_);
-    else if (f == "o") l.o = pack_linear(s, false, arena_);
-    else if (f == "gate_up") l.gate_up = pack_linear(s, true, arena_);
-    else if (f == "down") l.down = pack_linear(s, false, arena_);
-    else throw std::invalid_argument("unknown weight " + name);
-  } else {
-    throw std::invalid_argument("unknown weight " + name);
+    return;
   }
+  const bool interleaved = name.ends_with(".gate_up");
+  Linear* to = layer_field<Layer, Linear>(
+      layers_, name,
+      {{"qkv", &Layer::qkv}, {"o", &Layer::o}, {"gate_up", &Layer::gate_up}, {"down", &Layer::down}});
+  if (name == "head") to = &head_;
+  expect(to != nullptr, "unknown weight " + name);
+  *to = pack_linear(s, interleaved, arena_);
 }
 
 void Model::finalize() {
   const Config& c = config_;
   const int q = c.num_heads * c.head_dim, qkv = q + 2 * c.num_kv_heads * c.head_dim;
-  int widest = 0, most_groups = 0;
-  const auto check_linear = [&](const Linear& w, int n, int k, const std::string& name) {
-    expect(w.n == n && w.k == k, name + " is missing or has the wrong shape");
-    widest = std::max(widest, w.row_stride);
-    most_groups = std::max(most_groups, w.groups);
-  };
-  const auto check_vector = [&](const std::vector<float>& v, int n, const std::string& name) {
-    expect((int)v.size() == n, name + " is missing or has the wrong length");
-  };
+  LinearChecks linears;
   for (int i = 0; i < c.num_layers; ++i) {
     const Layer& l = layers_[i];
     const std::string at = "layers." + std::to_string(i) + ".";
-    check_linear(l.qkv, qkv, c.hidden_size, at + "qkv");
-    check_linear(l.o, c.hidden_size, q, at + "o");
-    check_linear(l.gate_up, 2 * c.intermediate_size, c.hidden_size, at + "gate_up");
-    check_linear(l.down, c.hidden_size, c.intermediate_size, at + "down");
+    linears.check(l.qkv, qkv, c.hidden_size, at + "qkv");
+    linears.check(l.o, c.hidden_size, q, at + "o");
+    linears.check(l.gate_up, 2 * c.intermediate_size, c.hidden_size, at + "gate_up");
+    linears.check(l.down, c.hidden_size, c.intermediate_size, at + "down");
     check_vector(l.input_norm, c.hidden_size, at + "input_norm");
     check_vector(l.post_norm, c.hidden_size, at + "post_norm");
     check_vector(l.qkv_bias, c.qkv_bias ? qkv : 0, at + "qkv_bias");
@@ -167,15 +136,15 @@ void Model::finalize() {
     check_vector(l.k_norm, c.qk_norm ? c.head_dim : 0, at + "k_norm");
   }
   check_vector(norm_, c.hidden_size, "norm");
-  check_linear(head_, c.vocab_size, c.hidden_size, "head");
+  linears.check(head_, c.vocab_size, c.hidden_size, "head");
   expect(embedding_.n == c.vocab_size && embedding_.k == c.hidden_size, "embedding is missing or has the wrong shape");
   const int rows = kMaxStepTokens + kTileRows;
-  shared_ = Buffer(activation_bytes(rows, widest, most_groups));
+  shared_ = Buffer(activation_bytes(rows, linears.widest, linears.most_groups));
   activation_rows_ = round_up(kMaxStepTokens / pool_.size(), kTileRows) + 3 * kTileRows;  // see token_shares
   for (ThreadScratch& s : scratch_) {
-    s.activations = Buffer(activation_bytes(activation_rows_, widest, most_groups));
-    s.panel = Buffer((size_t)2 * kLanes * widest);
-    s.normed = Buffer((size_t)std::max(widest, hidden_stride_) * sizeof(float));
+    s.activations = Buffer(activation_bytes(activation_rows_, linears.widest, linears.most_groups));
+    s.panel = Buffer((size_t)2 * kLanes * linears.widest);
+    s.normed = Buffer((size_t)std::max(linears.widest, hidden_stride_) * sizeof(float));
   }
   finalized_ = true;
 }

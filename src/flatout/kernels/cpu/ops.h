@@ -16,6 +16,8 @@ constexpr int kTileRows = 16;  // activation buffers are padded to this many row
 constexpr int kTileMinimum = 6;  // fewer tokens than this are faster without tiles
 constexpr int kPrefetchBytes = 16384;  // how far ahead of the multiply the weight stream is fetched
 
+inline int round_up(int v, int to) { return (v + to - 1) / to * to; }
+
 enum class WeightKind { kFloat32, kBFloat16, kInteger };
 enum class Zero { kSymmetric, kAsymmetric, kMinimum };
 

@@ -8,20 +8,20 @@
 
 namespace flatout {
 
-constexpr size_t kHugePage = 1 << 21;
+constexpr size_t kSmallPage = 1 << 12, kHugePage = 1 << 21;
 
 Buffer::Buffer(size_t size) : bytes(size) {
   if (size == 0) return;
   // Fresh pages of the kernel are zero and take no memory until they are touched.
-  const size_t page = size >= kHugePage ? kHugePage : 4096;
+  const size_t page = size >= kHugePage ? kHugePage : kSmallPage;
   const size_t padded = (size + kPrefetchBytes + page - 1) / page * page;
-  mapped_bytes_ = padded + (page > 4096 ? page : 0);
+  mapped_bytes_ = padded + page - kSmallPage;  // room to align in
   void* start = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (start == MAP_FAILED) throw std::bad_alloc();
   mapped_ = start;
   data = (uint8_t*)(((uintptr_t)start + page - 1) / page * page);
 #if defined(MADV_HUGEPAGE)
-  if (page > 4096) madvise(data, padded, MADV_HUGEPAGE);  // advice only: without it the buffer is merely slower
+  if (page == kHugePage) madvise(data, padded, MADV_HUGEPAGE);  // advice only: without it the buffer is merely slower
 #endif
 }
 Buffer::Buffer(Buffer&& other) noexcept { *this = std::move(other); }
@@ -57,8 +57,6 @@ uint16_t round_to_bf16(float v) {
 }
 
 namespace {
-
-int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
 // Row of the source that lane `lane` of panel `panel` holds, or -1 for padding.
 int source_row(const Source& s, bool interleaved, int panel, int lane) {

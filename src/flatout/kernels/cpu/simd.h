@@ -14,6 +14,7 @@
 #endif
 
 #include "half.h"
+#include "ops.h"
 #include "pair.h"
 
 namespace flatout {
@@ -244,6 +245,10 @@ static inline i32x16 widen_u8(const uint8_t* p) {
   for (int i = 0; i < 16; ++i) v[i] = p[i];
   return load<i32x16>(v);
 #endif
+}
+// A panel's scales or minima of group g.
+static inline f32x16 load_scale(const Linear& w, const uint8_t* base, int g) {
+  return w.half_scales ? from_half((const uint16_t*)base + g * kLanes) : load<f32x16>((const float*)base + g * kLanes);
 }
 // 64 integers in [-128, 127] (SIGNED) or [0, 255] as bytes.
 template <bool SIGNED>
