@@ -132,6 +132,7 @@ def candidates(source: Source) -> list[Candidate]:
             "8-bit codes, a scale a row, outliers moved into the weights, 15 bits in down",
             "w8a8",
         ),
+        ("w8a16", "8-bit codes, a scale a row, 15-bit activations", _SMOOTH),
         ("w4a8-g32", "4-bit codes rounded to nearest, a scale for 32 weights", "w4a8-g64"),
         ("w4a8-g64", "4-bit codes rounded to nearest, a scale for 64 weights", None),
         ("w4a8-g32/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g32"),

@@ -73,6 +73,17 @@ def regret(row: Row, rows: Sequence[Row]) -> float:
     return max(row.times[phase] / min(t[phase] for t in times) for phase in ("prefill_s", "decode_s"))
 
 
+def by_suitability(rows: Sequence[Row], *, tolerance: float) -> list[Row]:
+    """`rows`, which come in the order of their cost, with those of least regret first.
+
+    Regrets within the factor `tolerance` of the least count as equal, and those rows keep their order: times
+    move by some per cent from run to run, and so would a choice by regret alone.
+    """
+    regrets = {row.name: regret(row, rows) for row in rows}
+    bound = tolerance * min(regrets.values(), default=math.inf)
+    return sorted(rows, key=lambda row: max(bound, regrets[row.name]))
+
+
 def two_standard_errors(losses: list[ClusterLoss]) -> float:
     """Of the loss, in nats a token."""
     return 2 * moments(*arrays(losses)).spread / math.sqrt(len(losses))

@@ -20,7 +20,7 @@ from flatout.perf.predict import StepTimes, calibrate, predict
 from flatout.perf.profile import Profile
 from flatout.search.context import Context
 from flatout.search.recipes import ORIGINAL, Candidate
-from flatout.search.rows import Row, loss_of, memory_bytes, regret, two_standard_errors
+from flatout.search.rows import Row, by_suitability, loss_of, memory_bytes, two_standard_errors
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
 from flatout.verify.quality import ClusterLoss, pair_scores
@@ -33,7 +33,7 @@ _PROFILE_S = 1.5
 _PROFILE_STEPS = 16  # decode steps of a profile: all take alike
 NEAR = 1.10
 """Candidates within this factor of the best time are equally good for the stated workload, which is itself a
-guess: they are scored, and the one that suits most other workloads is preferred (`regret`)."""
+guess: they are scored, and those that suit most other workloads are preferred (`by_suitability`)."""
 
 _KEEPS = {"gptq": (0.15, 0.4, 0.85), "smooth": (0.02, 0.3, 1.0)}
 _FINER = (0.5, 0.75, 1.0)
@@ -70,12 +70,13 @@ class Screen:
             self._undecided.discard(rows[0].name)
 
     def ranked(self, rows: list[Row]) -> list[Row]:
-        """Rows by cost; those near the best by regret. With memory as the objective, by cost alone."""
+        """Rows by cost; those near the best by how well they suit other workloads. With memory as the objective,
+        by cost alone."""
         rows = sorted(rows, key=self.cost)
         if self.context.request.workload.objective == "memory":
             return rows
         near = [row for row in rows if self.cost(row) <= NEAR * self.cost(rows[0])]
-        return sorted(near, key=lambda row: regret(row, near)) + rows[len(near) :]
+        return by_suitability(near, tolerance=NEAR) + rows[len(near) :]
 
     def cost(self, row: Row) -> float:
         """What the objective minimises: measured (or else predicted) seconds of the workload, or bytes."""
