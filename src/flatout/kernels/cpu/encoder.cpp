@@ -33,6 +33,7 @@ Encoder::Encoder(const EncoderConfig& c, int threads, const std::string& isa)
       qkv_stride_(row_stride(3 * c.hidden_size)),
       up_stride_(row_stride(c.intermediate_size)),
       layers_(c.num_layers),
+      arenas_(threads),
       scratch_(threads) {
   expect(head_dim_padded_ <= 256, "head_dim must be at most 256");
   expect(c.head_dim * c.num_heads == c.hidden_size, "num_heads * head_dim must be hidden_size");
@@ -86,7 +87,7 @@ void Encoder::set_weight(const std::string& name, const Source& s) {
   Linear* to = layer_field<Layer, Linear>(
       layers_, name, {{"qkv", &Layer::qkv}, {"o", &Layer::o}, {"up", &Layer::up}, {"down", &Layer::down}});
   expect(to != nullptr, "unknown weight " + name);
-  *to = pack_linear(s, false, arena_);
+  *to = pack_linear(s, false, arenas_);
 }
 
 void Encoder::finalize() {
@@ -218,14 +219,12 @@ Activations Encoder::prepare(const Linear& w, float* x, int stride, int count, c
 
 void Encoder::linear(const Linear& w, const Activations& a, int count, Epilogue epilogue,
                      const std::vector<float>& bias, float* out, int stride, int thread) {
-  const int64_t pairs = panel_pairs(w), threads = pool_.size();
-  const Output o{epilogue, bias.data(), false, out, stride};
+    const Output o{epilogue, bias.data(), false, out, stride};
   int8_t* scratch = (int8_t*)scratch_[thread].panel.data;
   if (by_token(count)) {
-    multiply_panels(*ops_, w, a, {own_rows(count, thread)}, o, 0, (int)pairs, scratch);
+    multiply_panels(*ops_, w, a, {own_rows(count, thread)}, o, 0, w.pairs(), scratch);
   } else {
-    multiply_panels(*ops_, w, a, {{0, count, 0}}, o, (int)(pairs * thread / threads),
-                    (int)(pairs * (thread + 1) / threads), scratch);
+    multiply_panels(*ops_, w, a, {{0, count, 0}}, o, w.first_pair(thread), w.first_pair(thread + 1), scratch);
     pool_.barrier(thread);
   }
 }

@@ -36,7 +36,9 @@ class Encoder {
   // Hidden states (total, D) of every token, or pooled (count, D), each row divided by its length if `normalize`.
   void forward(const Sequences&, Pooling, bool normalize, float* out);
 
-  size_t weight_bytes() const { return arena_.taken() + words_.size() * 2 + (word_floats_.size() + positions_.size()) * 4; }
+  size_t weight_bytes() const {
+    return taken(arenas_) + words_.size() * 2 + (word_floats_.size() + positions_.size()) * 4;
+  }
   const char* isa() const { return ops_->name; }
   const EncoderConfig& config() const { return config_; }
 
@@ -81,7 +83,7 @@ class Encoder {
   std::vector<uint16_t> words_;  // bf16
   bool finalized_ = false;
   int word_rows_ = 0, word_columns_ = 0;
-  Arena arena_;
+  std::vector<Arena> arenas_;  // of each thread
   Buffer cache_, x_, qkv_, attended_, up_, shared_;
   struct ThreadScratch {
     Buffer activations, panel;

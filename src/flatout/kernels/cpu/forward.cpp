@@ -21,12 +21,6 @@ constexpr int kLocalRows = 2;     // up to this many rows every thread prepares 
 // the weights are read once a thread, but no activation ever moves from core to core.
 constexpr int kTokensAThread = 64;
 
-// The start of the panel stream that a thread reads next: the kernels themselves fetch kPrefetchBytes ahead.
-void fetch_ahead(const Linear& w, int pair) {
-  const uint8_t* from = w.data + (size_t)2 * pair * w.panel_bytes;
-  for (int i = 0; i < kPrefetchBytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
-
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -153,7 +147,7 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
     if (norm) {
       ops_->rms_norm(in, norm->data(), config_.rms_norm_eps, w.k, normed);
       in = normed;
-    }
+      }
     write_activations(*ops_, w, in, a, at);
   };
   if (by_token(count)) {
@@ -170,16 +164,13 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
 }
 
 void Model::linear(const Linear& w, const Activations& a, int count, Epilogue epilogue, const float* bias, float* out,
-                   int stride, const Linear* next, int thread) {
-  const int64_t pairs = panel_pairs(w), threads = pool_.size();
+                   int stride, int thread) {
   const Output o{epilogue, bias, config_.gelu, out, stride};
   int8_t* scratch = (int8_t*)scratch_[thread].panel.data;
   if (by_token(count)) {
-    multiply_panels(*ops_, w, a, token_shares(count, thread, (int)threads), o, 0, (int)pairs, scratch);
+    multiply_panels(*ops_, w, a, token_shares(count, thread, pool_.size()), o, 0, w.pairs(), scratch);
   } else {
-    multiply_panels(*ops_, w, a, {{0, count, 0}}, o, (int)(pairs * thread / threads),
-                    (int)(pairs * (thread + 1) / threads), scratch);
-    if (next && count <= kLocalRows) fetch_ahead(*next, (int)(panel_pairs(*next) * thread / threads));
+    multiply_panels(*ops_, w, a, {{0, count, 0}}, o, w.first_pair(thread), w.first_pair(thread + 1), scratch);
     pool_.barrier(thread);
   }
 }
@@ -265,7 +256,7 @@ void Model::attention(const Batch& b, int layer, int thread) {
     const Item& item = items_[i];
     if (write_with_attention_) {
       const int token = blocks_[item.block].first_token, kv = item.first_head / group;
-      for (int h = item.first_head; h < item.first_head + item.heads; ++h) rotate(b, layer, token, h);
+          for (int h = item.first_head; h < item.first_head + item.heads; ++h) rotate(b, layer, token, h);
       rotate(b, layer, token, c.num_heads + kv);
     }
     Attention a = place_item(item);
@@ -335,20 +326,19 @@ void Model::layers(const Batch& b, int thread) {
     const Layer& l = layers_[i];
     Activations a = prepare(l.qkv, x, hidden_stride_, nullptr, T, &l.input_norm, thread);
     const float* bias = l.qkv_bias.empty() ? nullptr : l.qkv_bias.data();
-    linear(l.qkv, a, T, Epilogue::kStore, bias, qkv, qkv_stride_, &l.o, thread);
+    linear(l.qkv, a, T, Epilogue::kStore, bias, qkv, qkv_stride_, thread);
     mark(kQkv, thread);
     if (!write_with_attention_) write_cache(b, i, thread);
     attention(b, i, thread);
     mark(kAttention, thread);
     a = prepare(l.o, attended, attention_stride_, nullptr, T, nullptr, thread);
-    linear(l.o, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, &l.gate_up, thread);
+    linear(l.o, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
     mark(kO, thread);
     a = prepare(l.gate_up, x, hidden_stride_, nullptr, T, &l.post_norm, thread);
-    linear(l.gate_up, a, T, Epilogue::kGated, nullptr, gated, gate_stride_, &l.down, thread);
+    linear(l.gate_up, a, T, Epilogue::kGated, nullptr, gated, gate_stride_, thread);
     mark(kGateUp, thread);
     a = prepare(l.down, gated, gate_stride_, nullptr, T, nullptr, thread);
-    const Linear& next = i + 1 < config_.num_layers ? layers_[i + 1].qkv : head_;
-    linear(l.down, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, &next, thread);
+    linear(l.down, a, T, Epilogue::kAdd, nullptr, x, hidden_stride_, thread);
     mark(kDown, thread);
   }
   if (by_token(T)) pool_.barrier(thread);  // the head may be split otherwise
@@ -357,7 +347,7 @@ void Model::layers(const Batch& b, int thread) {
 // Logits of `rows` of the hidden state; every thread returns once all are written.
 void Model::head(const float* hidden, const int32_t* rows, int count, float* logits, int thread) {
   const Activations a = prepare(head_, hidden, hidden_stride_, rows, count, &norm_, thread);
-  linear(head_, a, count, Epilogue::kStore, nullptr, logits, config_.vocab_size, nullptr, thread);
+  linear(head_, a, count, Epilogue::kStore, nullptr, logits, config_.vocab_size, thread);
   if (by_token(count)) pool_.barrier(thread);
   mark(kHead, thread);
 }

@@ -66,7 +66,7 @@ void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, cons
   if (ops.begin_linear && tiles) ops.begin_linear(w);
   for (int u = begin; u < end; ++u) {
     const int panels = std::min(2, w.panels - 2 * u);
-    const uint8_t* first = w.data + (size_t)2 * u * w.panel_bytes;
+    const uint8_t* first = w.pair(u);
     const uint8_t* panel[2] = {first, first + w.panel_bytes};
     for (int p = 0; ops.prepare_panel && tiles && p < panels; ++p)
       ops.prepare_panel(w, panel[p], scratch_memory + (size_t)p * kLanes * w.k_padded);
@@ -96,7 +96,7 @@ void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, cons
 
 void linear_once(const Ops& ops, const Source& source, const float* x, int tokens, float* out) {
   Arena arena;
-  const Linear w = pack_linear(source, false, arena);
+  const Linear w = pack_linear(source, false, {&arena, 1});
   const int rows = (tokens + kTileRows - 1) / kTileRows * kTileRows;
   Buffer memory(activation_bytes(rows, w.row_stride, w.groups)), scratch((size_t)2 * kLanes * w.k_padded);
   const Activations a = place_activations(w, memory.data, rows);
@@ -105,7 +105,7 @@ void linear_once(const Ops& ops, const Source& source, const float* x, int token
   Output o;
   o.out = out;
   o.stride = w.n;
-  multiply_panels(ops, w, a, {{0, tokens, 0}}, o, 0, panel_pairs(w), (int8_t*)scratch.data);
+  multiply_panels(ops, w, a, {{0, tokens, 0}}, o, 0, w.pairs(), (int8_t*)scratch.data);
 }
 
 }  // namespace flatout

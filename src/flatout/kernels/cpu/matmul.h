@@ -37,7 +37,6 @@ struct Rows {
 };
 
 // Panel pairs begin .. end of a weight times the tokens of `shares`; scratch holds 2 * 16 * k_padded bytes.
-inline int panel_pairs(const Linear& w) { return (w.panels + 1) / 2; }
 void multiply_panels(const Ops&, const Linear&, const Activations&, const std::vector<Rows>& shares, const Output&,
                      int begin, int end, int8_t* scratch);
 

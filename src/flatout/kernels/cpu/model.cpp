@@ -49,6 +49,7 @@ Model::Model(const Config& config, int threads, const std::string& isa, int num_
       gate_stride_(round_up(config.intermediate_size, kLanes)),
       attention_stride_(round_up(config.num_heads * config.head_dim, kLanes)),
       layers_(config.num_layers),
+      arenas_(threads),
       scratch_(threads),
       next_item_(config.num_layers) {
   expect(num_pages >= 1, "num_pages must be at least 1");
@@ -115,7 +116,7 @@ void Model::set_weight(const std::string& name, const Source& s) {
       {{"qkv", &Layer::qkv}, {"o", &Layer::o}, {"gate_up", &Layer::gate_up}, {"down", &Layer::down}});
   if (name == "head") to = &head_;
   expect(to != nullptr, "unknown weight " + name);
-  *to = pack_linear(s, interleaved, arena_);
+  *to = pack_linear(s, interleaved, arenas_);
 }
 
 void Model::finalize() {
@@ -150,7 +151,7 @@ void Model::finalize() {
 }
 
 size_t Model::weight_bytes() const {
-  return arena_.taken() + embedding_codes_.bytes + embedding_scales_.bytes + embedding_minima_.bytes;
+  return taken(arenas_) + embedding_codes_.bytes + embedding_scales_.bytes + embedding_minima_.bytes;
 }
 
 }  // namespace flatout

@@ -87,9 +87,8 @@ class Model {
   // Input rows (normed when norm is given) in the form `w` needs, ready on all threads when it returns.
   Activations prepare(const Linear& w, const float* x, int stride, const int32_t* rows, int count,
                       const std::vector<float>* norm, int thread);
-  // `next` is the weight that is read after this one, if any.
   void linear(const Linear& w, const Activations&, int count, Epilogue, const float* bias, float* out, int stride,
-              const Linear* next, int thread);
+              int thread);
   void mark(Phase phase, int thread);
   uint8_t* page_head(int layer, int kv_head) const;
 
@@ -101,7 +100,7 @@ class Model {
   size_t head_bytes_, page_bytes_;  // a page holds all layers' heads, so that a short context touches little memory
   std::vector<Layer> layers_;
   std::vector<float> norm_, rope_;
-  Arena arena_;
+  std::vector<Arena> arenas_;  // of each thread
   Linear head_;
   Source embedding_;
   Buffer embedding_codes_, embedding_scales_, embedding_minima_, embedding_zeros_;

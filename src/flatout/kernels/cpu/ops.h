@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace flatout {
 
@@ -14,14 +15,15 @@ constexpr int kPage = 64;      // tokens of a KV page; also the block of the onl
 constexpr int kChunk = 4;      // pages whose attention is summed by itself, so that threads can share a long context
 constexpr int kTileRows = 16;  // activation buffers are padded to this many rows
 constexpr int kTileMinimum = 6;  // fewer tokens than this are faster without tiles
-constexpr int kPrefetchBytes = 16384;  // how far ahead of the multiply the weight stream is fetched
+constexpr int kPrefetchBytes = 16384;  // how far ahead of the multiply weights are fetched
 
 inline int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
 enum class WeightKind { kFloat32, kBFloat16, kInteger };
 enum class Zero { kSymmetric, kAsymmetric, kMinimum };
 
-// A packed (n, k) weight. Panel p of 16 rows starts at data + p * panel_bytes:
+// A packed (n, k) weight. Panels of 16 rows go in pairs, and each thread's pairs lie one after another, behind those of the
+// weight that it multiplies before, so that fetching past an end is never wasted. In a panel:
 //   integer  [k / 4][16 rows][4 columns] codes (4 bits: byte b of line i holds column group 2i in its low nibble and
 //            2i + 1 in its high nibble), then scales [groups][16], then minima [groups][16] or zeros [groups][16] bytes
 //   fp32     [k][16]                   bf16  [k / 2][16][2]
@@ -37,7 +39,14 @@ struct Linear {
   int planes = 0;            // activations: 0 floats, 1 signed bytes, 2 signed 15-bit numbers as 128 * high + low
   int activation_group = 0;  // 0: one activation scale a token
   size_t panel_bytes = 0, scales_offset = 0, extra_offset = 0;
-  const uint8_t* data = nullptr;
+  std::vector<const uint8_t*> shares;  // of each thread
+
+  int pairs() const { return (panels + 1) / 2; }
+  int first_pair(int share) const { return (int)((int64_t)pairs() * share / (int64_t)shares.size()); }
+  const uint8_t* pair(int p) const {
+    const int share = (int)((((int64_t)p + 1) * (int64_t)shares.size() - 1) / pairs());
+    return shares[share] + (size_t)2 * (p - first_pair(share)) * panel_bytes;
+  }
 };
 
 // The input of a linear: M tokens in the form the weight needs.

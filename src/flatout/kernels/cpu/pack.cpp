@@ -49,6 +49,12 @@ uint8_t* Arena::take(size_t bytes) {
   return start;
 }
 
+size_t taken(std::span<const Arena> arenas) {
+  size_t bytes = 0;
+  for (const Arena& arena : arenas) bytes += arena.taken();
+  return bytes;
+}
+
 uint16_t round_to_bf16(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);
@@ -105,7 +111,7 @@ void pack_scales(const Linear& w, const void* in, int lane, int row, uint8_t* ou
 
 }  // namespace
 
-Linear pack_linear(const Source& s, bool interleaved, Arena& arena) {
+Linear pack_linear(const Source& s, bool interleaved, std::span<Arena> arenas) {
   Linear w;
   w.kind = s.kind;
   w.n = s.n;
@@ -134,10 +140,11 @@ Linear pack_linear(const Source& s, bool interleaved, Arena& arena) {
   } else {
     w.panel_bytes = (size_t)w.k_padded * kLanes * s.bits / 8;
   }
-  uint8_t* memory = arena.take((size_t)w.panels * w.panel_bytes);
-  w.data = memory;
+  w.shares.resize(arenas.size());
+  for (int i = 0; i < (int)arenas.size(); ++i)
+    w.shares[i] = arenas[i].take((size_t)2 * (w.first_pair(i + 1) - w.first_pair(i)) * w.panel_bytes);
   for (int p = 0; p < w.panels; ++p) {
-    uint8_t* panel = memory + (size_t)p * w.panel_bytes;
+    uint8_t* panel = const_cast<uint8_t*>(w.pair(p / 2)) + (size_t)(p % 2) * w.panel_bytes;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int row = source_row(s, interleaved, p, lane);
       if (row < 0) continue;  // zero scales: a padded row yields zero

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "ops.h"
@@ -47,9 +48,11 @@ class Arena {
   std::vector<Buffer> blocks_;
   size_t used_ = 0, taken_ = 0;
 };
+size_t taken(std::span<const Arena> arenas);
 
 // `interleaved` weights hold two halves of n / 2 rows (gate, up): their panels alternate, each half padded to 16 rows.
-Linear pack_linear(const Source&, bool interleaved, Arena&);
+// Each of `arenas` takes the share of one thread.
+Linear pack_linear(const Source&, bool interleaved, std::span<Arena> arenas);
 
 uint16_t round_to_bf16(float);
 
