@@ -1,9 +1,10 @@
 """Draft model: a second, cheaper model of the same vocabulary that guesses what the first will say.
 
 It runs on its own runner and its own pages. A guess is drawn with the sequence's own parameters and seed: the
-likeliest token where decoding is greedy, and otherwise by the same random number that the model will draw
-with, which picks the same token far more often than the likeliest one would be drawn. Like every guess it is
-judged by the model (`speculate`), so the draft model changes the time of an answer and nothing else.
+likeliest token where decoding is greedy, and otherwise by the random number that the model will draw with. A
+draft model that is close then comes to the same token more often than the likeliest one is drawn. Like every
+guess it is judged by the model (`speculate`), so the draft model changes the time of an answer and nothing
+else.
 """
 
 from __future__ import annotations
