@@ -207,27 +207,27 @@ class Speculator:
         self._proposer = proposer
         self.draft = draft
         self._times = StepTimes()
-        self._record, self._draft_record = Record(_LOOKUP_CHANCE), Record(_DRAFT_CHANCE)
+        self._looked_up, self._drafted = Record(_LOOKUP_CHANCE), Record(_DRAFT_CHANCE)
 
     def propose(self, sequences: list[Sequence]) -> list[list[int]]:
         """A draft, or none, for each sequence of a step (`scheduler.Propose`)."""
-        for record in (self._record, self._draft_record):
-            record.judge(sequences)
+        self._looked_up.judge(sequences)
+        self._drafted.judge(sequences)
         found = self._proposer.propose(sequences, LONGEST_DRAFT)
-        self._record.enter(sequences, found)
+        self._looked_up.enter(sequences, found)
         count = len(sequences)
         if count not in self._times:
             return [[] for _ in sequences]
-        rates = self._rates(self._record, [len(draft) for draft in found])
-        best = self._record.choose(rates) if any(found) else 0
+        rates = self._rates(self._looked_up, [len(draft) for draft in found])
+        best = self._looked_up.choose(rates) if any(found) else 0
         longest = min(LONGEST_DRAFT, MAX_DRAFTED_ROWS // count - 1)
         if self.draft is not None and longest > 0:
             lengths = [min(longest, s.limit - len(s.tokens) - 1) for s in sequences]
-            drafted = self._rates(self._draft_record, lengths, *self.draft.seconds(sequences))
-            length = _LENGTHS[self._draft_record.choose([max(rates), *drafted[1:]])]
+            drafted = self._rates(self._drafted, lengths, *self.draft.seconds(sequences))
+            length = _LENGTHS[self._drafted.choose([max(rates), *drafted[1:]])]
             drafts = self.draft.propose(sequences, min(length, longest)) if length else []
             if any(drafts):
-                self._draft_record.enter(sequences, drafts)
+                self._drafted.enter(sequences, drafts)
                 return drafts
         return [draft[: _LENGTHS[best]] for draft in found]
 
