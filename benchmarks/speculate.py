@@ -1,12 +1,13 @@
 """Tokens a second with and without speculation, interleaved, on text that repeats and on text that does not.
 
-    python benchmarks/speculate.py [MODEL] [--batch N] [--seconds S] [--write]
+    python benchmarks/speculate.py [MODEL] [--draft MODEL] [--batch N] [--seconds S] [--write]
 
 Three tasks over the shipped validation passages: `copy` (the chat asks to repeat a passage word for word),
 `continue` (a passage goes on, greedy) and `sampled` (the same at temperature 0.8). Each side answers all
 prompts of a task, `--batch` at a time, to the same number of tokens; the time is that of all answers, the
 little of the prompts that cached pages do not hold included. The tokens of both sides must be the same.
-Prints a table; --write keeps it in benchmarks/results.
+With --draft, that model guesses as well where it pays. Prints a table; --write keeps it in
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flatout.data.passages import load_passages
 from flatout.engine.engine import Engine
 from flatout.engine.load import load
 from flatout.engine.request import SamplingParams
-from flatout.engine.speculate import NgramProposer, Speculator
+from flatout.engine.speculate import CostlyProposer, NgramProposer, Speculator
 from flatout.verify.speed import ab_test
 from record import measured_here, write
 
@@ -40,7 +41,13 @@ def prompts_of(task: str, engine: Engine, count: int) -> list[list[int]]:
 
 
 def measure(
-    engine: Engine, task: str, prompts: list[list[int]], batch: int, tokens: int, seconds: float
+    engine: Engine,
+    draft: CostlyProposer | None,
+    task: str,
+    prompts: list[list[int]],
+    batch: int,
+    tokens: int,
+    seconds: float,
 ) -> dict[str, object]:
     """One row of the table. Raises SystemExit when speculation changes a token."""
     heat = 0.8 if task == "sampled" else 0.0
@@ -48,7 +55,7 @@ def measure(
     answers: dict[bool, list[list[int]]] = {}
 
     def run(speculate: bool) -> float:
-        engine.speculator = Speculator(NgramProposer()) if speculate else None
+        engine.speculator = Speculator(NgramProposer(), draft) if speculate else None
         begin = time.perf_counter()
         results = []
         for first in range(0, len(prompts), batch):
@@ -84,6 +91,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--draft", metavar="MODEL", help="a cheaper model that guesses as well")
     parser.add_argument("--batch", type=int, action="append", help="sequences at a time; may be repeated")
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
@@ -91,14 +99,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="of each comparison")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    engine = load(args.model, runner="cpu")
+    engine = load(args.model, runner="cpu", draft=args.draft, speculate="draft" if args.draft else "ngram")
+    draft = engine.speculator.draft
     rows = []
     print("| task | batch | plain tokens/s | tokens/s | ratio | guessed | right | steps a token |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for task in args.task or TASKS:
         prompts = prompts_of(task, engine, args.prompts)
         for batch in args.batch or [1]:
-            row = measure(engine, task, prompts, batch, args.tokens, args.seconds)
+            row = measure(engine, draft, task, prompts, batch, args.tokens, args.seconds)
             rows.append(row)
             print(
                 "| {task} | {batch} | {tokens_per_s_plain:.0f} | {tokens_per_s:.0f} | {ratio:.2f} "
@@ -109,6 +118,7 @@ def main() -> int:
         result = {
             **measured_here("numpy"),
             "model": args.model,
+            "draft": args.draft,
             "runner": engine.runner.name,
             "rows": rows,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -23,7 +24,9 @@ from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.formats import Recipe, uniform
 from flatout.core.fuse import assemble, float_recipe, native_recipe
 from flatout.core.model import Model
+from flatout.engine import load
 from flatout.engine.cpu import CpuRunner
+from flatout.engine.draft import DraftProposer
 from flatout.engine.engine import Engine
 from flatout.engine.reference import ReferenceRunner
 from flatout.engine.request import Result, SamplingParams
@@ -179,8 +182,55 @@ def test_speculation_is_on_where_it_is_exact(tmp_path: Path) -> None:
         (folder, {"speculate": "ngram"}, True),
     ):
         assert (flatout.load(path, threads=1, **options).speculator is not None) == on  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="one of auto, ngram, off; found: 'medusa'"):
+    with pytest.raises(ConfigError, match="one of auto, ngram, draft, off; found: 'medusa'"):
         flatout.load(folder, speculate="medusa")
+
+
+def test_a_draft_is_any_model_of_the_same_vocabulary(tmp_path: Path) -> None:
+    folder = tiny_checkpoint_folder(tmp_path / "model", tiny_spec())
+    tokenizer = open_checkpoint(folder).tokenizer
+    artifact = save_artifact(tiny_model(tiny_spec(), INTEGER[0]), tokenizer, tmp_path / "artifact", {})
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    plain = flatout.load(artifact, threads=1, speculate="off").generate(["in the end"], params)[0]
+    for model, options in (
+        (folder, {}),
+        (artifact, {"speculate": "draft"}),
+        (tiny_checkpoint_folder(tmp_path / "short", tiny_spec("qwen2", max_positions=24), 1), {}),
+    ):
+        engine = flatout.load(artifact, threads=1, max_tokens=999, draft=model, **options)  # type: ignore[arg-type]
+        assert engine.speculator is not None
+        assert isinstance(engine.speculator.draft, DraftProposer)
+        assert engine.speculator.draft.pool.num_pages == engine.runner.num_pages
+        assert engine.generate(["in the end"], params)[0].token_ids == plain.token_ids
+    assert flatout.load(folder, draft=artifact, speculate="draft").speculator is not None
+
+    larger = tiny_checkpoint_folder(tmp_path / "larger", tiny_spec(vocab_size=352))
+    other = tiny_checkpoint_folder(tmp_path / "other", tiny_spec())
+    words = json.loads((other / "tokenizer.json").read_text())
+    ids = words["model"]["vocab"]
+    ids["th"], ids["er"] = ids["er"], ids["th"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    for draft, options, message in (
+        (larger, {}, "has the model's vocabulary; found: 352 tokens, not 320"),
+        (other, {}, "has the model's vocabulary; found: token 259 is er, not th"),
+        (folder, {"speculate": "off"}, "guesses under draft or auto; found: 'off'"),
+        (None, {"speculate": "draft"}, "must be given; found: none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            flatout.load(artifact, draft=draft, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="integer formats on the cpu runner only; found: recipe"):
+        flatout.load(folder, draft=artifact)
+
+
+def test_memory_counts_both_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_checkpoint_folder(tmp_path / "model", tiny_spec())
+    one = load._resident(tiny_spec(), native_recipe(open_checkpoint(folder), kv_cache="bf16"), 999)
+    free = 2.0 * one
+    monkeypatch.setattr(load, "free_memory", lambda: free)
+    with pytest.raises(ResourceError):
+        flatout.load(folder, max_tokens=999, draft=folder, speculate="draft")
+    free = 10.0 * one
+    flatout.load(folder, max_tokens=999, draft=folder, speculate="draft")
 
 
 def test_without_the_extension_auto_says_so_and_cpu_fails(

@@ -1,15 +1,18 @@
 """Speculation on the C++ runner: the same tokens as plain decoding, whatever is guessed."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 from tests.guess import Always, Oracle
 from tests.tiny import tiny_model, tiny_spec
 from tests.toy import ByteTokenizer
 
-from flatout.core.formats import uniform
+from flatout.core.formats import Recipe, uniform
 from flatout.engine.cpu import CpuRunner
+from flatout.engine.draft import DraftProposer
 from flatout.engine.engine import Engine
 from flatout.engine.request import SamplingParams
 from flatout.engine.runner import StepInput, sampled_rows
@@ -75,6 +78,99 @@ def test_tokens_are_those_of_plain_decoding(family, recipe):
         assert stats.pages_held == 0
         if isinstance(speculator, Always):
             assert stats.tokens_drafted > 0
+
+
+DRAFTS = [
+    ("llama", uniform("w8a8"), uniform("w4a8-g32")),
+    ("llama", uniform("w8a16"), uniform("w4a8-g32-asym", kv_cache="bf16")),
+    ("llama", uniform("w4a8-g32"), Recipe(name="bf16")),
+    ("qwen3", uniform("w8a8"), uniform("w8a16")),
+    ("mistral", uniform("w8a8"), uniform("w4a8-g32")),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "cheaper"), DRAFTS, ids=[f"{f}-{a.layers}-{b.layers}" for f, a, b in DRAFTS]
+)
+def test_a_draft_model_changes_no_token(family, recipe, cheaper):
+    """The same weights rounded otherwise: greedy and drawn by several seeds, batches of different lengths,
+    stop tokens, too few pages, and a request that is cancelled."""
+    spec = tiny_spec(family, max_positions=192, eos_token_ids=tuple(range(2, 320, 20)))
+    judge, draft = tiny_model(spec, recipe, seed=3), tiny_model(spec, cheaper, seed=3)
+    prompts, params = requests(spec.vocab_size)
+    for seed in range(4):  # these come first, and outgrow a page each
+        prompts.insert(seed, prompts[-2][: 9 + 4 * seed])
+        heat = 0.3 + 0.3 * seed
+        drawn = SamplingParams(max_tokens=100, temperature=heat, top_p=0.95, seed=seed, ignore_eos=True)
+        params.insert(seed, drawn)
+    plain = Engine(CpuRunner(judge, 1, num_pages=40), ByteTokenizer()).generate(prompts, params)
+    assert {r.finish_reason for r in plain} == {"stop", "length"}
+    for pages, draft_pages, options in (
+        (40, 40, {}),
+        (40, 40, {"max_batch": 1}),
+        (40, 5, {"max_batch": 4}),
+        (7, 7, {}),
+    ):
+        proposer = DraftProposer(CpuRunner(draft, 1, num_pages=draft_pages))
+        runner = CpuRunner(judge, 2, num_pages=pages)
+        engine = Engine(runner, ByteTokenizer(), speculator=Always(proposer), **options)
+        doomed = engine.add_request(prompts[1], params[0])
+        engine.step()
+        engine.step()
+        engine.cancel(doomed)
+        drafted = engine.generate(prompts, params)
+        for a, b in zip(plain, drafted, strict=True):
+            assert (b.token_ids, b.finish_reason) == (a.token_ids, a.finish_reason)
+        stats = engine.stats()
+        assert 0 < stats.tokens_accepted < stats.tokens_drafted
+        proposer.propose([], 1)
+        proposer.pool.check()
+        assert proposer.pool.held == stats.pages_held == 0
+
+
+def test_the_same_model_as_its_own_draft_is_always_right():
+    model = tiny_model(tiny_spec(), RECIPES[0])
+    proposer = DraftProposer(CpuRunner(model, 1, num_pages=40))
+    engine = Engine(CpuRunner(model, 1, num_pages=40), ByteTokenizer(), speculator=Always(proposer))
+    engine.generate(*requests(320))
+    stats = engine.stats()
+    assert stats.tokens_accepted > 0.9 * stats.tokens_drafted, "but for drafts that run past an end"
+
+
+def test_drawn_tokens_have_the_models_distribution():
+    """Chi-square of the pairs of tokens 2 and 3 after a prompt, guessed by a draft model, over 3000 seeds."""
+    spec = tiny_spec(vocab_size=265)
+    judge, draft = (tiny_model(spec, uniform(name), seed=5) for name in ("w8a8", "w4a8-g32"))
+    prompt, kept, temperature, runs = [9, 8, 7], 3, 2.0, 3000
+    runner = CpuRunner(judge, 1, num_pages=64)
+
+    def likeliest(tokens):
+        """(token, probability) of the `kept` tokens that top_k leaves."""
+        pages = np.zeros((1, 1), np.int32)
+        none, count = np.zeros(1, np.int32), np.array([len(tokens)], np.int32)
+        step = StepInput(np.array(tokens, np.int32), none, count, pages)
+        logits = runner.forward(step, "last")[0].astype(np.float64) / temperature
+        top = np.argsort(-logits, kind="stable")[:kept]
+        weights = np.exp(logits[top] - logits[top[0]])
+        return list(zip(top.tolist(), weights / weights.sum(), strict=True))
+
+    expected = {}
+    for a, p in likeliest(prompt):
+        for b, q in likeliest([*prompt, a]):
+            for c, r in likeliest([*prompt, a, b]):
+                expected[a, b, c] = runs * p * q * r
+    proposer = DraftProposer(CpuRunner(draft, 1, num_pages=64))
+    engine = Engine(runner, ByteTokenizer(), speculator=Always(proposer))
+    params = [
+        SamplingParams(max_tokens=4, temperature=temperature, top_k=kept, seed=seed, ignore_eos=True)
+        for seed in range(runs)
+    ]
+    seen = Counter(tuple(r.token_ids[:3]) for r in engine.generate([prompt] * runs, params))
+    stats = engine.stats()
+    assert 0.3 < stats.tokens_accepted / stats.tokens_drafted < 0.999
+    assert seen.keys() <= expected.keys()
+    assert min(expected.values()) > 5
+    assert chisquare([seen[k] for k in expected], list(expected.values())).pvalue > 0.01
 
 
 @pytest.mark.parametrize("seed", range(3))

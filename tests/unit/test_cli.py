@@ -29,7 +29,7 @@ FLAGS = {
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
     "run": {
         "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner",
-        "--speculate", "--json",
+        "--speculate", "--draft", "--json",
     },
 }  # fmt: skip
 """A flag must prove its need: adding one means adding it here."""

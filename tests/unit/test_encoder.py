@@ -173,6 +173,8 @@ def test_arguments_that_an_encoder_or_a_decoder_has_no_use_for(folder: Path) -> 
         flatout.load(folder, recipe=uniform("w8a8"))
     with pytest.raises(ConfigError, match="an encoder has no max_tokens"):
         flatout.load(folder, max_tokens=100)
+    with pytest.raises(ConfigError, match="an encoder has no draft"):
+        flatout.load(folder, draft="smollm2-135m")
     with pytest.raises(ConfigError, match="the runner is one of"):
         flatout.load(folder, runner="gpu")
     with pytest.raises(ConfigError, match="encoders take fp32"):

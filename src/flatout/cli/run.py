@@ -42,8 +42,11 @@ def run(
     threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
     runner: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
     speculate: Annotated[
-        str, typer.Option(help="ngram guesses several tokens a step, off none; auto guesses where exact.")
+        str, typer.Option(help="ngram or draft guesses tokens ahead, off none; auto guesses where exact.")
     ] = "auto",
+    draft: Annotated[
+        str | None, typer.Option(help="A cheaper model of the same vocabulary that guesses where that pays.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, tokens_per_s.")] = False,
 ) -> None:
     """Generate text with an artifact or a checkpoint, or talk when no prompt is given."""
@@ -54,7 +57,7 @@ def run(
         raise ConfigError(
             "--json prints one answer, so it needs a prompt", "none", 'flatout run MODEL "Hello"'
         )
-    engine = load(model, runner=runner, threads=threads, speculate=speculate)
+    engine = load(model, runner=runner, threads=threads, speculate=speculate, draft=draft)
     if prompt is None:
         log(f"{model} on {engine.runner.name}; /help lists commands")
         with _history():

@@ -40,6 +40,7 @@ def load(
     max_batch: int = 32,
     recipe: Recipe | None = None,
     speculate: str | None = None,
+    draft: str | Path | None = None,
     format: str | None = None,
 ) -> Engine | Encoder:
     """What runs `model`: an Engine that generates text, or an Encoder for a BERT folder (`minilm` is one).
@@ -60,8 +61,10 @@ def load(
             max_batch=max_batch,
             recipe=recipe,
             speculate=speculate or "auto",
+            draft=draft,
         )
-    for name, value in (("recipe", recipe), ("max_tokens", max_tokens), ("speculate", speculate)):
+    foreign = {"recipe": recipe, "max_tokens": max_tokens, "speculate": speculate, "draft": draft}
+    for name, value in foreign.items():
         if value is not None:
             raise ConfigError(f"an encoder has no {name}", _shown(value), 'format="w8a8"')
     checkpoint = open_encoder(model)

@@ -101,6 +101,10 @@ class Tokenizer:
         """A decoder that takes one token at a time."""
         return TextStream(self)
 
+    def vocabulary(self) -> dict[int, str]:
+        """The token of every id, as the tokenizer writes it."""
+        return {i: token for token, i in self._inner.get_vocab(with_added_tokens=True).items()}
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; b"" for an id without a token, which padded vocabularies can
         produce."""

@@ -9,11 +9,13 @@ from pathlib import Path
 from flatout.core.artifact import is_artifact, load_artifact
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.costs import kv_bytes_per_token, weight_bytes
+from flatout.core.files import shown
 from flatout.core.formats import Recipe
 from flatout.core.fuse import assemble, native_recipe
 from flatout.core.model import Model, expected_weights
 from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
+from flatout.engine.draft import DraftProposer
 from flatout.engine.engine import Engine
 from flatout.engine.runner import Runner
 from flatout.engine.speculate import NgramProposer, Speculator, is_exact
@@ -21,7 +23,7 @@ from flatout.errors import BackendError, ConfigError, ResourceError
 from flatout.hardware.detect import free_memory
 
 RUNNERS = ("auto", "cpu", "reference")
-SPECULATION = ("auto", "ngram", "off")
+SPECULATION = ("auto", "ngram", "draft", "off")
 PAGE_TOKENS = 64
 _CACHE_BYTES = 256 << 20  # of KV cache unless told otherwise, but no less than one context of up to:
 _CACHE_TOKENS = 4096
@@ -36,6 +38,7 @@ def load(
     max_batch: int = 32,
     recipe: Recipe | None = None,
     speculate: str = "auto",
+    draft: str | Path | None = None,
 ) -> Engine:
     """An Engine for an artifact of flatout, a GGUF file, a safetensors folder, a Hugging Face id or a
     built-in name.
@@ -47,24 +50,52 @@ def load(
     has them and bf16 elsewhere; an artifact has its own. speculate: "ngram" guesses tokens from what was
     said before and has several judged in a step where that pays (`speculate`), "off" decodes one by one;
     "auto" is "ngram" where answers are bit for bit the same either way: integer formats on the cpu runner.
-    Elsewhere a near tie between two tokens may fall the other way. Raises ResourceError when memory would not
-    suffice, before it is taken.
+    Elsewhere a near tie between two tokens may fall the other way. draft: a second, cheaper model with the
+    same vocabulary that guesses as well where that pays, in any precision and as loadable as the first, with
+    a KV cache of as many tokens; "draft" asks for it where answers may differ. Raises ConfigError for a draft
+    of another vocabulary, ResourceError when memory would not suffice, before it is taken.
     """
     runner = choose_runner(runner)
     if speculate not in SPECULATION:
         raise ConfigError(f"speculation is one of {', '.join(SPECULATION)}", repr(speculate), "auto")
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError("the KV cache holds at least one token", str(max_tokens), "max_tokens=4096")
+    if draft is None and speculate == "draft":
+        raise ConfigError("a draft model that guesses must be given", "none", "draft=MODEL")
+    if draft is not None and speculate in ("ngram", "off"):
+        raise ConfigError("a draft model guesses under draft or auto", repr(speculate), "speculate='draft'")
     loaded, tokenizer, tokens = _open(model, recipe, max_tokens)
-    if speculate == "auto":
-        exact = runner == "cpu" and is_exact(loaded.spec, loaded.recipe)
-        speculate = "ngram" if exact else "off"
-    return Engine(
-        _runner(loaded, runner, threads, -(-tokens // PAGE_TOKENS)),
-        tokenizer,
-        max_batch=max_batch,
-        speculator=Speculator(NgramProposer()) if speculate == "ngram" else None,
-    )
+    exact = runner == "cpu" and is_exact(loaded.spec, loaded.recipe)
+    if draft is not None and speculate == "auto" and not exact:
+        raise ConfigError(
+            "a draft model leaves every token as it is in integer formats on the cpu runner only",
+            f"recipe {loaded.recipe.name} on the {runner} runner",
+            "speculate='draft', if near ties may fall the other way",
+        )
+    pages = -(-tokens // PAGE_TOKENS)
+    guessing = None
+    if draft is not None:
+        taken = _resident(loaded.spec, loaded.recipe, tokens)
+        guessing, words, _ = _open(draft, None, tokens, taken)
+        check_vocabulary(loaded.spec, tokenizer, guessing.spec, words)
+    judge = _runner(loaded, runner, threads, pages)
+    speculator = None
+    if guessing is not None:
+        speculator = Speculator(NgramProposer(), DraftProposer(_runner(guessing, runner, threads, pages)))
+    elif speculate == "ngram" or (speculate == "auto" and exact):
+        speculator = Speculator(NgramProposer())
+    return Engine(judge, tokenizer, max_batch=max_batch, speculator=speculator)
+
+
+def check_vocabulary(spec: ModelSpec, tokenizer: Tokenizer, draft: ModelSpec, words: Tokenizer) -> None:
+    """Raise ConfigError unless `draft`, whose tokenizer is `words`, means the same by every token id."""
+    rule, remedy = "a draft model has the model's vocabulary", "a smaller model of the same family"
+    if draft.vocab_size != spec.vocab_size:
+        raise ConfigError(rule, f"{draft.vocab_size} tokens, not {spec.vocab_size}", remedy)
+    ours, theirs = tokenizer.vocabulary(), words.vocabulary()
+    for i in sorted(ours.keys() & theirs.keys()):  # the ids that pad a vocabulary are not in every file
+        if ours[i] != theirs[i]:
+            raise ConfigError(rule, f"token {i} is {shown(theirs[i])}, not {shown(ours[i])}", remedy)
 
 
 def cache_tokens(spec: ModelSpec, kv_cache: str) -> int:
@@ -73,8 +104,8 @@ def cache_tokens(spec: ModelSpec, kv_cache: str) -> int:
     return max(affordable, min(spec.max_positions, _CACHE_TOKENS))
 
 
-def check_memory(spec: ModelSpec, recipe: Recipe, tokens: int, read: bool) -> None:
-    """Raise ResourceError when loading would need more memory than is free now.
+def check_memory(spec: ModelSpec, recipe: Recipe, tokens: int, read: bool, taken: float = 0) -> None:
+    """Raise ResourceError when loading would need more memory than is free now, less `taken`.
 
     Cautious: counts a checkpoint's weights twice, packed for the runner and as they are read (float32, or a
     byte a code), of which the cpu runner holds one at a time. `read`: not the second, as for artifacts.
@@ -83,30 +114,41 @@ def check_memory(spec: ModelSpec, recipe: Recipe, tokens: int, read: bool) -> No
     if not read:
         for _, shape, fmt in expected_weights(spec, recipe):
             as_read += math.prod(shape) * (1 if fmt.is_integer else 4)
-    cache = tokens * spec.num_layers * kv_bytes_per_token(spec, recipe.kv_cache)
-    needed = as_read + weight_bytes(spec, recipe) + cache
+    cache = _cache_bytes(spec, recipe, tokens)
+    needed = as_read + _resident(spec, recipe, tokens)
     free = free_memory()
-    if 0 < free < needed:
+    if 0 < free < taken + needed:
         raise ResourceError(
             f"loading needs about {needed / 1e9:.1f} GB, of which the KV cache {cache / 1e9:.1f} GB",
-            f"{free / 1e9:.1f} GB free",
+            f"{(free - taken) / 1e9:.1f} GB free",
             "a smaller max_tokens or a smaller model",
         )
 
 
-def _open(model: str | Path, recipe: Recipe | None, max_tokens: int | None) -> tuple[Model, Tokenizer, int]:
+def _cache_bytes(spec: ModelSpec, recipe: Recipe, tokens: int) -> float:
+    return tokens * spec.num_layers * kv_bytes_per_token(spec, recipe.kv_cache)
+
+
+def _resident(spec: ModelSpec, recipe: Recipe, tokens: int) -> float:
+    """Bytes that a loaded model keeps: packed weights and KV cache."""
+    return weight_bytes(spec, recipe) + _cache_bytes(spec, recipe, tokens)
+
+
+def _open(
+    model: str | Path, recipe: Recipe | None, max_tokens: int | None, taken: float = 0
+) -> tuple[Model, Tokenizer, int]:
     if is_artifact(model):
         if recipe is not None:
             raise ConfigError("an artifact runs under its own recipe", recipe.name, "no recipe")
         loaded, tokenizer, _ = load_artifact(model)
         tokens = max_tokens or cache_tokens(loaded.spec, loaded.recipe.kv_cache)
-        check_memory(loaded.spec, loaded.recipe, tokens, read=True)
+        check_memory(loaded.spec, loaded.recipe, tokens, read=True, taken=taken)
         return loaded, tokenizer, tokens
     checkpoint = open_checkpoint(model)
     recipe = recipe or native_recipe(checkpoint, kv_cache="bf16")
     tokens = max_tokens or cache_tokens(checkpoint.spec, recipe.kv_cache)
     tokenizer = checkpoint.tokenizer  # read first: it is small, and a model without one cannot be served
-    check_memory(checkpoint.spec, recipe, tokens, read=False)
+    check_memory(checkpoint.spec, recipe, tokens, read=False, taken=taken)
     return assemble(checkpoint, recipe, on_demand=True), tokenizer, tokens
 
 

@@ -14,7 +14,8 @@ logits that do not depend on how a sequence was cut into steps, which integer fo
 runner; with float weights a near tie may fall the other way, as it may in another batch.
 
 Prompt lookup is Saxena's (2023, github.com/apoorvumang/prompt-lookup-decoding): what followed the last
-tokens when they occurred before is likely to follow again.
+tokens when they occurred before is likely to follow again. A draft model (`draft`) guesses anywhere, but
+takes time of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Protocol
 
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.spec import ModelSpec
-from flatout.engine.scheduler import Sequence, Step, agreement
+from flatout.engine.scheduler import MAX_DRAFTED_ROWS, Sequence, Step, agreement
 
 LONGEST_DRAFT = 15
 """With the token it follows it fills the 16 rows of a tile."""
@@ -37,7 +38,9 @@ _NGRAMS = (3, 2)  # tokens that must have occurred before, in order of preferenc
 _MEMORY = 5  # measurements of a step size that are kept; their median is believed
 _WEIGHT = 0.1  # least weight of a new observation in the chance that a guess comes true
 _GROWTH = 0.25  # how much slower a step of twice the tokens is thought to be before it is measured
-_PATIENCE = 128  # steps with a draft that did not seem to pay before one is tried all the same
+_PATIENCE = 128  # steps with a draft that did not seem to pay before one is tried all the same; doubles
+_LOOKUP_CHANCE = 0.5  # that a guess comes true, before anything is known
+_DRAFT_CHANCE = 0.8
 
 
 class Proposer(Protocol):
@@ -45,6 +48,14 @@ class Proposer(Protocol):
 
     def propose(self, sequences: list[Sequence], longest: int) -> list[list[int]]:
         """For each sequence at most `longest` tokens that may follow `sequence.tokens`, or none."""
+        ...
+
+
+class CostlyProposer(Proposer, Protocol):
+    """One whose guesses take time that counts."""
+
+    def seconds(self, sequences: list[Sequence]) -> tuple[float, float]:
+        """What a draft for all of `sequences` costs: once, and for each of its tokens."""
         ...
 
 
@@ -125,69 +136,114 @@ class StepTimes:
         return self._seconds[low] * (1 - share) + self._seconds[high] * share
 
 
-class Speculator:
-    """Decides, step by step, how much of what a proposer guesses is worth computing.
+class Record:
+    """How often a proposer's guesses came true, and how often they did not seem to pay."""
 
-    Of n tokens guessed, those up to the first wrong one come on top of the step's own token, so the best cut
-    is the one with the most expected tokens a second: chances from how often guesses came true, seconds from
-    the steps of that size. Guesses are judged by the tokens that came, whether they were computed or not;
-    only the time of larger steps has to be tried again now and then.
-    """
-
-    def __init__(self, proposer: Proposer) -> None:
-        self._proposer = proposer
-        self._times = StepTimes()
+    def __init__(self, chance: float) -> None:
         # The chance that a draft's token i comes true once those before it have.
-        self._chances = [0.5] * LONGEST_DRAFT
+        self._chances = [chance] * LONGEST_DRAFT
         self._judged = [1] * LONGEST_DRAFT
         # By sequence, where a draft began, and the draft: until it is known how much of it came true.
         self._open: dict[int, tuple[int, list[int]]] = {}
-        self._declined = 0
+        self._declined, self._patience = 0, _PATIENCE
 
-    def propose(self, sequences: list[Sequence]) -> list[list[int]]:
-        """A draft, or none, for each sequence of a step (`scheduler.Propose`)."""
-        self._open = {s.id: self._open[s.id] for s in sequences if s.id in self._open}
-        for sequence in sequences:
-            self._judge(sequence)
-        drafts = self._proposer.propose(sequences, LONGEST_DRAFT)
+    def gains(self) -> list[float]:
+        """Tokens that drafts of length 0, 1, ... are expected to bring."""
+        return [0.0, *accumulate(accumulate(self._chances, mul))]
+
+    def enter(self, sequences: list[Sequence], drafts: list[list[int]]) -> None:
+        """Note drafts, to be judged by the tokens that come, whether they are computed or not."""
         for sequence, draft in zip(sequences, drafts, strict=True):
             if draft:
                 self._open.setdefault(sequence.id, (len(sequence.tokens), draft))
-        longest = self._best_length([len(draft) for draft in drafts])
-        return [draft[:longest] for draft in drafts]
+
+    def judge(self, sequences: list[Sequence]) -> None:
+        """Learn from the tokens that came; drafts of other sequences are forgotten."""
+        self._open = {s.id: self._open[s.id] for s in sequences if s.id in self._open}
+        for sequence in sequences:
+            if sequence.id in self._open:
+                self._judge(sequence, *self._open[sequence.id])
+
+    def _judge(self, sequence: Sequence, start: int, draft: list[int]) -> None:
+        came = sequence.tokens[start : start + len(draft)]
+        agreed = agreement(draft, came)
+        if agreed == len(came) < len(draft):
+            return  # right so far
+        del self._open[sequence.id]
+        last = min(agreed, len(draft) - 1)
+        for i in range(last + 1):
+            self._judged[i] += 1
+            weight = max(_WEIGHT, 1 / self._judged[i])
+            self._chances[i] += weight * ((i < agreed) - self._chances[i])
+        for i in range(last + 1, LONGEST_DRAFT):
+            if self._judged[i] == 1:  # never judged: thought to be as good as what comes before it
+                self._chances[i] = self._chances[i - 1]
+
+    def choose(self, rates: list[float]) -> int:
+        """The index of the best rate, where the first is that of doing without; and now and then the best of
+        the others all the same."""
+        best = rates.index(max(rates))
+        if best:
+            self._declined, self._patience = 0, _PATIENCE
+            return best
+        self._declined += 1
+        if self._declined < self._patience:
+            return 0
+        self._declined, self._patience = 0, 2 * self._patience
+        return rates.index(max(rates[1:]), 1)
+
+
+class Speculator:
+    """Decides, step by step, how much of what is guessed is worth computing, and worth guessing.
+
+    Of n tokens guessed, those up to the first wrong one come on top of the step's own token, so the best cut
+    is the one with the most expected tokens a second: chances from how often guesses came true, seconds from
+    the steps of that size and, for a draft model, from its own. Guesses of `proposer` cost nothing, so they
+    are always made and judged, and only the time of larger steps has to be tried again now and then. `draft`
+    is asked in steps where its guesses promise more than those.
+    """
+
+    def __init__(self, proposer: Proposer, draft: CostlyProposer | None = None) -> None:
+        self._proposer = proposer
+        self.draft = draft
+        self._times = StepTimes()
+        self._looked_up, self._drafted = Record(_LOOKUP_CHANCE), Record(_DRAFT_CHANCE)
+
+    def propose(self, sequences: list[Sequence]) -> list[list[int]]:
+        """A draft, or none, for each sequence of a step (`scheduler.Propose`)."""
+        self._looked_up.judge(sequences)
+        self._drafted.judge(sequences)
+        found = self._proposer.propose(sequences, LONGEST_DRAFT)
+        self._looked_up.enter(sequences, found)
+        count = len(sequences)
+        if count not in self._times:
+            return [[] for _ in sequences]
+        rates = self._rates(self._looked_up, [len(draft) for draft in found])
+        best = self._looked_up.choose(rates) if any(found) else 0
+        longest = min(LONGEST_DRAFT, MAX_DRAFTED_ROWS // count - 1)
+        if self.draft is not None and longest > 0:
+            lengths = [min(longest, s.limit - len(s.tokens) - 1) for s in sequences]
+            drafted = self._rates(self._drafted, lengths, *self.draft.seconds(sequences))
+            length = _LENGTHS[self._drafted.choose([max(rates), *drafted[1:]])]
+            drafts = self.draft.propose(sequences, min(length, longest)) if length else []
+            if any(drafts):
+                self._drafted.enter(sequences, drafts)
+                return drafts
+        return [draft[: _LENGTHS[best]] for draft in found]
 
     def record(self, step: Step, seconds: float) -> None:
         """Learn what a step of decoding sequences cost."""
         if step.decodes:
             self._times.add(len(step.batch.tokens), seconds)
 
-    def _judge(self, sequence: Sequence) -> None:
-        if sequence.id not in self._open:
-            return
-        start, draft = self._open[sequence.id]
-        came = sequence.tokens[start : start + len(draft)]
-        agreed = agreement(draft, came)
-        if agreed == len(came) < len(draft):
-            return  # right so far
-        del self._open[sequence.id]
-        for i in range(min(agreed + 1, len(draft))):
-            self._judged[i] += 1
-            weight = max(_WEIGHT, 1 / self._judged[i])
-            self._chances[i] += weight * ((i < agreed) - self._chances[i])
-
-    def _best_length(self, lengths: list[int]) -> int:
-        """The length to cut drafts of `lengths` to; 0 when plain decoding is faster."""
-        count = len(lengths)
-        if not any(lengths) or count not in self._times:
-            return 0
-        gains = [0.0, *accumulate(accumulate(self._chances, mul))]
+    def _rates(self, record: Record, lengths: list[int], once: float = 0.0, each: float = 0.0) -> list[float]:
+        """Tokens a second when drafts of `lengths` are cut to each of _LENGTHS; seconds of guessing are
+        `once`, and `each` for a token."""
+        gains = record.gains()
         rates = []
         for longest in _LENGTHS:
             cut = [min(length, longest) for length in lengths]
-            rates.append((count + sum(gains[n] for n in cut)) / self._times.estimate(count + sum(cut)))
-        best = rates.index(max(rates))
-        self._declined = 0 if best else self._declined + 1
-        if self._declined == _PATIENCE:
-            self._declined = 0
-            best = rates.index(max(rates[1:]), 1)
-        return _LENGTHS[best]
+            tokens = len(lengths) + sum(gains[n] for n in cut)
+            seconds = self._times.estimate(len(lengths) + sum(cut))
+            rates.append(tokens / (seconds + (once + each * max(cut) if longest else 0)))
+        return rates
