@@ -200,7 +200,10 @@ def test_memory_is_counted_for_every_variant(checkpoint: Checkpoint, monkeypatch
     weights = checkpoint.spec.num_parameters()
     wanted = variants("openvino", checkpoint)
     monkeypatch.setattr(run, "free_memory", lambda: 10 * weights)
-    run._check_memory(checkpoint, wanted)
+    run._check_memory(checkpoint, 1, wanted)
     monkeypatch.setattr(run, "free_memory", lambda: 10 * weights - 1)
     with pytest.raises(ResourceError, match="3 contenders side by side"):
-        run._check_memory(checkpoint, wanted)
+        run._check_memory(checkpoint, 1, wanted)
+    monkeypatch.setattr(run, "free_memory", lambda: 12 * weights - 1)
+    with pytest.raises(ResourceError, match="4 contenders side by side"):
+        run._check_memory(checkpoint, 2, wanted)

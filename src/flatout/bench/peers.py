@@ -21,6 +21,8 @@ from flatout.errors import BackendError, ConfigError
 
 LLAMA, OPENVINO, ONNXRUNTIME, TRANSFORMERS = "llama.cpp", "openvino", "onnxruntime", "transformers"
 PEERS = (LLAMA, OPENVINO, ONNXRUNTIME, TRANSFORMERS)
+OURS = "flatout"
+"""Our own engine, whose starts are measured in processes like the peers'."""
 
 _SCRIPTS = Path(__file__).parent / "workers"
 
@@ -110,7 +112,7 @@ def _script(peer: str) -> str:
         return "openvino_runtime"
     if peer == ONNXRUNTIME:
         return "onnx_runtime"
-    return "huggingface"
+    return "shipped" if peer == OURS else "huggingface"
 
 
 def environment(peer: str) -> dict[str, str]:
@@ -122,7 +124,7 @@ def environment(peer: str) -> dict[str, str]:
     dropped = ("PYTHON", "OMP_", "GOMP_", "KMP_", "VIRTUAL_ENV")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     kept["HF_HUB_OFFLINE"] = "1"  # models come from the disk
-    if peer == TRANSFORMERS:
+    if peer in (TRANSFORMERS, OURS):
         places = [str(Path(flatout.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         kept["PYTHONPATH"] = os.pathsep.join(place for place in places if place)
     return kept
