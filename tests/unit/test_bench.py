@@ -38,6 +38,7 @@ from flatout.errors import BackendError, ConfigError
 from flatout.verify.foreign_load import Ticks
 from flatout.verify.speed import Sample
 
+KNOWN = "this version measures llama.cpp, openvino, onnxruntime, ctranslate2 and transformers"
 PREFILL, DECODE = PHASES[0], PHASES[1]
 CONTENDER = Contender(
     engine="e",
@@ -219,14 +220,17 @@ def test_peers_are_named_in_any_case_and_once() -> None:
     ("text", "remedy"),
     [
         ("vllm,llama.cpp", "--against llama.cpp"),
-        ("vllm", "--against llama.cpp,openvino,onnxruntime,transformers"),
-        (" , ", "--against llama.cpp,openvino,onnxruntime,transformers"),
+        ("vllm", "--against llama.cpp,openvino,onnxruntime,ctranslate2,transformers"),
+        (" , ", "--against llama.cpp,openvino,onnxruntime,ctranslate2,transformers"),
     ],
 )
 def test_other_peers_are_one_clear_error(text: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_peers(text)
-    assert caught.value.rule == "this version measures llama.cpp, openvino, onnxruntime and transformers"
+    assert (
+        caught.value.rule
+        == "this version measures llama.cpp, openvino, onnxruntime, ctranslate2 and transformers"
+    )
     assert caught.value.remedy == remedy
 
 
@@ -437,7 +441,10 @@ def test_a_peer_with_another_vocabulary_is_refused(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--against", "vllm"], "this version measures llama.cpp, openvino, onnxruntime and transformers"),
+        (
+            ["--against", "vllm"],
+            "this version measures llama.cpp, openvino, onnxruntime, ctranslate2 and transformers",
+        ),
         (["--against", "llama.cpp"], "llama.cpp reads GGUF files"),
         (["--against", "transformers", "--out", "/nonexistent/x.json"], "--out is a file in a folder"),
         (["--against", "transformers", "--passages", "1"], "2 passages, or 0 passages to score nobody"),

@@ -20,7 +20,8 @@ from flatout.core.gguf import open_gguf
 from flatout.errors import BackendError, ConfigError
 
 LLAMA, OPENVINO, ONNXRUNTIME, TRANSFORMERS = "llama.cpp", "openvino", "onnxruntime", "transformers"
-PEERS = (LLAMA, OPENVINO, ONNXRUNTIME, TRANSFORMERS)
+CTRANSLATE2 = "ctranslate2"
+PEERS = (LLAMA, OPENVINO, ONNXRUNTIME, CTRANSLATE2, TRANSFORMERS)
 OURS = "flatout"
 """Our own engine, whose starts are measured in processes like the peers'."""
 
@@ -60,6 +61,8 @@ def variants(peer: str, original: Checkpoint) -> list[Variant]:
     """The formats `peer` runs this checkpoint in. Raises BackendError when it cannot read the file."""
     if peer == TRANSFORMERS:
         return [Variant(engine=peer, format="bf16")]
+    if peer == CTRANSLATE2:
+        return [Variant(engine=peer, format="int8", recipe={"quantization": "int8"})]
     if peer == OPENVINO:
         return [
             Variant(engine=peer, format="int8", recipe={"bits": 8, "group": 0}),
@@ -104,15 +107,17 @@ def launch(variant: Variant, python: Path) -> Worker:
     return Worker(variant.name, command, environment(variant.engine))
 
 
-def _script(peer: str) -> str:
-    """The module of `workers` that runs `peer`."""
-    if peer == LLAMA:
+def _script(engine: str) -> str:
+    """The module of `workers` that runs `engine`."""
+    if engine == LLAMA:
         return "llama"
-    if peer == OPENVINO:
+    if engine == OPENVINO:
         return "openvino_runtime"
-    if peer == ONNXRUNTIME:
+    if engine == ONNXRUNTIME:
         return "onnx_runtime"
-    return "shipped" if peer == OURS else "huggingface"
+    if engine == CTRANSLATE2:
+        return "ctranslate"
+    return "shipped" if engine == OURS else "huggingface"
 
 
 def environment(peer: str) -> dict[str, str]:
