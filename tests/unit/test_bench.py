@@ -376,6 +376,7 @@ def test_a_whole_benchmark(tiny_bench: str, tmp_path: Path, capsys: pytest.Captu
     assert main([*args, "--threads", "1", "--out", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert json.loads(out.read_text()) == result
+    assert out.with_suffix(".svg").read_text().startswith("<svg xmlns=")
     assert Counter(r["engine"] for r in result["rows"]) == {"flatout": 12, "transformers": 6}
     assert {r["phase"] for r in result["rows"]} == {p.name for p in PHASES} - {"decode_ctx1024"}
     assert "decode_ctx1024: longer than the model's positions" in result["not_measured"]
@@ -446,7 +447,7 @@ def test_a_peer_with_another_vocabulary_is_refused(
             "this version measures llama.cpp, openvino, onnxruntime, ctranslate2 and transformers",
         ),
         (["--against", "llama.cpp"], "llama.cpp reads GGUF files"),
-        (["--against", "transformers", "--out", "/nonexistent/x.json"], "--out is a file in a folder"),
+        (["--against", "transformers", "--out", "/nonexistent/x.json"], "--out is a JSON file in a folder"),
         (["--against", "transformers", "--passages", "1"], "2 passages, or 0 passages to score nobody"),
     ],
 )

@@ -22,6 +22,7 @@ from flatout.cli.output import aligned, log, print_json
 from flatout.core.files import write_bytes
 from flatout.core.types import to_json
 from flatout.errors import ConfigError
+from flatout.report.bench import bench_chart
 from flatout.search.units import percent, rate, times
 
 
@@ -41,15 +42,17 @@ def bench(
     passages: Annotated[
         int | None, typer.Option(help="Validation passages to score; all by default, 0: score nobody.", min=0)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the result to this file, too.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the result to this file, too, and draw it beside.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object: rows, ratio_to_best_peer, ...")
     ] = False,
 ) -> None:
     """Measure MODELs beside other engines: same weights, prompts and threads, taking turns."""
     peers = parse_peers(against)
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise ConfigError("--out is a file in a folder that exists", str(out), "--out bench.json")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir() or out.suffix == ".svg"):
+        raise ConfigError("--out is a JSON file in a folder that exists", str(out), "--out bench.json")
     options = {"--against": ",".join(peers), "--original": original, "--threads": threads}
     options |= {"--rounds": rounds, "--passages": passages}
     given = [str(part) for pair in options.items() if pair[1] not in (None, "") for part in pair]
@@ -65,6 +68,7 @@ def bench(
             listen=listen,
         )
     if out is not None:
+        write_bytes(out.with_suffix(".svg"), bench_chart(to_json(result)).encode())
         write_bytes(out, json.dumps(to_json(result), indent=1, allow_nan=False).encode() + b"\n")
     if as_json:
         print_json(result)
