@@ -69,7 +69,7 @@ def test_everyone_starts_once_untimed_and_then_once_a_round(
     log: list[str] = []
     noisy = iter([True])
 
-    def time_start(one: Starter, prompt: list[int], threads: int, cores: int) -> Start:
+    def time_start(one: Starter, *rest: object) -> Start:
         log.append(one.name)
         timed = len(log) > 2
         return Start(Sample(float(len(log)), 0.0, timed and next(noisy, False)), 1)

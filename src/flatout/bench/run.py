@@ -116,11 +116,13 @@ def bench(
             rows.append(make_row(contender, phase, samples[i, phase.name], rounds, floor))
     del own, entries  # a start finds the memory that users would have
     if LOAD in phases:
-        commands = [(Variant(engine=OURS, format=c.format), Path(sys.executable)) for c in contenders]
-        commands[len(models) :] = [(variant, pythons[variant.engine]) for variant in wanted]
+        ours = [
+            (Variant(engine=OURS, format=c.format), Path(sys.executable)) for c in contenders[: len(models)]
+        ]
+        launches = [*ours, *((variant, pythons[variant.engine]) for variant in wanted)]
         starters = [
-            Starter(contender.name, partial(launch, *command), contender.source)
-            for contender, command in zip(contenders, commands, strict=True)
+            Starter(contender.name, partial(launch, *of), contender.source)
+            for contender, of in zip(contenders, launches, strict=True)
         ]
         (prompt,) = workload_prompts(source.tokenizer, LOAD.workload)
         starts = take_starts(starters, prompt, threads, rounds, cores, listen)

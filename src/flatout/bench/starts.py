@@ -18,8 +18,8 @@ from pathlib import Path
 from flatout.bench.peers import Listener
 from flatout.bench.phases import Start
 from flatout.bench.worker import Worker
-from flatout.verify.foreign_load import MAX_FOREIGN, foreign_load, read_ticks
-from flatout.verify.speed import SETTLE_S, Sample
+from flatout.verify.foreign_load import MAX_FOREIGN
+from flatout.verify.speed import SETTLE_S, time_sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +46,32 @@ def take_starts(
     found: dict[int, list[Start]] = defaultdict(list)
     for done, starter in enumerate(starters):
         listen("starting everyone once", done, len(starters))
-        time_start(starter, prompt, threads, cores)
+        time_start(starter, prompt, threads, cores, settle_s)
     for number in range(2 * rounds):
         if min(_clean(found[i]) for i in range(len(starters))) >= rounds:
             break
         for done, i in enumerate(draw.sample(range(len(starters)), len(starters))):
             listen(f"start {number + 1} of {max(rounds, number + 1)}", done, len(starters))
-            time.sleep(settle_s)
-            found[i].append(time_start(starters[i], prompt, threads, cores))
+            found[i].append(time_start(starters[i], prompt, threads, cores, settle_s))
     return dict(found)
 
 
-def time_start(starter: Starter, prompt: Sequence[int], threads: int, cores: int) -> Start:
+def time_start(
+    starter: Starter, prompt: Sequence[int], threads: int, cores: int, settle_s: float = SETTLE_S
+) -> Start:
     """Start a process, have it load its model and give the first token, and end it."""
-    before, begin = read_ticks(), time.perf_counter()
-    with starter.launch() as worker:
-        worker.load(starter.path, threads)
-        worker.first(prompt)
-        seconds = time.perf_counter() - begin
-        load = foreign_load(before, worker.ticks())
-        peak = peak_resident(worker.pid)
-    noisy = load is not None and load > MAX_FOREIGN * cores
-    return Start(Sample(seconds, load, noisy), peak)
+    peaks: list[int | None] = []
+
+    def run() -> float:
+        begin = time.perf_counter()
+        with starter.launch() as worker:
+            worker.load(starter.path, threads)
+            worker.first(prompt)
+            seconds = time.perf_counter() - begin
+            peaks.append(peak_resident(worker.pid))
+        return seconds  # the process has ended: the meter counts what it used as ours
+
+    return Start(time_sample(run, allowed=MAX_FOREIGN * cores, settle_s=settle_s), peaks[0])
 
 
 def peak_resident(pid: int, root: Path = Path("/proc")) -> int | None:
