@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from benchmarks import record
 
 from flatout.report.bench import bench_chart
 
@@ -89,3 +91,13 @@ def test_marks_stay_inside_and_hostile_names_stay_text() -> None:
     ]
     assert max(ends) <= width
     assert all(len(word) < 90 for word in words(drawing))
+
+
+def test_a_results_file_gets_its_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    whole = result(row("flatout", "decode", 6.0), row("a", "decode", 5.0))
+    whole["machine"] |= {"cores": 2, "kind": "cpu"}
+    path = record.write("bench", whole | {"models": ["/some/folder/m.gguf"]}, "make bench")
+    drawing = path.with_suffix(".svg").read_text(encoding="utf-8")
+    assert "m.gguf beside other engines" in words(drawing)
+    assert "/some" not in drawing

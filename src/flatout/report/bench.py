@@ -65,22 +65,29 @@ text { fill: #5c6270; }
 def bench_chart(result: Json) -> str:
     """A standalone SVG file of the JSON that `flatout bench` writes."""
     phases = [phase for phase in _TITLES if any(row["phase"] == phase for row in result["rows"])]
-    tallest = max(sum(row["phase"] == phase for row in result["rows"]) for phase in phases)
-    height = _HEAD + max(tallest, len(phases) + 1) * _STEP + 30
-    panels = [_panel(result, phase) for phase in phases] + [_summary(result, phases)]
+    panels = [(_panel(result, phase), _count(result, phase)) for phase in phases]
+    panels.append((_summary(result, phases), len(phases) + 1))
+    body: list[str] = []
+    y = _TOP
+    for left in range(0, len(panels), 2):
+        pair = panels[left : left + 2]
+        for i, (panel, _) in enumerate(pair):
+            body += svg.moved(_EDGE + i * (_PANEL + _GAP), y, panel)
+        y += _HEAD + max(lines for _, lines in pair) * _STEP + 30
     width = 2 * _EDGE + 2 * _PANEL + _GAP
-    total = _TOP + -(-len(panels) // 2) * height
-    body = [svg.rect(0, 0, width, total, "paper"), *_heading(result)]
-    for i, panel in enumerate(panels):
-        x, y = _EDGE + (i % 2) * (_PANEL + _GAP), _TOP + (i // 2) * height
-        body += svg.moved(x, y, panel)
+    body = [svg.rect(0, 0, width, y, "paper"), *_heading(result), *body]
     label = f"Speed of {', '.join(result['models'])} beside other engines"
-    return svg.standalone(svg.svg(width, total, label, body), STYLE)
+    return svg.standalone(svg.svg(width, y, label, body), STYLE)
+
+
+def _count(result: Json, phase: str) -> int:
+    return sum(row["phase"] == phase for row in result["rows"])
 
 
 def _heading(result: Json) -> list[str]:
     machine = result["machine"]
-    ran = f"{result['threads']} threads, {result['rounds']} rounds, {result['taken'][:10]}"
+    rounds = f"{result['rounds']} round{'s' if result['rounds'] > 1 else ''}"
+    ran = f"{result['threads']} threads, {rounds}, {result['taken'][:10]}"
     scored = any(row["loss"] is not None for row in result["rows"])
     words = ["flatout", "other engines", *(["pale: more than 1 % loss"] if scored else [])]
     body = [
