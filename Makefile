@@ -1,7 +1,7 @@
 # make demo       optimise a real model on this machine, prove it, and say what to type next
 # make test       every test that a CPU can run
 # make lint       ruff and mypy
-# make bench      beside other engines; the result goes to benchmarks/results (builds them once, 10 minutes)
+# make bench      beside other engines; the result goes to benchmarks/results (installs them once, 10 minutes)
 # make nightly    the C++ engine's tests under the address and undefined-behaviour sanitizers
 # make aarch64    the kernels' checks here and on an emulated ARM processor, which must give the same bits
 #                 (needs the Debian packages g++-aarch64-linux-gnu and qemu-user-static)
@@ -47,9 +47,10 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+PEERS := llama.cpp,openvino,onnxruntime,ctranslate2,transformers
 bench: $(VENV)/package demo/result.json
 	mkdir -p build
-	$(BIN)/flatout bench demo/artifact --original $(MODEL) --against llama.cpp,transformers --out build/bench.json
+	$(BIN)/flatout bench $(MODEL) demo/artifact --against $(PEERS) --out build/bench.json
 	$(BIN)/python benchmarks/record.py bench build/bench.json
 
 # The sanitizers' runtimes must come before Python's own libraries. Python never frees some of what it allocates, so leaks

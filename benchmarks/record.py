@@ -5,8 +5,8 @@
 
 The first argument is the theme, the second the JSON of `flatout optimize --json` or `flatout bench --out`.
 Writes benchmarks/results/THEME_HARDWARE_DATE.json: command, commit, date, hardware and versions, then the
-result as it was. Of absolute paths only the last part is kept, since folders of one machine mean nothing
-elsewhere. docs/benchmarks.md describes the file.
+result as it was; of a benchmark also its drawing, with .svg for .json. Of absolute paths only the last part
+is kept, since folders of one machine mean nothing elsewhere. docs/benchmarks.md describes the file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flatout.hardware.detect import detect
+from flatout.report.bench import bench_chart
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,6 +82,9 @@ def write(theme: str, result: Mapping[str, Any], command: str | None = None) -> 
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / file_name(theme, result, record["date"])
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if "ratio_to_best_peer" in result:
+        drawing = bench_chart(record["result"])
+        path.with_suffix(".svg").write_text(drawing, encoding="utf-8")
     return path
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,19 +19,36 @@ from tests.timed import machine
 from tests.tiny import tiny_checkpoint_folder, tiny_spec, write_tokenizer
 
 from flatout.bench import install as installing
-from flatout.bench import peers, record, run, turns
+from flatout.bench import own, peers, record, run, turns
 from flatout.bench.install import LLAMA_BUILD, install, run_build
 from flatout.bench.peers import Variant, environment, parse_peers
-from flatout.bench.phases import PHASES, Contender, Row, make_row, ratios
+from flatout.bench.phases import (
+    PHASES,
+    TIMED,
+    Contender,
+    Row,
+    Start,
+    make_row,
+    make_start_rows,
+    ratios,
+)
 from flatout.cli import bench as command
 from flatout.cli.main import main
 from flatout.errors import BackendError, ConfigError
 from flatout.verify.foreign_load import Ticks
 from flatout.verify.speed import Sample
 
+KNOWN = "this version measures llama.cpp, openvino, onnxruntime, ctranslate2 and transformers"
 PREFILL, DECODE = PHASES[0], PHASES[1]
 CONTENDER = Contender(
-    engine="e", format="f", version="1", details="", perplexity=9.0, loss=0.002, loss_upper=0.004
+    engine="e",
+    format="f",
+    source="f.gguf",
+    version="1",
+    details="",
+    perplexity=9.0,
+    loss=0.002,
+    loss_upper=0.004,
 )
 
 
@@ -37,7 +56,7 @@ def samples(*seconds: float, noisy: Sequence[int] = ()) -> list[Sample]:
     return [Sample(s, 0.5 if i in noisy else 0.0, i in noisy) for i, s in enumerate(seconds)]
 
 
-def row(engine: str, phase: str, median: float, loss: float = 0.0) -> Row:
+def row(engine: str, phase: str, median: float, loss: float | None = 0.0) -> Row:
     made = make_row(
         replace(CONTENDER, engine=engine, loss=loss), DECODE, samples(DECODE.workload.output / median), 1
     )
@@ -45,9 +64,12 @@ def row(engine: str, phase: str, median: float, loss: float = 0.0) -> Row:
 
 
 def test_the_contract_names_these_phases() -> None:
-    assert [phase.name for phase in PHASES] == ["prefill", "decode", "decode_ctx1024", "batch_8", "batch_32"]
-    assert [p.workload.prompt for p in PHASES[:3]] == [512, 32, 1024]
-    assert [p.workload.batch for p in PHASES] == [1, 1, 1, 8, 32]
+    assert [phase.name for phase in TIMED] == ["prefill", "decode", "decode_ctx1024", "batch_8", "batch_32"]
+    assert [p.workload.prompt for p in TIMED[:3]] == [512, 32, 1024]
+    assert [p.workload.batch for p in TIMED] == [1, 1, 1, 8, 32]
+    assert [phase.name for phase in PHASES[5:]] == ["load", "peak_memory"]
+    assert [phase.lower_is_better for phase in PHASES] == [False] * 5 + [True] * 2
+    assert [p.positions for p in PHASES] == [512, 96, 1056, 64, 64, 33, 33]
 
 
 def test_rows_are_rates_of_all_sequences() -> None:
@@ -57,6 +79,15 @@ def test_rows_are_rates_of_all_sequences() -> None:
     assert made.floor_fraction == pytest.approx(0.25)
     assert make_row(CONTENDER, PREFILL, samples(2.0), 1).median == 256.0
     assert make_row(CONTENDER, PREFILL, samples(2.0), 1).floor_fraction is None
+
+
+def test_a_start_is_a_time_and_a_peak() -> None:
+    starts = [Start(*of) for of in zip(samples(3.0, 1.0, 9.0, noisy=[2]), (5, 7, 6), strict=True)]
+    load, peak = make_start_rows(CONTENDER, starts, 2)
+    assert (load.phase, load.unit, load.median, load.n, load.thrown_away) == ("load", "s", 2.0, 2, 1)
+    assert (peak.phase, peak.unit, peak.median, peak.n) == ("peak_memory", "byte", 6.0, 3)
+    without = make_start_rows(CONTENDER, [Start(s, None) for s in samples(1.0)], 1)
+    assert [row.phase for row in without] == ["load"]
 
 
 def test_noisy_samples_are_thrown_away_while_enough_are_left() -> None:
@@ -93,6 +124,34 @@ def test_a_model_of_ours_that_lost_quality_claims_nothing_at_equal_quality() -> 
     rows = [row("flatout", "decode", 300.0, loss=0.02), row("a", "decode", 100.0)]
     assert ratios(rows, "flatout", 0.01)["decode"] is None
     assert ratios(rows, "flatout")["decode"] is not None
+
+
+def test_the_best_of_ours_stands_against_the_best_peer() -> None:
+    rows = [
+        row("flatout", "decode", 100.0),
+        row("flatout", "decode", 300.0, loss=0.02),
+        row("a", "decode", 200.0),
+        row("flatout", "load", 2.0),
+        row("flatout", "load", 0.5, loss=0.02),
+        row("a", "load", 1.0),
+        row("b", "load", 4.0),
+    ]
+    found, equal = ratios(rows, "flatout"), ratios(rows, "flatout", 0.01)
+    values = [ratio and ratio.value for name in ("decode", "load") for ratio in (found[name], equal[name])]
+    assert values == pytest.approx([1.5, 0.5, 2.0, 0.5])
+    assert found["load"] is not None
+    assert found["load"].peer == "a f"
+
+
+def test_what_was_not_scored_is_of_no_known_quality() -> None:
+    rows = [row("flatout", "decode", 300.0, loss=None), row("a", "decode", 100.0, loss=None)]
+    assert ratios(rows, "flatout")["decode"] is not None
+    assert ratios(rows, "flatout", 0.01)["decode"] is None
+
+
+def test_models_of_one_recipe_are_told_apart() -> None:
+    assert own.tell_apart(["m", "demo/artifact"], ["native", "w8a8"]) == ["native", "w8a8"]
+    assert own.tell_apart(["m", "a", "b"], ["w8a8", "native", "w8a8"]) == ["w8a8 of m", "native", "w8a8 of b"]
 
 
 class Scripted:
@@ -161,14 +220,17 @@ def test_peers_are_named_in_any_case_and_once() -> None:
     ("text", "remedy"),
     [
         ("vllm,llama.cpp", "--against llama.cpp"),
-        ("vllm", "--against llama.cpp,openvino,onnxruntime,transformers"),
-        (" , ", "--against llama.cpp,openvino,onnxruntime,transformers"),
+        ("vllm", "--against llama.cpp,openvino,onnxruntime,ctranslate2,transformers"),
+        (" , ", "--against llama.cpp,openvino,onnxruntime,ctranslate2,transformers"),
     ],
 )
 def test_other_peers_are_one_clear_error(text: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_peers(text)
-    assert caught.value.rule == "this version measures llama.cpp, openvino, onnxruntime and transformers"
+    assert (
+        caught.value.rule
+        == "this version measures llama.cpp, openvino, onnxruntime, ctranslate2 and transformers"
+    )
     assert caught.value.remedy == remedy
 
 
@@ -272,6 +334,9 @@ import math, time
 class Peer:
     def load(self, path, threads):
         return {"vocab_size": VOCABULARY, "version": "fake 2", "details": f"{threads} threads"}
+    def first(self, prompt):
+        time.sleep(10 if len(prompt) != 32 else 0)
+        return True
     def prefill(self, prompts):
         time.sleep(0.001)
         return 100.0
@@ -290,7 +355,11 @@ def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     write_tokenizer(folder, spec.vocab_size)
     (tmp_path / "fake_peer.py").write_text(PEER.replace("VOCABULARY", str(spec.vocab_size)))
 
+    real = peers.launch
+
     def launch(variant: Variant, python: Path) -> Any:
+        if variant.engine == peers.OURS:
+            return real(variant, python)
         script = str(Path(peers.__file__).parent / "workers" / "serve.py")
         env = {"PYTHONPATH": str(tmp_path)}
         return run.Worker(variant.name, [sys.executable, script, "fake_peer"], env)
@@ -302,24 +371,34 @@ def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_whole_benchmark(tiny_bench: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
-    args = ["bench", tiny_bench, "--against", "transformers", "--rounds", "1", "--passages", "3"]
+    again = str(shutil.copytree(tiny_bench, tmp_path / "again"))
+    args = ["bench", tiny_bench, again, "--against", "transformers", "--rounds", "1", "--passages", "3"]
     assert main([*args, "--threads", "1", "--out", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert json.loads(out.read_text()) == result
-    assert Counter(r["engine"] for r in result["rows"]) == {"flatout": 4, "transformers": 4}
+    assert out.with_suffix(".svg").read_text().startswith("<svg xmlns=")
+    assert Counter(r["engine"] for r in result["rows"]) == {"flatout": 12, "transformers": 6}
     assert {r["phase"] for r in result["rows"]} == {p.name for p in PHASES} - {"decode_ctx1024"}
     assert "decode_ctx1024: longer than the model's positions" in result["not_measured"]
-    ours, theirs = result["contenders"]
+    first, second, theirs = result["contenders"]
     assert theirs["details"] == "1 threads"
+    assert theirs["source"] == result["original"] == tiny_bench
     assert theirs["perplexity"] == pytest.approx(result["rows"][-1]["perplexity"])
-    assert abs(ours["loss"]) < 0.01
+    assert [c["source"] for c in (first, second)] == result["models"] == [tiny_bench, again]
+    assert [c["format"] for c in (first, second)] == [f"native of {m}" for m in (tiny_bench, again)]
+    assert abs(first["loss"]) < 0.01
+    assert first["loss"] == second["loss"]
+    assert set(result["ratio_to_best_peer"]) == {phase.name for phase in PHASES}
     assert result["ratio_to_best_peer"]["decode"] > 1
     assert result["ratio_to_best_peer"]["decode_ctx1024"] is None
+    assert result["ratio_to_best_peer"]["load"] > 0
     assert result["best_peer"]["prefill"] == "transformers bf16"
     assert result["text"]["passages"] == 3
-    assert result["command"].startswith(f"flatout bench {tiny_bench} --against transformers --threads 1")
+    command_line = f"flatout bench {tiny_bench} {again} --against transformers --threads 1"
+    assert result["command"].startswith(command_line)
     for r in result["rows"]:
-        assert (r["floor_fraction"] is None) == (r["engine"] != "flatout")
+        floorless = r["engine"] != "flatout" or r["phase"] in ("load", "peak_memory")
+        assert (r["floor_fraction"] is None) == floorless
         assert r["p20"] <= r["median"] <= r["p80"]
         assert np.isfinite(r["perplexity"])
 
@@ -329,9 +408,27 @@ def test_people_read_aligned_tables(tiny_bench: str, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "prefill of 512 tokens, 1 sequence\n" in out
     assert "decode of 32 tokens after 32, 8 sequences\n" in out
+    assert "load: a fresh process to the token after 32, s\n" in out
     assert "  transformers bf16 " in out
     assert "best within 1 % loss" in out
-    assert "decode_ctx1024  -" in out
+    assert re.search(r"^decode_ctx1024 +- +-$", out, re.MULTILINE)
+
+
+def test_a_model_that_means_nothing_is_not_scored(
+    tiny_bench: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["bench", tiny_bench, "--against", "transformers", "--rounds", "1", "--passages", "0"]
+    assert main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["text"] is None
+    assert "--passages 0" in result["command"]
+    assert "quality: not scored" in result["not_measured"]
+    judged = [*result["contenders"], *result["rows"]]
+    assert {(item["loss"], item["perplexity"]) for item in judged} == {(None, None)}
+    assert set(result["ratio_at_equal_quality"].values()) == {None}
+    assert result["ratio_to_best_peer"]["decode"] > 1
+    assert main(args) == 0
+    assert "not scored" in capsys.readouterr().out
 
 
 def test_a_peer_with_another_vocabulary_is_refused(
@@ -345,9 +442,13 @@ def test_a_peer_with_another_vocabulary_is_refused(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--against", "vllm"], "this version measures llama.cpp, openvino, onnxruntime and transformers"),
+        (
+            ["--against", "vllm"],
+            "this version measures llama.cpp, openvino, onnxruntime, ctranslate2 and transformers",
+        ),
         (["--against", "llama.cpp"], "llama.cpp reads GGUF files"),
-        (["--against", "transformers", "--out", "/nonexistent/x.json"], "--out is a file in a folder"),
+        (["--against", "transformers", "--out", "/nonexistent/x.json"], "--out is a JSON file in a folder"),
+        (["--against", "transformers", "--passages", "1"], "2 passages, or 0 passages to score nobody"),
     ],
 )
 def test_mistakes_cost_one_line_and_no_time(
@@ -357,6 +458,11 @@ def test_mistakes_cost_one_line_and_no_time(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
+
+
+def test_a_model_is_named_once(tiny_bench: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", tiny_bench, tiny_bench, "--against", "transformers"]) == 2
+    assert "each named once; found:" in capsys.readouterr().err
 
 
 def test_warnings_name_phases_that_others_disturbed() -> None:

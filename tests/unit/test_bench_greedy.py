@@ -46,6 +46,12 @@ def test_prefill_asks_for_the_last_logits_only() -> None:
     assert (session.began, session.seen) == ([(1, 4)], [([[1, 2, 3, 4]], 0, [3])])
 
 
+def test_a_first_token_takes_in_the_prompt_once() -> None:
+    session = Counting()
+    assert session.first([1, 2, 3]) is True
+    assert session.seen == [([[1, 2, 3]], 0, [2])]
+
+
 def test_scores_are_log_probabilities_of_the_next_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "_ROWS", 2)
     total = np.log(np.e + VOCABULARY - 1)  # one logit of 1, the others 0

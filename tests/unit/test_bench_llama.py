@@ -120,3 +120,10 @@ def test_the_faster_attention_is_kept_for_each_kind_of_work(peer: llama.Peer, fl
     assert peer._fastest("decode", 1, 200, work) is kept  # a context of the same size
     assert peer._fastest("prefill", 1, 96, work) is not kept
     assert (kept._handle.n_ctx, kept._handle.n_seq_max, kept._handle.n_threads) == (256, 1, 2)
+
+
+def test_a_first_token_needs_one_context_and_one_try(peer: llama.Peer) -> None:
+    assert peer.first([1, 2, 3]) is True
+    assert peer._llama.seen == [[(1, 0, 0, 0), (2, 1, 0, 0), (3, 2, 0, 1)]]
+    (context,) = peer._llama.contexts
+    assert (context.n_ctx, context.flash_attn_type) == (256, 1)

@@ -24,7 +24,7 @@ from flatout.bench.worker import Worker
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.errors import BackendError, ResourceError
 
-EXPORTED = ("openvino", "onnxruntime")
+EXPORTED = ("openvino", "onnxruntime", "ctranslate2")
 PIN = re.compile(r"[a-z0-9-]+==[0-9.]+")
 
 PEER = """
@@ -74,6 +74,7 @@ def test_peers_that_export_read_any_checkpoint(checkpoint: Checkpoint) -> None:
         "openvino int4 g64 all layers",
         "onnxruntime int4 g32 symmetric",
         "onnxruntime int4 g32 asymmetric",
+        "ctranslate2 int8",
     ]
     with pytest.raises(BackendError, match=r"llama\.cpp reads GGUF files"):
         variants("llama.cpp", checkpoint)
@@ -200,7 +201,10 @@ def test_memory_is_counted_for_every_variant(checkpoint: Checkpoint, monkeypatch
     weights = checkpoint.spec.num_parameters()
     wanted = variants("openvino", checkpoint)
     monkeypatch.setattr(run, "free_memory", lambda: 10 * weights)
-    run._check_memory(checkpoint, wanted)
+    run._check_memory(checkpoint, 1, wanted)
     monkeypatch.setattr(run, "free_memory", lambda: 10 * weights - 1)
     with pytest.raises(ResourceError, match="3 contenders side by side"):
-        run._check_memory(checkpoint, wanted)
+        run._check_memory(checkpoint, 1, wanted)
+    monkeypatch.setattr(run, "free_memory", lambda: 12 * weights - 1)
+    with pytest.raises(ResourceError, match="4 contenders side by side"):
+        run._check_memory(checkpoint, 2, wanted)

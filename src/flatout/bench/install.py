@@ -1,7 +1,8 @@
 """Environments of the peers: each is made once, in the cache, with the versions named here.
 
 llama.cpp is built from source for this machine's instructions: prebuilt wheels hold the least common ones,
-which would be unfair to it. The wheels of OpenVINO and ONNX Runtime choose their kernels at run time.
+which would be unfair to it. The wheels of OpenVINO, ONNX Runtime and CTranslate2 choose their kernels at run
+time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from flatout.bench.peers import LLAMA, OPENVINO, TRANSFORMERS, Listener, environment
+from flatout.bench.peers import CTRANSLATE2, LLAMA, OPENVINO, TRANSFORMERS, Listener, environment
 from flatout.core.files import read_json_object, sha256_of, shown, write_bytes
 from flatout.core.sources import cache_dir, lock
 from flatout.errors import BackendError, FlatoutError, ResourceError
@@ -54,6 +55,12 @@ ONNXRUNTIME_PACKAGES = (
     "onnx==1.23.2",
     "onnx-ir==1.1.0",
     "transformers==5.23.0",
+    "torch==2.13.0",
+    "numpy==2.4.6",
+)
+CTRANSLATE2_PACKAGES = (
+    "ctranslate2==4.8.5",
+    "transformers==5.5.4",
     "torch==2.13.0",
     "numpy==2.4.6",
 )
@@ -95,7 +102,7 @@ def contents(peer: str) -> dict[str, object]:
             "build": [*LLAMA_BUILD, sha256_of([_PRELUDE])],
             "processor": [machine.name, *machine.features],
         }
-    packages = [*OPENVINO_PACKAGES, *OPTIMUM] if peer == OPENVINO else [*ONNXRUNTIME_PACKAGES]
+    packages = [package for call in pip_arguments(peer) for package in call if not package.startswith("--")]
     return {"packages": packages, "python": platform.python_version()}
 
 
@@ -105,7 +112,7 @@ def pip_arguments(peer: str) -> list[list[str]]:
         return [["--no-cache-dir", "--verbose", "--no-binary=llama-cpp-python", LLAMA_PACKAGE]]
     if peer == OPENVINO:
         return [[*OPENVINO_PACKAGES], ["--no-deps", *OPTIMUM]]
-    return [[*ONNXRUNTIME_PACKAGES]]
+    return [[*(CTRANSLATE2_PACKAGES if peer == CTRANSLATE2 else ONNXRUNTIME_PACKAGES)]]
 
 
 def _holds(proof: Path, made_of: dict[str, object]) -> bool:

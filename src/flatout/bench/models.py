@@ -1,7 +1,7 @@
 """The files that peers load: the original, or what a peer's own tools made of it, once, kept in the cache.
 
-llama.cpp rounds the GGUF file itself. OpenVINO and ONNX Runtime export a transformers folder, which is
-written here with the original's weights in float32, so that nothing is rounded twice.
+llama.cpp rounds the GGUF file itself. OpenVINO, ONNX Runtime and CTranslate2 convert a transformers folder,
+which is written here with the original's weights in float32, so that nothing is rounded twice.
 """
 
 from __future__ import annotations

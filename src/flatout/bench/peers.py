@@ -20,7 +20,10 @@ from flatout.core.gguf import open_gguf
 from flatout.errors import BackendError, ConfigError
 
 LLAMA, OPENVINO, ONNXRUNTIME, TRANSFORMERS = "llama.cpp", "openvino", "onnxruntime", "transformers"
-PEERS = (LLAMA, OPENVINO, ONNXRUNTIME, TRANSFORMERS)
+CTRANSLATE2 = "ctranslate2"
+PEERS = (LLAMA, OPENVINO, ONNXRUNTIME, CTRANSLATE2, TRANSFORMERS)
+OURS = "flatout"
+"""Our own engine, whose starts are measured in processes like the peers'."""
 
 _SCRIPTS = Path(__file__).parent / "workers"
 
@@ -58,6 +61,8 @@ def variants(peer: str, original: Checkpoint) -> list[Variant]:
     """The formats `peer` runs this checkpoint in. Raises BackendError when it cannot read the file."""
     if peer == TRANSFORMERS:
         return [Variant(engine=peer, format="bf16")]
+    if peer == CTRANSLATE2:
+        return [Variant(engine=peer, format="int8", recipe={"quantization": "int8"})]
     if peer == OPENVINO:
         return [
             Variant(engine=peer, format="int8", recipe={"bits": 8, "group": 0}),
@@ -102,15 +107,17 @@ def launch(variant: Variant, python: Path) -> Worker:
     return Worker(variant.name, command, environment(variant.engine))
 
 
-def _script(peer: str) -> str:
-    """The module of `workers` that runs `peer`."""
-    if peer == LLAMA:
+def _script(engine: str) -> str:
+    """The module of `workers` that runs `engine`."""
+    if engine == LLAMA:
         return "llama"
-    if peer == OPENVINO:
+    if engine == OPENVINO:
         return "openvino_runtime"
-    if peer == ONNXRUNTIME:
+    if engine == ONNXRUNTIME:
         return "onnx_runtime"
-    return "huggingface"
+    if engine == CTRANSLATE2:
+        return "ctranslate"
+    return "shipped" if engine == OURS else "huggingface"
 
 
 def environment(peer: str) -> dict[str, str]:
@@ -122,7 +129,7 @@ def environment(peer: str) -> dict[str, str]:
     dropped = ("PYTHON", "OMP_", "GOMP_", "KMP_", "VIRTUAL_ENV")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     kept["HF_HUB_OFFLINE"] = "1"  # models come from the disk
-    if peer == TRANSFORMERS:
+    if peer in (TRANSFORMERS, OURS):
         places = [str(Path(flatout.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         kept["PYTHONPATH"] = os.pathsep.join(place for place in places if place)
     return kept

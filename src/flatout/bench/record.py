@@ -31,21 +31,22 @@ class Text:
 class BenchResult:
     """Everything measured.
 
-    ratio_to_best_peer: our tokens/s over the fastest peer's, by phase; ratio_at_equal_quality: the same among
-    those within 1 % loss. None where nothing was measured that could stand there.
+    models: ours, as they were named. text: None when nothing was scored. ratio_to_best_peer: by phase, how
+    many times better the best of ours is than the best peer; ratio_at_equal_quality: the same among those
+    within 1 % loss. None where nothing was measured that could stand there.
     """
 
     command: str
     commit: str | None
     taken: str
-    model: str
+    models: tuple[str, ...]
     original: str
     original_sha256: str
     threads: int
     rounds: int
     machine: Hardware
     versions: Mapping[str, str]
-    text: Text
+    text: Text | None
     contenders: tuple[Contender, ...]
     rows: tuple[Row, ...]
     ratio_to_best_peer: Mapping[str, float | None]
@@ -58,13 +59,13 @@ class BenchResult:
 def record(
     *,
     command: str,
-    model: str,
+    models: Sequence[str],
     original: Path,
     original_sha256: str,
     threads: int,
     rounds: int,
     machine: Hardware,
-    text: Text,
+    text: Text | None,
     contenders: Sequence[Contender],
     rows: Sequence[Row],
     ours: str,
@@ -75,7 +76,7 @@ def record(
         command=command,
         commit=source_commit(),
         taken=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=model,
+        models=tuple(models),
         original=str(original),
         original_sha256=original_sha256,
         threads=threads,
@@ -134,16 +135,16 @@ def _names(found: Mapping[str, Ratio | None]) -> dict[str, str | None]:
 def _not_measured(contenders: Sequence[Contender], rows: Sequence[Row]) -> tuple[str, ...]:
     engines = {contender.engine for contender in contenders}
     peers = [peer for peer in PEERS if peer not in engines]
-    phases = [phase for phase in PHASES if phase.name not in {row.phase for row in rows}]
+    scored = any(contender.loss is not None for contender in contenders)
     found = [f"peers: {', '.join(peers)}"] if peers else []
-    found += [f"{phase.name}: longer than the model's positions" for phase in phases]
+    found += [_why(phase) for phase in PHASES if phase.name not in {row.phase for row in rows}]
     return (
         *found,
-        "quality other than perplexity on the passages named here",
-        "the peers' fraction of their floor, energy, memory, and latency under load",
+        "quality other than perplexity on the passages named here" if scored else "quality: not scored",
+        "the peers' fraction of their floor, energy, and latency under load",
     )
 
 
-def tokens_needed(phase: Phase) -> int:
-    """Positions of the longest sequence of a phase."""
-    return phase.workload.prompt + (phase.workload.output if phase.kind == "decode" else 0)
+def _why(phase: Phase) -> str:
+    reason = "not counted on this system" if phase.kind == "memory" else "longer than the model's positions"
+    return f"{phase.name}: {reason}"

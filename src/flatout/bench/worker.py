@@ -90,6 +90,12 @@ class Worker:
             raise self._broken("load", value)
         return value
 
+    def first(self, prompt: Sequence[int]) -> None:
+        """Returns when the token after the prompt is there."""
+        value = self.request("first", prompt=prompt)
+        if value is not True:
+            raise self._broken("first", value)
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
         """Seconds, as `verify.drivers.Driver` says."""
         return self._seconds("prefill", prompts=prompts)

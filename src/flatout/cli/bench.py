@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,51 +15,60 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flatout.bench.peers import PEERS, Listener, parse_peers
-from flatout.bench.phases import PHASES, Row
+from flatout.bench.phases import LOAD, PEAK_MEMORY, PHASES, TIMED, Phase, Row
 from flatout.bench.record import BenchResult
 from flatout.bench.run import bench as run_bench
 from flatout.cli.output import aligned, log, print_json
 from flatout.core.files import write_bytes
 from flatout.core.types import to_json
 from flatout.errors import ConfigError
+from flatout.report.bench import bench_chart
 from flatout.search.units import percent, rate, times
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Artifact, checkpoint folder, GGUF file, or built-in name.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="Ours: artifacts, checkpoint folders, GGUF files or built-in names."
+        ),
+    ],
     against: Annotated[str, typer.Option(help=f"Peers, comma-separated: {', '.join(PEERS)}.")],
     original: Annotated[
-        str, typer.Option(help="What the peers run; by default what MODEL was made from.")
+        str, typer.Option(help="What the peers run; by default the first MODEL, or what it was made from.")
     ] = "",
     threads: Annotated[int | None, typer.Option(help="Threads of each engine; all cores by default.")] = None,
     rounds: Annotated[int, typer.Option(help="Samples of every engine in every phase.", min=1)] = 5,
     passages: Annotated[
-        int | None, typer.Option(help="Validation passages to score; all by default.", min=2)
+        int | None, typer.Option(help="Validation passages to score; all by default, 0: score nobody.", min=0)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the result to this file, too.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the result to this file, too, and draw it beside.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object: rows, ratio_to_best_peer, ...")
     ] = False,
 ) -> None:
-    """Measure MODEL beside other engines: same weights, prompts and threads, taking turns."""
+    """Measure MODELs beside other engines: same weights, prompts and threads, taking turns."""
     peers = parse_peers(against)
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise ConfigError("--out is a file in a folder that exists", str(out), "--out bench.json")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir() or out.suffix == ".svg"):
+        raise ConfigError("--out is a JSON file in a folder that exists", str(out), "--out bench.json")
     options = {"--against": ",".join(peers), "--original": original, "--threads": threads}
     options |= {"--rounds": rounds, "--passages": passages}
-    given = [str(part) for pair in options.items() if pair[1] for part in pair]
+    given = [str(part) for pair in options.items() if pair[1] not in (None, "") for part in pair]
     with _progress() as listen:
         result = run_bench(
-            model,
+            models,
             peers,
             original=original or None,
             threads=threads,
             rounds=rounds,
             passages=passages,
-            command=shlex.join(["flatout", "bench", model, *given]),
+            command=shlex.join(["flatout", "bench", *models, *given]),
             listen=listen,
         )
     if out is not None:
+        write_bytes(out.with_suffix(".svg"), bench_chart(to_json(result)).encode())
         write_bytes(out, json.dumps(to_json(result), indent=1, allow_nan=False).encode() + b"\n")
     if as_json:
         print_json(result)
@@ -70,19 +79,15 @@ def bench(
 
 
 def summary(result: BenchResult) -> str:
-    """The tables that people read: tokens/s by phase, then ratios."""
-    text = result.text
+    """The tables that people read: tokens/s by phase, starts, then ratios."""
     title = (
-        f"{result.model} on {result.machine.name}, {result.threads} threads, {result.rounds} rounds\n"
-        f"perplexity on {text.passages} passages ({text.tokens:,} tokens); "
-        f"the original in float32: {text.original_perplexity:.3f}"
+        f"{', '.join(result.models)} on {result.machine.name}, {result.threads} threads, "
+        f"{result.rounds} rounds\n{_quality(result)}"
     )
     rows = [["", "tokens/s", "p20-p80", "n", "of floor", "perplexity", "loss"]]
-    for phase in PHASES:
-        same = [row for row in result.rows if row.phase == phase.name]
-        if same:
-            rows += [[_title(same[0])], *(_cells(row) for row in same)]
-    ratio_rows = [["our speed over", "best peer", "", "best within 1 % loss", ""]]
+    rows += _table(result, TIMED)
+    starts = [["", "s or MB", "p20-p80", "n", "", "perplexity", "loss"], *_table(result, (LOAD, PEAK_MEMORY))]
+    ratio_rows = [["ours is better by", "best peer", "", "best within 1 % loss", ""]]
     for phase in PHASES:
         ratio_rows.append(
             [
@@ -92,28 +97,58 @@ def summary(result: BenchResult) -> str:
             ]
         )
     left_out = "not measured: " + "; ".join(result.not_measured)
-    return "\n\n".join([title, aligned(rows), aligned(ratio_rows, right=False), left_out])
+    tables = [aligned(table) for table in (rows, starts) if len(table) > 1]
+    return "\n\n".join([title, *tables, aligned(ratio_rows, right=False), left_out])
+
+
+def _quality(result: BenchResult) -> str:
+    text = result.text
+    if text is None:
+        return "not scored: the speeds stand without a perplexity"
+    return (
+        f"perplexity on {text.passages} passages ({text.tokens:,} tokens); "
+        f"the original in float32: {text.original_perplexity:.3f}"
+    )
+
+
+def _table(result: BenchResult, phases: Sequence[Phase]) -> list[list[str]]:
+    """For each phase that was measured its title and a line a contender."""
+    found: list[list[str]] = []
+    for phase in phases:
+        same = [row for row in result.rows if row.phase == phase.name]
+        if same:
+            found += [[_title(same[0])], *map(_cells, same)]
+    return found
 
 
 def _title(row: Row) -> str:
     sequences = f"{row.batch} sequence{'s' if row.batch > 1 else ''}"
     if row.phase == "prefill":
         return f"prefill of {row.prompt} tokens, {sequences}"
+    if row.phase == LOAD.name:
+        return f"load: a fresh process to the token after {row.prompt}, s"
+    if row.phase == PEAK_MEMORY.name:
+        return "peak_memory of that process, MB"
     return f"decode of {row.output} tokens after {row.prompt}, {sequences}"
 
 
 def _cells(row: Row) -> list[str]:
     floor = "" if row.floor_fraction is None else percent(row.floor_fraction)
-    spread = f"{rate(row.p20)}-{rate(row.p80)}"
     return [
         f"  {row.name}",
-        rate(row.median),
-        spread,
+        _amount(row, row.median),
+        f"{_amount(row, row.p20)}-{_amount(row, row.p80)}",
         str(row.n),
         floor,
-        f"{row.perplexity:.3f}",
-        percent(row.loss, signed=True),
+        "not scored" if row.perplexity is None else f"{row.perplexity:.3f}",
+        "" if row.loss is None else percent(row.loss, signed=True),
     ]
+
+
+def _amount(row: Row, value: float) -> str:
+    if row.unit == "byte":
+        return f"{value / 1e6:,.0f}"
+    return f"{value:.2f}" if row.unit == "s" else rate(value)
 
 
 def _ratio(values: Any, names: Any, phase: str) -> list[str]:

@@ -69,6 +69,18 @@ def svg(width: float, height: float, label: str, body: Sequence[str], kind: str 
     )
 
 
+def standalone(drawing: str, style: str) -> str:
+    """A drawing as a file of its own, with the style sheet that the page would have."""
+    opening, closing, rest = drawing.partition(">")
+    named = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f"{named}{closing}<style>{style}</style>{rest}\n"
+
+
+def moved(x: float, y: float, body: Sequence[str]) -> list[str]:
+    """The same marks with their origin at (x, y)."""
+    return [f'<g transform="translate({x:.1f} {y:.1f})">', *body, "</g>"]
+
+
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 

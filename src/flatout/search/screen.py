@@ -70,8 +70,8 @@ class Screen:
             self._undecided.discard(rows[0].name)
 
     def ranked(self, rows: list[Row]) -> list[Row]:
-        """Rows by cost; those near the best by how well they suit other workloads. With memory as the objective,
-        by cost alone."""
+        """Rows by cost; those near the best by how well they suit other workloads. With memory as the
+        objective, by cost alone."""
         rows = sorted(rows, key=self.cost)
         if self.context.request.workload.objective == "memory":
             return rows

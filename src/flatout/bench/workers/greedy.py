@@ -22,6 +22,11 @@ class Session(ABC):
         """Take in tokens (S, N), which follow `past` others, and give float32 logits (S, W, V) of the W
         positions of the N in `wanted`; valid until the next step."""
 
+    def first(self, prompt: list[int]) -> bool:
+        """True when the token after the prompt is there."""
+        self.prefill([prompt])
+        return True
+
     def prefill(self, prompts: list[list[int]]) -> float:
         """Seconds until the logits after the last token of every prompt are there."""
         tokens = _batch(prompts)

@@ -21,6 +21,10 @@ class Peer:
             "details": f"eager, {torch.backends.cpu.get_cpu_capability()}",
         }
 
+    def first(self, prompt: list[int]) -> bool:
+        self._baseline.prefill([prompt])
+        return True
+
     def prefill(self, prompts: list[list[int]]) -> float:
         return self._baseline.prefill(prompts)
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("convert", "load", "prefill", "decode", "score")
+COMMANDS = ("convert", "load", "first", "prefill", "decode", "score")
 
 _PR_SET_PDEATHSIG = 1
 
