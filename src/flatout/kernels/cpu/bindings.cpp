@@ -282,6 +282,7 @@ NB_MODULE(_cpu, m) {
              new (self) Model(parse_config(config), threads, isa, num_pages);
            })
       .def_prop_ro("num_pages", &Model::num_pages)
+      .def_prop_ro("screened", &Model::screened)
       .def_prop_ro("page_size", [](const Model&) { return kPage; })
       .def("forward",
            [](Model& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,

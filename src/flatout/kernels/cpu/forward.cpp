@@ -344,14 +344,6 @@ void Model::layers(const Batch& b, int thread) {
   if (by_token(T)) pool_.barrier(thread);  // the head may be split otherwise
 }
 
-// Logits of `rows` of the hidden state; every thread returns once all are written.
-void Model::head(const float* hidden, const int32_t* rows, int count, float* logits, int thread) {
-  const Activations a = prepare(head_, hidden, hidden_stride_, rows, count, &norm_, thread);
-  linear(head_, a, count, Epilogue::kStore, nullptr, logits, config_.vocab_size, thread);
-  if (by_token(count)) pool_.barrier(thread);
-  mark(kHead, thread);
-}
-
 void Model::forward(const Batch& b, bool all, float* logits) {
   begin(b);
   pool_.run([&](int thread) {
@@ -386,6 +378,11 @@ void Model::score(const Batch& b, const int32_t* targets, float* out) {
   });
 }
 
+static void check_finite(const int32_t* tokens, int count) {
+  for (int i = 0; i < count; ++i)
+    if (tokens[i] == kNotFinite) throw std::runtime_error("the model's logits are not numbers: its weights are damaged");
+}
+
 void Model::sample(const Batch& b, const Sampling& s, bool all, int32_t* out) {
   begin(b);
   const int32_t* rows = all ? nullptr : last_rows_.data();
@@ -393,6 +390,17 @@ void Model::sample(const Batch& b, const Sampling& s, bool all, int32_t* out) {
   const size_t needed = (size_t)count * config_.vocab_size * sizeof(float);
   if (logits_.bytes < needed) logits_ = Buffer(needed);
   float* logits = (float*)logits_.data;
+  screened_ = -1;
+  if (count == 1 && s.temperature[0] <= 0.0f && tied_ && screen_pause_ == 0) {
+    pool_.run([&](int thread) {
+      layers(b, thread);
+      head_greedy(rows ? rows[0] : 0, logits, thread);
+    });
+    out[0] = take_best();
+    check_finite(out, 1);
+    return;
+  }
+  if (screen_pause_ > 0) --screen_pause_;
   pool_.run([&](int thread) {
     layers(b, thread);
     head((const float*)x_.data, rows, count, logits, thread);
@@ -403,8 +411,7 @@ void Model::sample(const Batch& b, const Sampling& s, bool all, int32_t* out) {
     }
     mark(kOther, thread);
   });
-  for (int r = 0; r < count; ++r)
-    if (out[r] == kNotFinite) throw std::runtime_error("the model's logits are not numbers: its weights are damaged");
+  check_finite(out, count);
 }
 
 }  // namespace flatout

@@ -12,6 +12,10 @@ void linear_panels_bf16(const Linear&, const uint8_t* const* panel, int panels, 
                         const Activations&, int first, int count, float* const* out);
 void linear_panels_amx(const Linear&, const uint8_t* const* panel, int panels, const int8_t* const* scratch,
                        const Activations&, int first, int count, float* const* out);
+void screen_panels(const Linear&, const uint8_t* panel, int panels, const Activations&, const float* sizes,
+                   float* bounds, float* best, int* best_row);
+int at_least(const float* values, int count, float threshold, int32_t* indices);
+void collect_panel(const Linear&, const uint8_t* codes, const uint8_t* scales, const int32_t* rows, uint8_t* panel);
 void begin_linear(const Linear&);
 void end_linear();
 void prepare_panel(const Linear&, const uint8_t* panel, int8_t* scratch);

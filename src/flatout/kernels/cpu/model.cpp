@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "features.h"
+#include "screen.h"
 #include "weights.h"
 
 namespace flatout {
@@ -117,6 +118,20 @@ void Model::set_weight(const std::string& name, const Source& s) {
   if (name == "head") to = &head_;
   expect(to != nullptr, "unknown weight " + name);
   *to = pack_linear(s, interleaved, arenas_);
+  if (to == &head_) screen_head(s);
+}
+
+// Screening needs rows as well as panels, which only a head that is the embedding has.
+void Model::screen_head(const Source& s) {
+  const Source& e = embedding_;
+  const size_t codes = (size_t)s.n * s.k, scales = (size_t)s.n * head_.groups * (s.half_scales ? 2 : 4);
+  tied_ = screenable(head_) && e.kind == s.kind && e.n == s.n && e.k == s.k && e.bits == s.bits && e.group == s.group &&
+          e.zero == s.zero && e.half_scales == s.half_scales && std::memcmp(embedding_codes_.data, s.codes, codes) == 0 &&
+          std::memcmp(embedding_scales_.data, s.scales, scales) == 0;
+  if (!tied_) return;
+  screen_ = pack_screen(s, head_, arenas_);
+  best_.resize(pool_.size());
+  candidates_.resize(s.n);
 }
 
 void Model::finalize() {

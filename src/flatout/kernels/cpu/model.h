@@ -62,6 +62,8 @@ class Model {
   int num_pages() const { return num_pages_; }
   size_t weight_bytes() const;
   const char* isa() const { return ops_->name; }
+  // Rows that the last greedy step of one token multiplied exactly; -1 when the head was not screened.
+  int screened() const { return screened_; }
   const Config& config() const { return config_; }
 
  private:
@@ -75,11 +77,14 @@ class Model {
 
   int chunk_floats() const { return config_.num_heads * partial_floats(head_dim_padded_); }  // partial sums of a chunk
   bool by_token(int count) const;  // whether threads take tokens rather than rows of the weights
+  void screen_head(const Source&);
   void check(const Batch&) const;
   void begin(const Batch&);
   void layers(const Batch&, int thread);
   void lookup(int32_t token, float* out) const;
   void head(const float* hidden, const int32_t* rows, int count, float* logits, int thread);
+  void head_greedy(int32_t row, float* bounds, int thread);
+  int32_t take_best();
   void rotate(const Batch&, int layer, int token, int head);
   void write_cache(const Batch&, int layer, int thread);
   void plan_attention(int tokens);
@@ -101,7 +106,17 @@ class Model {
   std::vector<Layer> layers_;
   std::vector<float> norm_, rope_;
   std::vector<Arena> arenas_;  // of each thread
-  Linear head_;
+  Linear head_, screen_;
+  bool tied_ = false;  // the embedding's codes are the head's, and screen_ their upper halves
+  int screened_ = -1, screen_pause_ = 0;
+  struct alignas(64) Best {  // of one thread
+    float value = -kInfinity;
+    int32_t row = -1;
+    int candidates = 0;
+    bool finite = true;
+  };
+  std::vector<Best> best_;
+  std::vector<int32_t> candidates_;
   Source embedding_;
   Buffer embedding_codes_, embedding_scales_, embedding_minima_, embedding_zeros_;
   Buffer cache_, x_, qkv_, attended_, gated_, shared_, logits_;

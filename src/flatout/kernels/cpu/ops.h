@@ -6,10 +6,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace flatout {
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kLanes = 16;     // rows of a panel, lanes of a vector
 constexpr int kPage = 64;      // tokens of a KV page; also the block of the online softmax
 constexpr int kChunk = 4;      // pages whose attention is summed by itself, so that threads can share a long context
@@ -112,6 +114,14 @@ struct Ops {
   // rounded up to 16 rows
   void (*linear_panels)(const Linear&, const uint8_t* const* panel, int panels, const int8_t* const* scratch,
                         const Activations&, int first, int count, float* const* out);
+  // One token times the upper halves of a head's codes, `panels` panels (screen.h): an upper bound of each row's sum, the
+  // greatest sum with lower halves of 7.5, and its row, counted from the first panel
+  void (*screen_panels)(const Linear&, const uint8_t* panel, int panels, const Activations&, const float* sizes,
+                        float* bounds, float* best, int* best_row);
+  // Indices, in order, of values that are not less than the threshold; `count` is a multiple of 16
+  int (*at_least)(const float* values, int count, float threshold, int32_t* indices);
+  // 16 rows of row-major signed 8-bit codes with their scales as a panel
+  void (*collect_panel)(const Linear&, const uint8_t* codes, const uint8_t* scales, const int32_t* rows, uint8_t* panel);
   // out[i * stride .. + lanes) = tile[i] (+ bias) (+ what is there)
   void (*epilogue)(const float* tile, int count, int lanes, const float* bias, bool add, float* out, int stride);
   // out[i * stride .. + 16) = act(gate[i][0..15]) * up[i][0..15], at most `lanes` of them
