@@ -273,6 +273,8 @@ NB_MODULE(_cpu, m) {
         self.forward(b, kind, normalize, out);
         return states;
       });
+  // How many threads a model's steps take, for tests.
+  nb::class_<Pace>(m, "Pace").def(nb::init<int>()).def("team", &Pace::team).def("took", &Pace::took);
   nb::class_<Model> model(m, "Model");
   bind_weights(model);
   model

@@ -340,7 +340,7 @@ void Encoder::forward(const Sequences& b, Pooling pooling, bool normalize, float
       layers(b, chunk, thread);
       write_out(b, chunk, pooling, normalize, out, thread);
     }
-  });
+  }, pool_.size());
 }
 
 }  // namespace flatout

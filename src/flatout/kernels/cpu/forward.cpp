@@ -82,8 +82,16 @@ void Model::begin(const Batch& b) {
     }
     last_rows_.push_back((int32_t)token_sequence_.size() - 1);
   }
+  paced_ = b.total <= Pace::kMostTokens && !by_token(b.total);
+  team_ = paced_ ? pace_.team(b.total) : pool_.size();
   plan_attention(b.total);
   if (profiling_) last_mark_ = now();
+}
+
+void Model::run(const std::function<void(int)>& task) {
+  const double start = now();
+  pool_.run(task, team_);
+  if (paced_) pace_.took(now() - start);
 }
 
 void Model::mark(Phase phase, int thread) {
@@ -151,12 +159,12 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
     write_activations(*ops_, w, in, a, at);
   };
   if (by_token(count)) {
-    for (const Rows& share : token_shares(count, thread, pool_.size())) {
+    for (const Rows& share : token_shares(count, thread, team_)) {
       for (int r = share.first; r < share.last; ++r) prepare_row(r, share.at + r - share.first);
       pad_activations(w, a, share.at, share.count());
     }
   } else {
-    for (int r = alone ? 0 : thread; r < count; r += alone ? 1 : pool_.size()) prepare_row(r, r);
+    for (int r = alone ? 0 : thread; r < count; r += alone ? 1 : team_) prepare_row(r, r);
     if (alone || thread == 0) pad_activations(w, a, 0, count);
     if (!alone) pool_.barrier(thread);
   }
@@ -167,10 +175,12 @@ void Model::linear(const Linear& w, const Activations& a, int count, Epilogue ep
                    int stride, int thread) {
   const Output o{epilogue, bias, config_.gelu, out, stride};
   int8_t* scratch = (int8_t*)scratch_[thread].panel.data;
+  const int64_t pairs = w.pairs();
   if (by_token(count)) {
-    multiply_panels(*ops_, w, a, token_shares(count, thread, pool_.size()), o, 0, w.pairs(), scratch);
+    multiply_panels(*ops_, w, a, token_shares(count, thread, team_), o, 0, (int)pairs, scratch);
   } else {
-    multiply_panels(*ops_, w, a, {{0, count, 0}}, o, w.first_pair(thread), w.first_pair(thread + 1), scratch);
+    multiply_panels(*ops_, w, a, {{0, count, 0}}, o, (int)(pairs * thread / team_), (int)(pairs * (thread + 1) / team_),
+                    scratch);
     pool_.barrier(thread);
   }
 }
@@ -198,9 +208,9 @@ void Model::write_cache(const Batch& b, int layer, int thread) {
     for (int i = begin; i < end; ++i) rotate(b, layer, i / heads, i % heads);
   };
   if (by_token(b.total)) {
-    for (const Rows& share : token_shares(b.total, thread, pool_.size())) write(share.first * heads, share.last * heads);
+    for (const Rows& share : token_shares(b.total, thread, team_)) write(share.first * heads, share.last * heads);
   } else {
-    const int64_t items = (int64_t)b.total * heads, threads = pool_.size();
+    const int64_t items = (int64_t)b.total * heads, threads = team_;
     write((int)(items * thread / threads), (int)(items * (thread + 1) / threads));
   }
   pool_.barrier(thread);
@@ -234,7 +244,7 @@ void Model::attention(const Batch& b, int layer, int thread) {
     return a.cache + a.pages[a.partial ? a.chunk * kChunk : key / kPage] * a.page_stride;
   };
   if (by_token(b.total)) {
-    for (const Rows& share : token_shares(b.total, thread, pool_.size()))
+    for (const Rows& share : token_shares(b.total, thread, team_))
       for (int kv = 0; kv < c.num_kv_heads; ++kv)
         for (const Block& block : blocks_)
           if (block.first_token >= share.first && block.first_token < share.last)
@@ -260,13 +270,13 @@ void Model::attention(const Batch& b, int layer, int thread) {
       rotate(b, layer, token, c.num_heads + kv);
     }
     Attention a = place_item(item);
-    if (i + pool_.size() < items) a.after = first_page(place_item(items_[i + pool_.size()]));
+    if (i + team_ < items) a.after = first_page(place_item(items_[i + team_]));
     ops_->attend(a);
   }
   pool_.barrier(thread);
   if (splits_.empty()) return;
   const int heads = c.num_heads, merges = (int)splits_.size() * heads;
-  for (int i = thread; i < merges; i += pool_.size()) {
+  for (int i = thread; i < merges; i += team_) {
     const Split& split = splits_[i / heads];
     const int h = i % heads;
     float* out = (float*)attended_.data + (size_t)blocks_[split.block].first_token * attention_stride_;
@@ -284,13 +294,13 @@ void Model::plan_attention(int tokens) {
   splits_.clear();
   size_t floats = 0;
   const int group = c.num_heads / c.num_kv_heads, groups = (int)blocks_.size() * c.num_kv_heads;
-  const int parts = std::min(group, (pool_.size() + groups - 1) / groups);
+  const int parts = std::min(group, (team_ + groups - 1) / groups);
   // Later blocks of a sequence see more keys: hand the longest out first.
   for (int i = (int)blocks_.size() - 1; i >= 0; --i) {
     const int last = token_position_[blocks_[i].first_token] + blocks_[i].rows - 1;
     const int begin = c.sliding_window ? std::max(0, last - c.sliding_window + 1) : 0;
     const int first_chunk = begin / kPage / kChunk, chunks = last / kPage / kChunk - first_chunk + 1;
-    const bool split = blocks_[i].rows == 1 && chunks > 1 && pool_.size() > 1;
+    const bool split = blocks_[i].rows == 1 && chunks > 1 && team_ > 1;
     if (split) {
       splits_.push_back({i, first_chunk, chunks, floats});
       floats += (size_t)chunks * chunk_floats();
@@ -315,10 +325,10 @@ void Model::layers(const Batch& b, int thread) {
   float* gated = (float*)gated_.data;
   const int T = b.total;
   if (by_token(T)) {
-    for (const Rows& share : token_shares(T, thread, pool_.size()))
+    for (const Rows& share : token_shares(T, thread, team_))
       for (int t = share.first; t < share.last; ++t) lookup(b.tokens[t], x + (size_t)t * hidden_stride_);
   } else {
-    for (int t = thread; t < T; t += pool_.size()) lookup(b.tokens[t], x + (size_t)t * hidden_stride_);
+    for (int t = thread; t < T; t += team_) lookup(b.tokens[t], x + (size_t)t * hidden_stride_);
     pool_.barrier(thread);
   }
   mark(kEmbedding, thread);
@@ -346,7 +356,7 @@ void Model::layers(const Batch& b, int thread) {
 
 void Model::forward(const Batch& b, bool all, float* logits) {
   begin(b);
-  pool_.run([&](int thread) {
+  run([&](int thread) {
     layers(b, thread);
     const float* x = (const float*)x_.data;
     if (all)
@@ -363,12 +373,12 @@ void Model::score(const Batch& b, const int32_t* targets, float* out) {
   const size_t needed = (size_t)kTokenBlock * config_.vocab_size * sizeof(float);
   if (logits_.bytes < needed) logits_ = Buffer(needed);
   float* logits = (float*)logits_.data;
-  pool_.run([&](int thread) {
+  run([&](int thread) {
     layers(b, thread);
     for (int t = 0; t < b.total; t += kTokenBlock) {
       const int count = std::min(kTokenBlock, b.total - t);
       head((const float*)x_.data + (size_t)t * hidden_stride_, nullptr, count, logits, thread);
-      for (int r = thread; r < count; r += pool_.size()) {
+      for (int r = thread; r < count; r += team_) {
         const float* row = logits + (size_t)r * config_.vocab_size;
         out[t + r] = row[targets[t + r]] - ops_->log_sum_exp(row, config_.vocab_size);
       }
@@ -392,7 +402,7 @@ void Model::sample(const Batch& b, const Sampling& s, bool all, int32_t* out) {
   float* logits = (float*)logits_.data;
   screened_ = -1;
   if (count == 1 && s.temperature[0] <= 0.0f && tied_ && screen_pause_ == 0) {
-    pool_.run([&](int thread) {
+    run([&](int thread) {
       layers(b, thread);
       head_greedy(rows ? rows[0] : 0, logits, thread);
     });
@@ -401,10 +411,10 @@ void Model::sample(const Batch& b, const Sampling& s, bool all, int32_t* out) {
     return;
   }
   if (screen_pause_ > 0) --screen_pause_;
-  pool_.run([&](int thread) {
+  run([&](int thread) {
     layers(b, thread);
     head((const float*)x_.data, rows, count, logits, thread);
-    for (int r = thread; r < count; r += pool_.size()) {
+    for (int r = thread; r < count; r += team_) {
       const int t = rows ? rows[r] : r, of = token_sequence_[t];
       out[r] = sample_token(*ops_, logits + (size_t)r * config_.vocab_size, config_.vocab_size, s.temperature[of],
                             s.top_k[of], s.top_p[of], s.seeds[of], (int64_t)token_position_[t] + 1);

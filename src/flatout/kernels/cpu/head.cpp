@@ -82,12 +82,15 @@ void Model::head_greedy(int32_t row, float* bounds, int thread) {
   float* sizes = (float*)scratch_[thread].normed.data;
   screen_sizes(head_, a, sizes);
   Best& mine = best_[thread];
-  const int first = 2 * kLanes * screen_.first_pair(thread), last = 2 * kLanes * screen_.first_pair(thread + 1);
   mine = Best{};
-  if (first < last) {
-    ops_->screen_panels(screen_, screen_.pair(first / 2 / kLanes), (last - first) / kLanes, a, sizes, bounds + first,
-                        &mine.value, &mine.row);
-    mine.row += first;
+  const int64_t pairs = screen_.pairs();
+  const auto edge = [&](int64_t at) { return (int)(2 * kLanes * (pairs * at / team_)); };
+  const int first = edge(thread), last = edge(thread + 1);
+  for (int row = first; row < last; row += 2 * kLanes) {
+    float best;
+    int best_row;
+    ops_->screen_panels(screen_, screen_.pair(row / 2 / kLanes), 2, a, sizes, bounds + row, &best, &best_row);
+    if (best > mine.value || mine.row < 0) mine.value = best, mine.row = row + best_row;
   }
   pool_.barrier(thread);
   // Exact sums of 16 rows at a time: theirs, collected from the embedding, make a panel.
@@ -107,8 +110,8 @@ void Model::head_greedy(int32_t row, float* bounds, int thread) {
     for (size_t i = 0; i < scale_bytes; i += 64) __builtin_prefetch(embedding_scales_.data + row * scale_bytes + i);
   };
   const Best* guess = &best_[0];
-  for (const Best& other : best_)
-    if (other.value > guess->value) guess = &other;
+  for (int t = 1; t < team_; ++t)
+    if (best_[t].value > guess->value) guess = &best_[t];
   int32_t rows[kLanes] = {guess->row};
   multiply(rows, 1);
   float threshold = sums[0];  // every row of which no more is known than a bound below this is out
@@ -151,7 +154,8 @@ int32_t Model::take_best() {
   const Best* best = &best_[0];
   int candidates = 0;
   bool finite = true;
-  for (const Best& other : best_) {
+  for (int t = 0; t < team_; ++t) {
+    const Best& other = best_[t];
     candidates += other.candidates;
     finite &= other.finite;
     if (other.value > best->value || (other.value == best->value && other.row < best->row)) best = &other;

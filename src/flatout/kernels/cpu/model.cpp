@@ -43,6 +43,8 @@ Model::Model(const Config& config, int threads, const std::string& isa, int num_
     : config_(config),
       ops_(ops_for(isa)),
       pool_(threads),
+      pace_(threads),
+      team_(threads),
       num_pages_(num_pages),
       head_dim_padded_(round_up(config.head_dim, kLanes)),
       qkv_stride_(round_up((config.num_heads + 2 * config.num_kv_heads) * config.head_dim, kLanes)),

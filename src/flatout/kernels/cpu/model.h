@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "matmul.h"
+#include "pace.h"
 #include "threads.h"
 
 namespace flatout {
@@ -85,6 +86,7 @@ class Model {
   void head(const float* hidden, const int32_t* rows, int count, float* logits, int thread);
   void head_greedy(int32_t row, float* bounds, int thread);
   int32_t take_best();
+  void run(const std::function<void(int)>& task);  // on the step's threads
   void rotate(const Batch&, int layer, int token, int head);
   void write_cache(const Batch&, int layer, int thread);
   void plan_attention(int tokens);
@@ -100,6 +102,9 @@ class Model {
   Config config_;
   const Ops* ops_;
   ThreadPool pool_;
+  Pace pace_;
+  int team_;            // threads that take part in the step
+  bool paced_ = false;  // whether its time tells pace_ something
   int activation_rows_ = 0;  // tokens that a thread's own activation buffer holds
   int num_pages_, head_dim_padded_, qkv_stride_, hidden_stride_, gate_stride_, attention_stride_;
   size_t head_bytes_, page_bytes_;  // a page holds all layers' heads, so that a short context touches little memory

@@ -27,9 +27,14 @@ ThreadPool::ThreadPool(int threads) : threads_(threads), slots_(threads) {
 
 ThreadPool::~ThreadPool() {
   stop_.store(true);
-  generation_.fetch_add(1, std::memory_order_release);
-  generation_.notify_all();
+  announce(0);
   for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::announce(int team) {
+  const uint32_t next = (generation_.load(std::memory_order_relaxed) / kTeams + 1) * kTeams + (uint32_t)team;
+  generation_.store(next, std::memory_order_release);
+  generation_.notify_all();
 }
 
 void ThreadPool::work(int thread) {
@@ -39,26 +44,38 @@ void ThreadPool::work(int thread) {
     for (int i = 0; i < kSpinRounds && idle(); ++i) relax();
     for (const auto start = Clock::now(); idle() && Clock::now() - start < kAwake;) std::this_thread::yield();
     generation_.wait(seen, std::memory_order_acquire);
-    ++seen;
+    seen = generation_.load(std::memory_order_acquire);
     if (stop_.load()) return;
+    if (thread >= (int)(seen % kTeams)) continue;
+    slots_[thread].barriers = crossed_;
     (*task_)(thread);
     barrier(thread);
+    slots_[thread].left.store(seen, std::memory_order_release);
   }
 }
 
-void ThreadPool::run(const std::function<void(int)>& task) {
+void ThreadPool::run(const std::function<void(int)>& task, int team) {
   task_ = &task;
-  generation_.fetch_add(1, std::memory_order_release);
-  if (threads_ > 1) generation_.notify_all();
+  if (team != team_) {
+    // A thread that still tells others of the last barrier would overwrite what a new neighbour tells them.
+    const uint32_t last = generation_.load(std::memory_order_relaxed);
+    for (int t = 1; t < team_; ++t)
+      while (slots_[t].left.load(std::memory_order_acquire) != last) std::this_thread::yield();
+  }
+  team_ = team;
+  if (team > 1) {
+    crossed_ = slots_[0].barriers;
+    announce(team);
+  }
   task(0);
-  barrier(0);
+  if (team > 1) barrier(0);
 }
 
 void ThreadPool::barrier(int thread) {
   Slot& mine = slots_[thread];
   const uint32_t reached = ++mine.barriers;
-  for (int round = 0, step = 1; step < threads_; ++round, step *= 2) {
-    slots_[(thread + step) % threads_].told[round].store(reached, std::memory_order_release);
+  for (int round = 0, step = 1; step < team_; ++round, step *= 2) {
+    slots_[(thread + step) % team_].told[round].store(reached, std::memory_order_release);
     // The other may be ahead by one barrier, never behind: the difference wraps with the counters.
     for (int i = 0; (int32_t)(mine.told[round].load(std::memory_order_acquire) - reached) < 0; ++i) {
       if (i < kSpinRounds)
