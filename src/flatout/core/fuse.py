@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from flatout.core.formats import Format, Recipe, parse_format
+from flatout.core.gguf_blocks import BlockTensor, concatenate_blocks
 from flatout.core.model import Model, OnDemand, Weight
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
 from flatout.core.spec import FUSED, ModelSpec
@@ -77,7 +78,10 @@ def native_weight(source: Source, fused: str, fmt: Format) -> QuantizedTensor:
             ", ".join(wrong),
             "the format of the file, or a rounded format such as w8a8-g64",
         )
-    return parts[0] if len(parts) == 1 else concatenate_rows(parts)
+    if len(parts) == 1:
+        return parts[0]
+    blocks = [part for part in parts if isinstance(part, BlockTensor)]
+    return concatenate_blocks(blocks) if len(blocks) == len(parts) else concatenate_rows(parts)
 
 
 def native_format(source: Source, fused: str) -> str | None:

@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 
 from flatout.core.files import corrupt, map_file, shown
-from flatout.core.gguf_blocks import BLOCKS, dequantize, native_blocks, type_name
-from flatout.core.quantized import QuantizedTensor
+from flatout.core.gguf_blocks import BLOCKS, BlockTensor, dequantize, native_blocks, type_name
 from flatout.errors import UnsupportedModelError
 
 _MAX_PAIRS = 1 << 16
@@ -81,7 +80,7 @@ class GgufFile:
         with np.errstate(all="ignore"):
             return dequantize(tensor.type, self._raw(tensor)).reshape(tensor.shape)
 
-    def native(self, name: str) -> QuantizedTensor | None:
+    def native(self, name: str) -> BlockTensor | None:
         """Matrix `name` as q4_0, q4_1 or q8_0 codes and float16 scales as stored (which may be inf or nan in
         a corrupt file); None for any other type, and for a vector."""
         tensor = self._tensor(name)
