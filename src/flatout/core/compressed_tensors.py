@@ -62,7 +62,10 @@ def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
         )
     data = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 4:
-        data = np.stack([data & 15, data >> 4], axis=2).reshape(packed.shape[0], -1)
+        pairs = data.astype("<u2")  # HL -> 0H 0L, in memory the low code first
+        pairs |= pairs << 4
+        pairs &= 0x0F0F
+        data = pairs.view(np.uint8)
     return data[:, :columns]
 
 

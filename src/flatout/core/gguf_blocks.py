@@ -154,8 +154,7 @@ class BlockTensor(QuantizedTensor):
         return self.blocks.reshape(-1, _BY_NAME[self.format.name.upper()].bytes)
 
     def _halves(self, at: int) -> np.ndarray:
-        halves = np.ascontiguousarray(self._split()[:, at : at + 2]).view("<f2").astype(np.float16)
-        return halves.reshape(self.shape[0], -1)
+        return self._split().view("<f2")[:, at // 2].reshape(self.shape[0], -1)
 
 
 def native_blocks(kind: str, raw: np.ndarray, n: int) -> BlockTensor | None:

@@ -82,10 +82,10 @@ SourceRow source_row(const Source& s, int row, std::vector<uint8_t>& scratch) {
       std::memcpy(codes, in, 32);
       continue;
     }
-    for (int i = 0; i < 16; ++i) {
-      codes[i] = in[i] & 15;
-      codes[i + 16] = in[i] >> 4;
-    }
+    uint8_t packed[16];  // a copy, which the compiler knows to lie elsewhere than the codes
+    std::memcpy(packed, in, 16);
+    for (int i = 0; i < 16; ++i) codes[i] = packed[i] & 15;
+    for (int i = 0; i < 16; ++i) codes[i + 16] = packed[i] >> 4;
   }
   return {scratch.data(), scales, minima};
 }
