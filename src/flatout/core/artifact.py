@@ -16,8 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +74,9 @@ def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest:
     replaced; any other non-empty folder is refused. Raises ConfigError for that and ResourceError when the
     disk is too small or not writable.
     """
+    import shutil
+    import tempfile
+
     out = Path(out).absolute()
     _refuse_own_keys(manifest)
     check_output(out)

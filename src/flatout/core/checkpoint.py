@@ -37,6 +37,8 @@ class WeightReader(Protocol):
 
     def native(self, name: str) -> QuantizedTensor | None: ...
 
+    def forget(self) -> None: ...
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
@@ -92,6 +94,10 @@ class Checkpoint:
             self._blocks[name] = tensor
         return tensor
 
+    def forget(self) -> None:
+        """Give the files' pages back to the system; they are read anew when needed."""
+        self.reader.forget()
+
     def _stored(self, name: str) -> str:
         if name == HEAD and self.spec.tie_embeddings:
             return EMBEDDING
@@ -121,6 +127,9 @@ class _GgufWeights:
         if tensor is None or rows is None:
             return tensor
         return tensor.reordered(rows)
+
+    def forget(self) -> None:
+        self.file.forget()
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

@@ -120,7 +120,7 @@ def from_tensors(
     if fmt.zero == "asymmetric":
         stored = _array(file, module, "weight_zero_point", names)
         zeros = unpack(stored.T, fmt.bits, n).T if packed else stored.view(np.uint8) + offset
-    if signed and bool((codes == -128).any()):
+    if signed and codes.min() == -128:
         fmt = parse_format(f"{fmt.name}-asym")
         zeros = np.full((n, groups), offset, dtype=np.uint8)
         codes = codes.view(np.uint8) + offset

@@ -7,6 +7,7 @@ the file has them, GGUF blocks as stored. Fused names are those of `core.model.e
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -119,12 +120,16 @@ def float_recipe(name: str, kv_cache: str = "bf16") -> Recipe:
     return Recipe(name=name, layers=name, embedding=name, head=name, kv_cache=kv_cache, method="native")
 
 
-def assemble(source: Source, recipe: Recipe, on_demand: bool = False) -> Model:
+def assemble(
+    source: Source, recipe: Recipe, on_demand: bool = False, forget: Callable[[], None] | None = None
+) -> Model:
     """A Model of float and native formats only, so nothing is rounded here. Raises UnsupportedModelError
-    otherwise: now, or on demand when a weight is asked for."""
+    otherwise: now, or on demand when a weight is asked for; `forget` is called before each."""
     recipe.check(source.spec)
 
     def read(name: str, _: tuple[int, ...], fmt: Format) -> Weight:
+        if forget is not None:
+            forget()
         return native_weight(source, name, fmt) if fmt.is_integer else float_weight(source, name)
 
     weights = OnDemand(source.spec, recipe, read)

@@ -70,7 +70,8 @@ class GgufFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
-    data: np.ndarray  # the mapped file, uint8
+    mapped: mmap.mmap
+    data: np.ndarray  # the same as uint8
 
     def float32(self, name: str) -> np.ndarray:
         """Tensor `name` dequantised to float32, in its shape. Raises ModelFileError if it is not in the
@@ -87,6 +88,10 @@ class GgufFile:
         if len(tensor.shape) != 2:
             return None
         return native_blocks(tensor.type, self._raw(tensor), tensor.shape[0])
+
+    def forget(self) -> None:
+        """Give the file's pages back to the system; views stay valid and read them anew."""
+        self.mapped.madvise(mmap.MADV_DONTNEED)
 
     def _tensor(self, name: str) -> GgufTensor:
         tensor = self.tensors.get(name)
@@ -255,7 +260,9 @@ def open_gguf(path: str | Path) -> GgufFile:
     metadata = header.pairs(header.count("the number of metadata pairs", _MAX_PAIRS, 8 + 4 + 1))
     relative = [header.tensor(i) for i in range(tensor_count)]
     tensors = _place(path, relative, header.at, _alignment(path, metadata), len(mapped))
-    return GgufFile(path=path, metadata=metadata, tensors=tensors, data=np.frombuffer(mapped, np.uint8))
+    return GgufFile(
+        path=path, metadata=metadata, tensors=tensors, mapped=mapped, data=np.frombuffer(mapped, np.uint8)
+    )
 
 
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:
