@@ -1,12 +1,20 @@
 """The forward step on every instruction set: same bits where the arithmetic is exact, bounded elsewhere."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from tests.tiny import tiny_model, tiny_spec
+from gguf import GGMLQuantizationType
+from tests.files import write_gguf_model
+from tests.tiny import tiny_model, tiny_spec, tiny_tensors
 
 from flatout import _cpu
+from flatout.core.checkpoint import open_checkpoint
 from flatout.core.formats import Recipe, uniform
-from flatout.core.fuse import float_recipe
+from flatout.core.fuse import assemble, float_recipe, native_recipe
+from flatout.core.gguf_blocks import BlockTensor
+from flatout.core.gguf_config import gguf_name
+from flatout.core.quantized import QuantizedTensor
 from flatout.engine.cpu import CpuRunner
 from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import StepInput
@@ -153,3 +161,24 @@ def test_threads_that_share_a_long_context_change_no_bit(family, kv_cache):
             np.testing.assert_array_equal(
                 one[0], expected[position], err_msg=f"{threads} threads at {position}"
             )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_of_a_file_give_the_bits_of_their_codes_and_scales(tmp_path, kind, threads):
+    spec = tiny_spec("llama", tie_embeddings=True)
+    tensors = tiny_tensors(spec)
+    types = {gguf_name(n): GGMLQuantizationType[kind] for n, t in tensors.items() if t.ndim == 2}
+    checkpoint = open_checkpoint(write_gguf_model(tmp_path / "m.gguf", spec, tensors, types))
+    blocks = assemble(checkpoint, native_recipe(checkpoint))
+    assert isinstance(blocks.weights["layers.1.qkv"], BlockTensor)
+    taken_out = {
+        name: QuantizedTensor(format=w.format, codes=w.codes, scales=w.scales, minima=w.minima)
+        if isinstance(w, QuantizedTensor)
+        else w
+        for name, w in blocks.weights.items()
+    }
+    tokens = prompt(spec)
+    expected = CpuRunner(replace(blocks, weights=taken_out), threads=2).forward(step(tokens), "all")
+    found = CpuRunner(blocks, threads=threads).forward(step(tokens), "all")
+    np.testing.assert_array_equal(found, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -113,7 +114,7 @@ def test_a_full_disk_is_noticed_before_unpacking(
     tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel.rename(tmp_path / "here" / wheel.name)
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5})())
     with pytest.raises(ResourceError, match="room for the model"):
         resolve("toy")
     assert list((tmp_path / "cache" / "models").iterdir()) == []

@@ -13,10 +13,9 @@ neither PyTorch nor transformers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +25,10 @@ import numpy as np
 
 from flatout.core.compressed_tensors import from_tensors, to_tensors
 from flatout.core.config import spec_from_config, spec_to_config
-from flatout.core.files import read_json_object, sha256_of, write_atomic
+from flatout.core.files import map_file, read_json_object, sha256_of, write_atomic
 from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.fuse import source_names
+from flatout.core.later import Later
 from flatout.core.model import Model, OnDemand, Weight, expected_weights
 from flatout.core.quantization_config import EMBEDDING, HEAD, cannot_express, to_config
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
@@ -74,6 +74,9 @@ def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest:
     replaced; any other non-empty folder is refused. Raises ConfigError for that and ResourceError when the
     disk is too small or not writable.
     """
+    import shutil
+    import tempfile
+
     out = Path(out).absolute()
     _refuse_own_keys(manifest)
     check_output(out)
@@ -246,7 +249,15 @@ def load_artifact(path: str | Path) -> tuple[Model, Tokenizer, dict[str, Any]]:
             "an artifact is a folder with flatout.json", str(path), "a folder that `flatout optimize` wrote"
         )
     manifest = read_json_object(path / MANIFEST)
-    _check_manifest(path, manifest)
+    files = _files(path, manifest)
+    weights = files.pop(_WEIGHTS)
+    for name, expected in files.items():
+        _check_file(path / name, sha256_of([path / name]), expected)
+    mapped = map_file(path / _WEIGHTS)
+    digest = Later(lambda: hashlib.sha256(mapped).hexdigest())
+    tokenizer = Tokenizer.from_folder(path)
+    _check_file(path / _WEIGHTS, digest.get(), weights)
+    mapped.close()
     config = read_json_object(path / "config.json")
     spec = replace(spec_from_config(config, where=str(path / "config.json")), tie_embeddings=manifest["tied"])
     recipe = recipe_from_json(manifest.get("recipe"))
@@ -259,10 +270,11 @@ def load_artifact(path: str | Path) -> tuple[Model, Tokenizer, dict[str, Any]]:
         return weight
 
     model = Model(spec=spec, recipe=recipe, weights=OnDemand(spec, recipe, read))
-    return model, Tokenizer.from_folder(path), manifest
+    return model, tokenizer, manifest
 
 
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+def _files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """The artifact's files by name, with the SHA-256 of each."""
     where = str(path / MANIFEST)
     files = manifest.get("files")
     sound = (
@@ -274,15 +286,19 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         raise ModelFileError(
             f"flatout.json must be of version {_VERSION} and whole", where, "re-create the artifact"
         )
-    for name, expected in files.items():
+    for name in files:
         if Path(name).name != name:
             raise ModelFileError(
                 "files of an artifact lie in its folder", f"{name!r} in {where}", "re-create it"
             )
-        if sha256_of([path / name]) != expected:
-            raise ModelFileError(
-                "files must be as they were written", f"{path / name} has changed", "re-create the artifact"
-            )
+    return dict(files)
+
+
+def _check_file(file: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise ModelFileError(
+            "files must be as they were written", f"{file} has changed", "re-create the artifact"
+        )
 
 
 def recipe_from_json(value: Any) -> Recipe:

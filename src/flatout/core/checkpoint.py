@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import numpy as np
 from flatout.core.files import corrupt, sha256_of, shown
 from flatout.core.folder import check_shapes, open_folder
 from flatout.core.gguf import GgufFile, open_gguf
+from flatout.core.gguf_blocks import BlockTensor
 from flatout.core.gguf_config import IGNORED, gguf_name, spec_from_gguf, unpermuted_rows
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.sources import resolve
@@ -36,6 +37,8 @@ class WeightReader(Protocol):
 
     def native(self, name: str) -> QuantizedTensor | None: ...
 
+    def forget(self) -> None: ...
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
@@ -47,6 +50,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     reader: WeightReader
     load_tokenizer: Callable[[], Tokenizer]
+    _blocks: dict[str, BlockTensor] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -77,12 +81,22 @@ class Checkpoint:
     def native(self, name: str) -> QuantizedTensor | None:
         """Weight `name` as the codes in the file: q4_0, q4_1 or q8_0 blocks of a GGUF file, integer codes of
         a quantised folder; None when it is stored as floats or in a type without such a format."""
-        tensor = self.reader.native(self._stored(name))
+        name = self._stored(name)
+        known = self._blocks.get(name)
+        if known is not None:
+            return known
+        tensor = self.reader.native(name)
         if tensor is not None:
             for array in (tensor.scales, tensor.minima):
                 if array is not None and not np.isfinite(array).all():
                     raise corrupt(self.path, "weights must be finite", f"inf or nan in the scales of {name}")
+        if isinstance(tensor, BlockTensor):  # a view of the file, which takes no memory
+            self._blocks[name] = tensor
         return tensor
+
+    def forget(self) -> None:
+        """Give the files' pages back to the system; they are read anew when needed."""
+        self.reader.forget()
 
     def _stored(self, name: str) -> str:
         if name == HEAD and self.spec.tie_embeddings:
@@ -107,17 +121,15 @@ class _GgufWeights:
         rows = unpermuted_rows(self.spec, self.architecture, name)
         return array if rows is None else array[rows]
 
-    def native(self, name: str) -> QuantizedTensor | None:
+    def native(self, name: str) -> BlockTensor | None:
         tensor = self.file.native(gguf_name(name))
         rows = unpermuted_rows(self.spec, self.architecture, name)
         if tensor is None or rows is None:
             return tensor
-        return replace(
-            tensor,
-            codes=tensor.codes[rows],
-            scales=tensor.scales[rows],
-            minima=None if tensor.minima is None else tensor.minima[rows],
-        )
+        return tensor.reordered(rows)
+
+    def forget(self) -> None:
+        self.file.forget()
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

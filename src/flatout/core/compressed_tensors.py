@@ -62,7 +62,10 @@ def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
         )
     data = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 4:
-        data = np.stack([data & 15, data >> 4], axis=2).reshape(packed.shape[0], -1)
+        pairs = data.astype("<u2")  # HL -> 0H 0L, in memory the low code first
+        pairs |= pairs << 4
+        pairs &= 0x0F0F
+        data = pairs.view(np.uint8)
     return data[:, :columns]
 
 
@@ -117,7 +120,7 @@ def from_tensors(
     if fmt.zero == "asymmetric":
         stored = _array(file, module, "weight_zero_point", names)
         zeros = unpack(stored.T, fmt.bits, n).T if packed else stored.view(np.uint8) + offset
-    if signed and bool((codes == -128).any()):
+    if signed and codes.min() == -128:
         fmt = parse_format(f"{fmt.name}-asym")
         zeros = np.full((n, groups), offset, dtype=np.uint8)
         codes = codes.view(np.uint8) + offset

@@ -85,6 +85,11 @@ class Folder:
         except FlatoutError as error:
             raise _located(error, self.tensors.folder) from error
 
+    def forget(self) -> None:
+        """Give the files' pages back to the system; they are read anew when needed."""
+        for file in {id(file): file for file in self.tensors.owner.values()}.values():
+            file.forget()
+
 
 def open_folder(path: Path) -> Folder:
     """Open and check a folder. Raises ModelFileError or UnsupportedModelError naming it or the file at

@@ -7,11 +7,13 @@ the file has them, GGUF blocks as stored. Fused names are those of `core.model.e
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 from flatout.core.formats import Format, Recipe, parse_format
+from flatout.core.gguf_blocks import BlockTensor, concatenate_blocks
 from flatout.core.model import Model, OnDemand, Weight
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
 from flatout.core.spec import FUSED, ModelSpec
@@ -77,7 +79,10 @@ def native_weight(source: Source, fused: str, fmt: Format) -> QuantizedTensor:
             ", ".join(wrong),
             "the format of the file, or a rounded format such as w8a8-g64",
         )
-    return parts[0] if len(parts) == 1 else concatenate_rows(parts)
+    if len(parts) == 1:
+        return parts[0]
+    blocks = [part for part in parts if isinstance(part, BlockTensor)]
+    return concatenate_blocks(blocks) if len(blocks) == len(parts) else concatenate_rows(parts)
 
 
 def native_format(source: Source, fused: str) -> str | None:
@@ -115,12 +120,16 @@ def float_recipe(name: str, kv_cache: str = "bf16") -> Recipe:
     return Recipe(name=name, layers=name, embedding=name, head=name, kv_cache=kv_cache, method="native")
 
 
-def assemble(source: Source, recipe: Recipe, on_demand: bool = False) -> Model:
+def assemble(
+    source: Source, recipe: Recipe, on_demand: bool = False, forget: Callable[[], None] | None = None
+) -> Model:
     """A Model of float and native formats only, so nothing is rounded here. Raises UnsupportedModelError
-    otherwise: now, or on demand when a weight is asked for."""
+    otherwise: now, or on demand when a weight is asked for; `forget` is called before each."""
     recipe.check(source.spec)
 
     def read(name: str, _: tuple[int, ...], fmt: Format) -> Weight:
+        if forget is not None:
+            forget()
         return native_weight(source, name, fmt) if fmt.is_integer else float_weight(source, name)
 
     weights = OnDemand(source.spec, recipe, read)

@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 
 from flatout.core.files import corrupt, map_file, shown
-from flatout.core.gguf_blocks import BLOCKS, dequantize, native_blocks, type_name
-from flatout.core.quantized import QuantizedTensor
+from flatout.core.gguf_blocks import BLOCKS, BlockTensor, dequantize, native_blocks, type_name
 from flatout.errors import UnsupportedModelError
 
 _MAX_PAIRS = 1 << 16
@@ -71,7 +70,8 @@ class GgufFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
-    data: np.ndarray  # the mapped file, uint8
+    mapped: mmap.mmap
+    data: np.ndarray  # the same as uint8
 
     def float32(self, name: str) -> np.ndarray:
         """Tensor `name` dequantised to float32, in its shape. Raises ModelFileError if it is not in the
@@ -81,13 +81,17 @@ class GgufFile:
         with np.errstate(all="ignore"):
             return dequantize(tensor.type, self._raw(tensor)).reshape(tensor.shape)
 
-    def native(self, name: str) -> QuantizedTensor | None:
+    def native(self, name: str) -> BlockTensor | None:
         """Matrix `name` as q4_0, q4_1 or q8_0 codes and float16 scales as stored (which may be inf or nan in
         a corrupt file); None for any other type, and for a vector."""
         tensor = self._tensor(name)
         if len(tensor.shape) != 2:
             return None
         return native_blocks(tensor.type, self._raw(tensor), tensor.shape[0])
+
+    def forget(self) -> None:
+        """Give the file's pages back to the system; views stay valid and read them anew."""
+        self.mapped.madvise(mmap.MADV_DONTNEED)
 
     def _tensor(self, name: str) -> GgufTensor:
         tensor = self.tensors.get(name)
@@ -256,7 +260,9 @@ def open_gguf(path: str | Path) -> GgufFile:
     metadata = header.pairs(header.count("the number of metadata pairs", _MAX_PAIRS, 8 + 4 + 1))
     relative = [header.tensor(i) for i in range(tensor_count)]
     tensors = _place(path, relative, header.at, _alignment(path, metadata), len(mapped))
-    return GgufFile(path=path, metadata=metadata, tensors=tensors, data=np.frombuffer(mapped, np.uint8))
+    return GgufFile(
+        path=path, metadata=metadata, tensors=tensors, mapped=mapped, data=np.frombuffer(mapped, np.uint8)
+    )
 
 
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:

@@ -17,11 +17,12 @@ Source: block_q* in https://github.com/ggml-org/ggml/blob/master/src/ggml-common
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from flatout.core.formats import parse_format
+from flatout.core.formats import Format, parse_format
 from flatout.core.quantized import QuantizedTensor
 
 
@@ -99,26 +100,78 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
     return values.reshape(-1)
 
 
-def native_blocks(kind: str, raw: np.ndarray, n: int) -> QuantizedTensor | None:
+class BlockTensor(QuantizedTensor):
+    """An (N, K) weight in GGUF blocks, a view of the file until `blocks`, `codes`, `scales` or `minima` are
+    asked for, which are made anew every time.
+
+    stored: uint8 (N, bytes), a row's blocks one after another. order: the stored row of each row, None where
+    they are the same.
+    """
+
+    __slots__ = ("_order", "_stored")
+    _stored: np.ndarray
+    _order: np.ndarray | None
+
+    def __init__(self, format: Format, stored: np.ndarray, order: np.ndarray | None = None) -> None:
+        object.__setattr__(self, "format", format)
+        object.__setattr__(self, "_stored", stored)
+        object.__setattr__(self, "_order", order)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, stored = self._stored.shape
+        block = _BY_NAME[self.format.name.upper()]
+        return (n if self._order is None else len(self._order)), stored // block.bytes * block.elements
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """uint8 (N, bytes)."""
+        return self._stored if self._order is None else self._stored[self._order]
+
+    def reordered(self, order: np.ndarray) -> BlockTensor:
+        """Row i is what row order[i] of this one is in the file."""
+        return BlockTensor(self.format, self._stored, order)
+
+    @property
+    def codes(self) -> np.ndarray:
+        packed = self._split()[:, -32 if self.format.bits == 8 else -16 :]
+        codes = packed.view(np.int8) if self.format.bits == 8 else _nibbles(packed)
+        return codes.reshape(self.shape)
+
+    @property
+    def scales(self) -> np.ndarray:
+        return self._halves(0)
+
+    @property
+    def minima(self) -> np.ndarray | None:
+        return self._halves(2) if self.format.zero == "minimum" else None
+
+    @property
+    def zeros(self) -> None:
+        return None
+
+    def _split(self) -> np.ndarray:
+        return self.blocks.reshape(-1, _BY_NAME[self.format.name.upper()].bytes)
+
+    def _halves(self, at: int) -> np.ndarray:
+        return self._split().view("<f2")[:, at // 2].reshape(self.shape[0], -1)
+
+
+def native_blocks(kind: str, raw: np.ndarray, n: int) -> BlockTensor | None:
     """uint8 bytes of an (n, K) tensor -> codes and scales as stored, or None if `kind` has no such format.
 
     Also None when a Q8_0 block holds the code -128, which no quantiser writes and our formats exclude.
     """
     if kind not in ("Q4_0", "Q4_1", "Q8_0"):
         return None
-    blocks = raw.reshape(-1, _BY_NAME[kind].bytes)
-    scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float16).reshape(n, -1)
-    minima = None
-    if kind == "Q8_0":
-        codes = np.ascontiguousarray(blocks[:, 2:]).view(np.int8).reshape(n, -1)
-        if codes.min() == -128:
-            return None
-    elif kind == "Q4_0":
-        codes = _nibbles(blocks[:, 2:]).reshape(n, -1)
-    else:
-        codes = _nibbles(blocks[:, 4:]).reshape(n, -1)
-        minima = np.ascontiguousarray(blocks[:, 2:4]).view("<f2").astype(np.float16).reshape(n, -1)
-    return QuantizedTensor(format=parse_format(kind.lower()), codes=codes, scales=scales, minima=minima)
+    if kind == "Q8_0" and raw.reshape(-1, _BY_NAME[kind].bytes)[:, 2:].view(np.int8).min() == -128:
+        return None
+    return BlockTensor(parse_format(kind.lower()), raw.reshape(n, -1))
+
+
+def concatenate_blocks(parts: Sequence[BlockTensor]) -> BlockTensor:
+    """Stack weights of one format along N (q, k, v -> qkv)."""
+    return BlockTensor(parts[0].format, np.concatenate([part.blocks for part in parts]))
 
 
 def _half(blocks: np.ndarray, at: int) -> np.ndarray:

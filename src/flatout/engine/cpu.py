@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flatout.core.formats import Format
+from flatout.core.gguf_blocks import BlockTensor
 from flatout.core.model import Model, Weight, expected_weights
 from flatout.core.quantized import QuantizedTensor
 from flatout.engine.runner import StepInput
@@ -125,7 +126,9 @@ class CpuRunner:
 
 def set_weight(target: Any, name: str, weight: Weight, fmt: Format) -> None:
     """Hand one weight to a model of the extension, which copies and packs it."""
-    if isinstance(weight, QuantizedTensor):
+    if isinstance(weight, BlockTensor):
+        target.set_blocks(name, np.ascontiguousarray(weight.blocks), fmt.bits, fmt.zero)
+    elif isinstance(weight, QuantizedTensor):
         target.set_quantized(
             name,
             np.ascontiguousarray(weight.codes),

@@ -149,7 +149,7 @@ def _open(
     tokens = max_tokens or cache_tokens(checkpoint.spec, recipe.kv_cache)
     tokenizer = checkpoint.tokenizer  # read first: it is small, and a model without one cannot be served
     check_memory(checkpoint.spec, recipe, tokens, read=False, taken=taken)
-    return assemble(checkpoint, recipe, on_demand=True), tokenizer, tokens
+    return assemble(checkpoint, recipe, True, checkpoint.forget), tokenizer, tokens
 
 
 def choose_runner(runner: str) -> str:

@@ -24,7 +24,6 @@ from bisect import bisect, insort
 from collections import deque
 from itertools import accumulate
 from operator import mul
-from statistics import median_low
 from typing import Protocol
 
 from flatout.core.formats import Recipe, parse_format
@@ -120,7 +119,8 @@ class StepTimes:
             self._samples[tokens] = deque(maxlen=_MEMORY)
             insort(self._sizes, tokens)
         self._samples[tokens].append(seconds)
-        self._seconds[tokens] = median_low(self._samples[tokens])
+        samples = sorted(self._samples[tokens])
+        self._seconds[tokens] = samples[(len(samples) - 1) // 2]
 
     def estimate(self, tokens: int) -> float:
         """Of a size never measured: on the line between its neighbours; beyond all, a cautious growth from

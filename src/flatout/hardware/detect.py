@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 from flatout.core.types import Hardware
@@ -152,6 +151,8 @@ def _caches(root: Path) -> dict[str, int]:
 
 def _caches_by_lscpu() -> dict[str, int]:
     """The same from `lscpu`, which reads cpuid where a virtual machine hides /sys's cache folder."""
+    import subprocess
+
     try:
         command = ["lscpu", "--bytes", "--caches=NAME,ONE-SIZE"]
         output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout

@@ -140,6 +140,25 @@ void set_quantized(M& model, const std::string& name, const AnyMatrix& codes, co
   model.set_weight(name, s);
 }
 
+// Rows of GGUF blocks: Q4_0 (4 bits, symmetric), Q4_1 (4, minimum) or Q8_0 (8, symmetric).
+void set_blocks(Model& model, const std::string& name, const Matrix<uint8_t>& blocks, int bits,
+                const std::string& zero) {
+  Source s;
+  s.kind = WeightKind::kInteger;
+  s.bits = bits;
+  s.group = s.activation_group = 32;
+  s.zero = zero == "minimum" ? Zero::kMinimum : Zero::kSymmetric;
+  s.half_scales = true;
+  s.planes = 1;
+  s.n = (int)blocks.shape(0);
+  s.k = (int)(blocks.shape(1) / s.block_bytes() * 32);
+  s.blocks = blocks.data();
+  if ((bits != 4 && bits != 8) || blocks.shape(1) % s.block_bytes())
+    throw std::invalid_argument("rows must be whole blocks of 4 or 8 bits");
+  nb::gil_scoped_release release;
+  model.set_weight(name, s);
+}
+
 Source float_source(const Matrix<float>& values, const std::string& format) {
   Source s;
   s.kind = format == "bf16" ? WeightKind::kBFloat16 : WeightKind::kFloat32;
@@ -283,6 +302,7 @@ NB_MODULE(_cpu, m) {
              if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
              new (self) Model(parse_config(config), threads, isa, num_pages);
            })
+      .def("set_blocks", &set_blocks, nb::arg("name"), nb::arg("blocks"), nb::arg("bits"), nb::arg("zero"))
       .def_prop_ro("num_pages", &Model::num_pages)
       .def_prop_ro("screened", &Model::screened)
       .def_prop_ro("page_size", [](const Model&) { return kPage; })

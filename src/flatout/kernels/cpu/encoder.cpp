@@ -87,7 +87,7 @@ void Encoder::set_weight(const std::string& name, const Source& s) {
   Linear* to = layer_field<Layer, Linear>(
       layers_, name, {{"qkv", &Layer::qkv}, {"o", &Layer::o}, {"up", &Layer::up}, {"down", &Layer::down}});
   expect(to != nullptr, "unknown weight " + name);
-  *to = pack_linear(s, false, arenas_);
+  *to = pack_linear(s, false, arenas_, pool_);
 }
 
 void Encoder::finalize() {

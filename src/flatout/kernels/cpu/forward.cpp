@@ -356,6 +356,7 @@ void Model::layers(const Batch& b, int thread) {
 
 void Model::forward(const Batch& b, bool all, float* logits) {
   begin(b);
+  pack_head();
   run([&](int thread) {
     layers(b, thread);
     const float* x = (const float*)x_.data;
@@ -370,6 +371,7 @@ void Model::score(const Batch& b, const int32_t* targets, float* out) {
   for (int t = 0; t < b.total; ++t)
     expect(targets[t] >= 0 && targets[t] < config_.vocab_size, "a target is outside the vocabulary");
   begin(b);
+  pack_head();
   const size_t needed = (size_t)kTokenBlock * config_.vocab_size * sizeof(float);
   if (logits_.bytes < needed) logits_ = Buffer(needed);
   float* logits = (float*)logits_.data;
@@ -401,7 +403,7 @@ void Model::sample(const Batch& b, const Sampling& s, bool all, int32_t* out) {
   if (logits_.bytes < needed) logits_ = Buffer(needed);
   float* logits = (float*)logits_.data;
   screened_ = -1;
-  if (count == 1 && s.temperature[0] <= 0.0f && tied_ && screen_pause_ == 0) {
+  if (count == 1 && s.temperature[0] <= 0.0f && !screen_.shares.empty() && screen_pause_ == 0) {
     run([&](int thread) {
       layers(b, thread);
       head_greedy(rows ? rows[0] : 0, logits, thread);
@@ -411,6 +413,7 @@ void Model::sample(const Batch& b, const Sampling& s, bool all, int32_t* out) {
     return;
   }
   if (screen_pause_ > 0) --screen_pause_;
+  pack_head();
   run([&](int thread) {
     layers(b, thread);
     head((const float*)x_.data, rows, count, logits, thread);

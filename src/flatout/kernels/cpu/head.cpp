@@ -21,7 +21,7 @@ bool screenable(const Linear& w) {
          w.k == w.k_padded && w.group % kScreenBlock == 0 && w.groups <= 1000;
 }
 
-Linear pack_screen(const Source& s, const Linear& head, std::span<Arena> arenas) {
+Linear pack_screen(const Source& s, const Linear& head, std::span<Arena> arenas, ThreadPool& pool) {
   Linear w = head;
   const int blocks = w.k / kScreenBlock;
   const size_t width = w.half_scales ? 2 : 4;
@@ -29,29 +29,27 @@ Linear pack_screen(const Source& s, const Linear& head, std::span<Arena> arenas)
   w.scales_offset = (size_t)blocks * kBlockBytes;
   w.extra_offset = w.scales_offset + (size_t)w.groups * kLanes * width;
   w.panel_bytes = (w.extra_offset + (size_t)blocks * kLanes + 63) / 64 * 64;
-  w.shares.assign(arenas.size(), nullptr);
-  for (int i = 0; i < (int)arenas.size(); ++i)
-    w.shares[i] = arenas[i].take((size_t)2 * (w.first_pair(i + 1) - w.first_pair(i)) * w.panel_bytes);
-  for (int row = 0; row < w.n; ++row) {
-    uint8_t* panel = const_cast<uint8_t*>(w.pair(row / kLanes / 2)) + (size_t)(row / kLanes % 2) * w.panel_bytes;
-    const int lane = row % kLanes;
-    const uint8_t* codes = s.codes + (size_t)row * w.k;
-    for (int b = 0; b < blocks; ++b) {
-      float squares = 0.0f;
-      for (int i = 0; i < kScreenBlock; ++i) {
-        const int code = codes[b * kScreenBlock + i] ^ 128, high = i % 8 / 4, byte = 4 * lane + i % 4;
-        const float low = (float)(code & 7) - 3.5f;
-        squares += low * low;
+  fill_panels(w, arenas, pool, [&](int p, uint8_t* panel) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const size_t row = (size_t)p * kLanes + lane;
+      const uint8_t* codes = s.codes + row * w.k;
+      for (int b = 0; b < blocks; ++b, codes += kScreenBlock) {
+        float squares = 0.0f;
         uint8_t* block = panel + (size_t)b * kBlockBytes;
-        block[64 * (i / 8) + byte] |= (uint8_t)(code >> 4 << 4 * high);
-        block[64 * 4 + 16 * (i / 8) + 8 * high + byte / 8] |= (uint8_t)((code >> 3 & 1) << byte % 8);
+        for (int i = 0; i < kScreenBlock; ++i) {
+          const int code = codes[i] ^ 128, high = i % 8 / 4, byte = 4 * lane + i % 4;
+          const float low = (float)(code & 7) - 3.5f;
+          squares += low * low;
+          block[64 * (i / 8) + byte] |= (uint8_t)(code >> 4 << 4 * high);
+          block[64 * 4 + 16 * (i / 8) + 8 * high + byte / 8] |= (uint8_t)((code >> 3 & 1) << byte % 8);
+        }
+        panel[w.extra_offset + (size_t)b * kLanes + lane] = bound_of(squares);
       }
-      panel[w.extra_offset + (size_t)b * kLanes + lane] = bound_of(squares);
+      for (int g = 0; g < w.groups; ++g)
+        std::memcpy(panel + w.scales_offset + ((size_t)g * kLanes + lane) * width,
+                    (const uint8_t*)s.scales + (row * w.groups + g) * width, width);
     }
-    for (int g = 0; g < w.groups; ++g)
-      std::memcpy(panel + w.scales_offset + ((size_t)g * kLanes + lane) * width,
-                  (const uint8_t*)s.scales + ((size_t)row * w.groups + g) * width, width);
-  }
+  });
   return w;
 }
 
@@ -66,6 +64,41 @@ void screen_sizes(const Linear& w, const Activations& a, float* sizes) {
     const float scale = a.scales[(size_t)(b * kScreenBlock / w.group) * kTileRows];
     sizes[b] = std::sqrt(squares) * scale * kScreenUnit * 1.00001f;
   }
+}
+
+// A head that is the embedding is screened, which takes rows as well as panels. Its own panels are packed when a step first
+// needs them: one sequence that decodes greedily never does.
+bool Model::screen_head(const Source& s) {
+  const Source& e = embedding_;
+  const Linear w = plan_linear(s, false);
+  if (!screenable(w) || e.kind != s.kind || e.n != s.n || e.k != s.k || e.bits != s.bits || e.group != s.group ||
+      e.zero != s.zero || e.half_scales != s.half_scales)
+    return false;
+  const size_t k = s.k, scale_bytes = (size_t)w.groups * (s.half_scales ? 2 : 4);
+  std::atomic<bool> same = true;
+  pool_.run([&](int thread) {
+    std::vector<uint8_t> scratch;
+    for (int row = thread; row < s.n && same; row += pool_.size()) {
+      const SourceRow in = source_row(s, row, scratch);
+      if (std::memcmp(in.codes, embedding_codes_.data + row * k, k) != 0 ||
+          std::memcmp(in.scales, embedding_scales_.data + row * scale_bytes, scale_bytes) != 0)
+        same = false;
+    }
+  }, pool_.size());
+  if (!same) return false;
+  head_source_ = s;
+  head_source_.blocks = nullptr;
+  head_source_.codes = embedding_codes_.data;
+  head_source_.scales = embedding_scales_.data;
+  head_ = w;
+  screen_ = pack_screen(head_source_, w, arenas_, pool_);
+  best_.resize(pool_.size());
+  candidates_.resize(s.n);
+  return true;
+}
+
+void Model::pack_head() {
+  if (head_.shares.empty()) head_ = pack_linear(head_source_, false, arenas_, pool_);
 }
 
 // Logits of `rows` of the hidden state; every thread returns once all are written.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "threads.h"
+
 namespace flatout {
 
 size_t activation_bytes(int rows, int row_stride, int groups) {
@@ -96,7 +98,8 @@ void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, cons
 
 void linear_once(const Ops& ops, const Source& source, const float* x, int tokens, float* out) {
   Arena arena;
-  const Linear w = pack_linear(source, false, {&arena, 1});
+  ThreadPool alone(1);
+  const Linear w = pack_linear(source, false, {&arena, 1}, alone);
   const int rows = (tokens + kTileRows - 1) / kTileRows * kTileRows;
   Buffer memory(activation_bytes(rows, w.row_stride, w.groups)), scratch((size_t)2 * kLanes * w.k_padded);
   const Activations a = place_activations(w, memory.data, rows);

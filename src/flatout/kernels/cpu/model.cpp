@@ -94,23 +94,30 @@ void Model::set_vector(const std::string& name, const float* values, int count) 
 void Model::set_weight(const std::string& name, const Source& s) {
   if (name == "embedding") {
     embedding_ = s;
-    const size_t values = (size_t)s.n * s.k, groups = s.group ? (size_t)s.n * (s.k / s.group) : (size_t)s.n;
-    const auto copy = [](Buffer& to, const void* from, size_t bytes) {
-      to = Buffer(bytes);
-      std::memcpy(to.data, from, bytes);
-    };
-    if (s.kind == WeightKind::kFloat32) {
-      copy(embedding_codes_, s.values, values * 4);
-    } else if (s.kind == WeightKind::kBFloat16) {
-      embedding_codes_ = Buffer(values * 2);
-      for (size_t i = 0; i < values; ++i) ((uint16_t*)embedding_codes_.data)[i] = round_to_bf16(s.values[i]);
-    } else {
-      const size_t width = s.half_scales ? 2 : 4;
-      copy(embedding_codes_, s.codes, values);
-      copy(embedding_scales_, s.scales, groups * width);
-      if (s.zero == Zero::kMinimum) copy(embedding_minima_, s.minima, groups * width);
-      if (s.zero == Zero::kAsymmetric) copy(embedding_zeros_, s.zeros, groups);
-    }
+    const size_t k = s.k, groups = s.group ? k / s.group : 1, width = s.half_scales ? 2 : 4;
+    const bool integer = s.kind == WeightKind::kInteger;
+    embedding_codes_ = Buffer(s.n * k * (integer ? 1 : s.bits / 8));
+    if (integer) embedding_scales_ = Buffer(s.n * groups * width);
+    if (s.zero == Zero::kMinimum) embedding_minima_ = Buffer(s.n * groups * width);
+    if (s.zero == Zero::kAsymmetric) embedding_zeros_ = Buffer(s.n * groups);
+    pool_.run([&](int thread) {
+      std::vector<uint8_t> scratch;
+      const auto share = [&](int t) { return (int)((int64_t)s.n * t / pool_.size()); };
+      for (int row = share(thread); row < share(thread + 1); ++row) {
+        const size_t first = row * k, at = row * groups;
+        if (s.kind == WeightKind::kFloat32) {
+          std::memcpy(embedding_codes_.data + first * 4, s.values + first, k * 4);
+        } else if (s.kind == WeightKind::kBFloat16) {
+          for (size_t i = first; i < first + k; ++i) ((uint16_t*)embedding_codes_.data)[i] = round_to_bf16(s.values[i]);
+        } else {
+          const SourceRow in = source_row(s, row, scratch);
+          std::memcpy(embedding_codes_.data + first, in.codes, k);
+          std::memcpy(embedding_scales_.data + at * width, in.scales, groups * width);
+          if (s.zero == Zero::kMinimum) std::memcpy(embedding_minima_.data + at * width, in.minima, groups * width);
+          if (s.zero == Zero::kAsymmetric) std::memcpy(embedding_zeros_.data + at, s.zeros + at, groups);
+        }
+      }
+    }, pool_.size());
     return;
   }
   const bool interleaved = name.ends_with(".gate_up");
@@ -119,21 +126,8 @@ void Model::set_weight(const std::string& name, const Source& s) {
       {{"qkv", &Layer::qkv}, {"o", &Layer::o}, {"gate_up", &Layer::gate_up}, {"down", &Layer::down}});
   if (name == "head") to = &head_;
   expect(to != nullptr, "unknown weight " + name);
-  *to = pack_linear(s, interleaved, arenas_);
-  if (to == &head_) screen_head(s);
-}
-
-// Screening needs rows as well as panels, which only a head that is the embedding has.
-void Model::screen_head(const Source& s) {
-  const Source& e = embedding_;
-  const size_t codes = (size_t)s.n * s.k, scales = (size_t)s.n * head_.groups * (s.half_scales ? 2 : 4);
-  tied_ = screenable(head_) && e.kind == s.kind && e.n == s.n && e.k == s.k && e.bits == s.bits && e.group == s.group &&
-          e.zero == s.zero && e.half_scales == s.half_scales && std::memcmp(embedding_codes_.data, s.codes, codes) == 0 &&
-          std::memcmp(embedding_scales_.data, s.scales, scales) == 0;
-  if (!tied_) return;
-  screen_ = pack_screen(s, head_, arenas_);
-  best_.resize(pool_.size());
-  candidates_.resize(s.n);
+  if (to == &head_ && screen_head(s)) return;
+  *to = pack_linear(s, interleaved, arenas_, pool_);
 }
 
 void Model::finalize() {

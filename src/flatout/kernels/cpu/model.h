@@ -78,7 +78,8 @@ class Model {
 
   int chunk_floats() const { return config_.num_heads * partial_floats(head_dim_padded_); }  // partial sums of a chunk
   bool by_token(int count) const;  // whether threads take tokens rather than rows of the weights
-  void screen_head(const Source&);
+  bool screen_head(const Source&);  // false: it is to be packed as any other
+  void pack_head();
   void check(const Batch&) const;
   void begin(const Batch&);
   void layers(const Batch&, int thread);
@@ -112,7 +113,7 @@ class Model {
   std::vector<float> norm_, rope_;
   std::vector<Arena> arenas_;  // of each thread
   Linear head_, screen_;
-  bool tied_ = false;  // the embedding's codes are the head's, and screen_ their upper halves
+  Source head_source_;  // of a screened head: the embedding's rows
   int screened_ = -1, screen_pause_ = 0;
   struct alignas(64) Best {  // of one thread
     float value = -kInfinity;

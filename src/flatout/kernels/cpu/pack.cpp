@@ -2,9 +2,12 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <utility>
+
+#include "threads.h"
 
 namespace flatout {
 
@@ -62,10 +65,35 @@ uint16_t round_to_bf16(float v) {
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+SourceRow source_row(const Source& s, int row, std::vector<uint8_t>& scratch) {
+  const size_t k = s.k, groups = s.group ? k / s.group : 1, at = row * groups, width = s.half_scales ? 2 : 4;
+  if (!s.blocks) {
+    const uint8_t* minima = s.minima ? (const uint8_t*)s.minima + at * width : nullptr;
+    return {s.codes + row * k, (const uint8_t*)s.scales + at * width, minima};
+  }
+  scratch.resize(k + 4 * groups);
+  uint8_t *codes = scratch.data(), *scales = codes + k, *minima = scales + 2 * groups;
+  const uint8_t* block = s.blocks + at * s.block_bytes();
+  for (size_t g = 0; g < groups; ++g, block += s.block_bytes(), codes += 32) {
+    std::memcpy(scales + 2 * g, block, 2);
+    if (s.zero == Zero::kMinimum) std::memcpy(minima + 2 * g, block + 2, 2);
+    const uint8_t* in = block + (s.zero == Zero::kMinimum ? 4 : 2);
+    if (s.bits == 8) {
+      std::memcpy(codes, in, 32);
+      continue;
+    }
+    uint8_t packed[16];  // a copy, which the compiler knows to lie elsewhere than the codes
+    std::memcpy(packed, in, 16);
+    for (int i = 0; i < 16; ++i) codes[i] = packed[i] & 15;
+    for (int i = 0; i < 16; ++i) codes[i + 16] = packed[i] >> 4;
+  }
+  return {scratch.data(), scales, minima};
+}
+
 namespace {
 
 // Row of the source that lane `lane` of panel `panel` holds, or -1 for padding.
-int source_row(const Source& s, bool interleaved, int panel, int lane) {
+int row_of(const Source& s, bool interleaved, int panel, int lane) {
   if (!interleaved) {
     const int row = panel * kLanes + lane;
     return row < s.n ? row : -1;
@@ -85,33 +113,50 @@ void pack_floats(const Source& s, const Linear& w, int lane, int row, uint8_t* p
   }
 }
 
-void pack_codes(const Source& s, const Linear& w, int lane, int row, uint8_t* panel) {
-  const uint8_t* in = s.codes + (size_t)row * s.k;
+void pack_codes(const Source& s, const Linear& w, int lane, const uint8_t* in, uint8_t* panel) {
   // Signed codes become unsigned around 128.
   const uint32_t flip = s.bits == 8 && s.zero == Zero::kSymmetric ? 0x80808080u : 0;
+  const int whole = s.k / 4;  // words before the last columns and the padding
+  const auto load = [&](int i) {
+    uint32_t four;
+    std::memcpy(&four, in + 4 * i, 4);
+    return four ^ flip;
+  };
   const auto quad = [&](int i) {
+    if (i < whole) return load(i);
     uint32_t four = 0x01010101u * (uint32_t)w.integer_zero ^ flip;  // past the last column
-    if (4 * i < s.k) std::memcpy(&four, in + 4 * i, (size_t)(s.k - 4 * i < 4 ? s.k - 4 * i : 4));
+    if (4 * i < s.k) std::memcpy(&four, in + 4 * i, s.k % 4);
     return four ^ flip;
   };
   uint32_t* out = (uint32_t*)panel + lane;
   if (s.bits == 8) {
-    for (int i = 0; i < w.k_padded / 4; ++i) out[(size_t)i * kLanes] = quad(i);
+    for (int i = 0; i < whole; ++i) out[(size_t)i * kLanes] = load(i);
+    for (int i = whole; i < w.k_padded / 4; ++i) out[(size_t)i * kLanes] = quad(i);
   } else {
     for (int i = 0; i < w.k_padded / 8; ++i) out[(size_t)i * kLanes] = (quad(2 * i) & 0x0f0f0f0f) | quad(2 * i + 1) << 4;
   }
 }
 
-void pack_scales(const Linear& w, const void* in, int lane, int row, uint8_t* out) {
-  const size_t width = w.half_scales ? 2 : 4;
+template <class T>
+void pack_scales(const Linear& w, const void* in, int lane, uint8_t* out) {
   for (int g = 0; g < w.groups; ++g)
-    std::memcpy(out + ((size_t)g * kLanes + lane) * width,
-                (const uint8_t*)in + ((size_t)row * w.groups + g) * width, width);
+    std::memcpy(out + ((size_t)g * kLanes + lane) * sizeof(T), (const uint8_t*)in + g * sizeof(T), sizeof(T));
+}
+
+void pack_row(const Source& s, const Linear& w, int lane, int row, uint8_t* panel, std::vector<uint8_t>& scratch) {
+  if (s.kind != WeightKind::kInteger) return pack_floats(s, w, lane, row, panel);
+  const SourceRow in = source_row(s, row, scratch);
+  const auto scales = s.half_scales ? pack_scales<uint16_t> : pack_scales<float>;
+  pack_codes(s, w, lane, in.codes, panel);
+  scales(w, in.scales, lane, panel + w.scales_offset);
+  if (s.zero == Zero::kMinimum) scales(w, in.minima, lane, panel + w.extra_offset);
+  if (s.zero == Zero::kAsymmetric)
+    pack_scales<uint8_t>(w, s.zeros + (size_t)row * w.groups, lane, panel + w.extra_offset);
 }
 
 }  // namespace
 
-Linear pack_linear(const Source& s, bool interleaved, std::span<Arena> arenas) {
+Linear plan_linear(const Source& s, bool interleaved) {
   Linear w;
   w.kind = s.kind;
   w.n = s.n;
@@ -140,26 +185,27 @@ Linear pack_linear(const Source& s, bool interleaved, std::span<Arena> arenas) {
   } else {
     w.panel_bytes = (size_t)w.k_padded * kLanes * s.bits / 8;
   }
+  return w;
+}
+
+void fill_panels(Linear& w, std::span<Arena> arenas, ThreadPool& pool, const std::function<void(int, uint8_t*)>& fill) {
   w.shares.resize(arenas.size());
   for (int i = 0; i < (int)arenas.size(); ++i)
     w.shares[i] = arenas[i].take((size_t)2 * (w.first_pair(i + 1) - w.first_pair(i)) * w.panel_bytes);
-  for (int p = 0; p < w.panels; ++p) {
-    uint8_t* panel = const_cast<uint8_t*>(w.pair(p / 2)) + (size_t)(p % 2) * w.panel_bytes;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int row = source_row(s, interleaved, p, lane);
-      if (row < 0) continue;  // zero scales: a padded row yields zero
-      if (s.kind != WeightKind::kInteger) {
-        pack_floats(s, w, lane, row, panel);
-        continue;
-      }
-      pack_codes(s, w, lane, row, panel);
-      pack_scales(w, s.scales, lane, row, panel + w.scales_offset);
-      if (s.zero == Zero::kMinimum) pack_scales(w, s.minima, lane, row, panel + w.extra_offset);
-      if (s.zero == Zero::kAsymmetric)
-        for (int g = 0; g < w.groups; ++g)
-          panel[w.extra_offset + (size_t)g * kLanes + lane] = s.zeros[(size_t)row * w.groups + g];
-    }
-  }
+  pool.run([&](int thread) {
+    const int end = std::min(2 * w.first_pair(thread + 1), w.panels);
+    for (int p = 2 * w.first_pair(thread); p < end; ++p)
+      fill(p, const_cast<uint8_t*>(w.pair(p / 2)) + (size_t)(p % 2) * w.panel_bytes);
+  }, pool.size());
+}
+
+Linear pack_linear(const Source& s, bool interleaved, std::span<Arena> arenas, ThreadPool& pool) {
+  Linear w = plan_linear(s, interleaved);
+  fill_panels(w, arenas, pool, [&](int p, uint8_t* panel) {
+    std::vector<uint8_t> scratch;
+    for (int lane = 0; lane < kLanes; ++lane)  // zero scales elsewhere: a padded row yields zero
+      if (const int row = row_of(s, interleaved, p, lane); row >= 0) pack_row(s, w, lane, row, panel, scratch);
+  });
   return w;
 }
 

@@ -1,6 +1,7 @@
 // Weights in the order the kernels stream them.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -8,6 +9,8 @@
 #include "ops.h"
 
 namespace flatout {
+
+class ThreadPool;
 
 // Zeroed memory, aligned to 2 MiB pages where it is large, so that the weight stream misses the TLB rarely.
 class Buffer {
@@ -36,7 +39,18 @@ struct Source {
   const void *scales = nullptr, *minima = nullptr;
   const uint8_t* zeros = nullptr;
   const float* values = nullptr;
+  const uint8_t* blocks = nullptr;  // instead of codes, scales and minima: rows of GGUF's Q4_0, Q4_1 or Q8_0 blocks
+
+  size_t block_bytes() const { return (zero == Zero::kMinimum ? 4 : 2) + (size_t)group * bits / 8; }
 };
+
+// One row of an integer Source, codes a byte each.
+struct SourceRow {
+  const uint8_t* codes;
+  const void *scales, *minima;
+};
+// Row `row`; those of blocks are unpacked into `scratch`.
+SourceRow source_row(const Source&, int row, std::vector<uint8_t>& scratch);
 
 // Weights one after another in blocks of huge pages, in the order they are set: one token streams them in that order.
 class Arena {
@@ -51,8 +65,12 @@ class Arena {
 size_t taken(std::span<const Arena> arenas);
 
 // `interleaved` weights hold two halves of n / 2 rows (gate, up): their panels alternate, each half padded to 16 rows.
-// Each of `arenas` takes the share of one thread.
-Linear pack_linear(const Source&, bool interleaved, std::span<Arena> arenas);
+// What a weight looks like when packed, without its memory.
+Linear plan_linear(const Source&, bool interleaved);
+// Each of `arenas` takes the share of one thread, which fills it panel by panel: the system puts the pages near the thread
+// that touches them first.
+void fill_panels(Linear&, std::span<Arena> arenas, ThreadPool&, const std::function<void(int panel, uint8_t* memory)>& fill);
+Linear pack_linear(const Source&, bool interleaved, std::span<Arena> arenas, ThreadPool&);
 
 uint16_t round_to_bf16(float);
 
