@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flatout.core.gguf import GgufFile, GgufTensor
 from flatout.core.gguf_config import spec_from_gguf
 from flatout.errors import FlatoutError, ModelFileError, UnsupportedModelError
 
+NOTHING = mmap.mmap(-1, 1)
 SOUND: dict[str, Any] = {
     "general.architecture": "llama",
     "llama.embedding_length": 64,
@@ -34,7 +36,9 @@ def opened(metadata: dict[str, Any], *, head: bool = False, vocabulary: int = 10
     shapes = {"token_embd.weight": (vocabulary, 64)} | ({"output.weight": (vocabulary, 64)} if head else {})
     tensors = {n: GgufTensor(name=n, type="F32", shape=s, offset=0, nbytes=0) for n, s in shapes.items()}
     kept = {key: value for key, value in metadata.items() if value is not None}
-    return GgufFile(path=Path("m.gguf"), metadata=kept, tensors=tensors, data=np.zeros(0, np.uint8))
+    return GgufFile(
+        path=Path("m.gguf"), metadata=kept, tensors=tensors, mapped=NOTHING, data=np.zeros(0, np.uint8)
+    )
 
 
 def as_architecture(name: str, **more: Any) -> dict[str, Any]:

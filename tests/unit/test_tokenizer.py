@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flatout.core.gguf import GgufFile
 from flatout.core.tokenizer import Tokenizer
 from flatout.errors import ConfigError, FlatoutError, ModelFileError, UnsupportedModelError
 
+NOTHING = mmap.mmap(-1, 1)
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog doesn't mind at all.",
     "It's 1999 or 2024; we'll see 12345 things: don't you think they're there?",
@@ -36,7 +38,9 @@ SPECIALS = ["<unk>", "<s>", "</s>"]
 
 def gguf_file(metadata: dict[str, Any]) -> GgufFile:
     full = {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
-    return GgufFile(path=Path("t.gguf"), metadata=full, tensors={}, data=np.zeros(0, np.uint8))
+    return GgufFile(
+        path=Path("t.gguf"), metadata=full, tensors={}, mapped=NOTHING, data=np.zeros(0, np.uint8)
+    )
 
 
 def trained(pre_tokenizer: Any, vocab_size: int = 330) -> tokenizers.Tokenizer:
