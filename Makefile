@@ -2,8 +2,9 @@
 # make test       every test that a CPU can run
 # make lint       ruff and mypy
 # make bench      beside other engines; the result goes to benchmarks/results (installs them once, 10 minutes)
-# make nightly    the C++ engine's tests under the address and undefined-behaviour sanitizers
-# make aarch64    the kernels' checks here and on an emulated ARM processor, which must give the same bits
+# make nightly    the C++ engine's checks under the thread sanitizer, and these and the kernels' tests under the address
+#                 and undefined-behaviour sanitizers
+# make aarch64    the C++ engine's checks here and on an emulated ARM processor, which must give the same bits
 #                 (needs the Debian packages g++-aarch64-linux-gnu and qemu-user-static)
 # make extension  the C++ extension built into src/flatout, for work without installing
 # make clean      everything that make has made
@@ -53,13 +54,19 @@ bench: $(VENV)/package demo/result.json
 	$(BIN)/flatout bench $(MODEL) demo/artifact --against $(PEERS) --out build/bench.json
 	$(BIN)/python benchmarks/record.py bench build/bench.json
 
-# The sanitizers' runtimes must come before Python's own libraries. Python never frees some of what it allocates, so leaks
-# are not looked for.
+# The thread sanitizer does not know Python's locks, so it sees the C++ checks only. With Python, the sanitizers' runtimes
+# must come before Python's own libraries, and leaks are not looked for: it never frees some of what it allocates.
+CHECKS := check_kernels check_model
+THREADS := build/threads
 SANITIZED := build/sanitized
 nightly: $(VENV)/dev
+	$(call configure,$(THREADS)) -DFLATOUT_EXTENSION=OFF -DCMAKE_CXX_FLAGS="-g1 -fno-omit-frame-pointer -fsanitize=thread"
+	$(BIN)/cmake --build $(THREADS) --target $(CHECKS)
+	set -e; for check in $(CHECKS); do $(THREADS)/$$check; done
 	$(call configure,$(SANITIZED)) -DCMAKE_CXX_FLAGS="-g1 -fno-omit-frame-pointer \
 		-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-	$(BIN)/cmake --build $(SANITIZED)
+	$(BIN)/cmake --build $(SANITIZED) --target all $(CHECKS)
+	set -e; for check in $(CHECKS); do UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/$$check; done
 	rm -rf $(SANITIZED)/site
 	mkdir -p $(SANITIZED)/site
 	cp -r src/flatout $(SANITIZED)/site/
@@ -72,12 +79,13 @@ ARM := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_CO
 	-DCMAKE_EXE_LINKER_FLAGS=-static
 aarch64: $(VENV)/tools
 	$(call configure,build/check) -DFLATOUT_EXTENSION=OFF
-	$(BIN)/cmake --build build/check --target check_kernels
+	$(BIN)/cmake --build build/check --target $(CHECKS)
 	$(call configure,build/aarch64) -DFLATOUT_EXTENSION=OFF $(ARM)
-	$(BIN)/cmake --build build/aarch64 --target check_kernels
-	build/check/check_kernels > build/check/digest
-	qemu-aarch64-static build/aarch64/check_kernels > build/aarch64/digest
-	cmp build/check/digest build/aarch64/digest
+	$(BIN)/cmake --build build/aarch64 --target $(CHECKS)
+	set -e; for check in $(CHECKS); do \
+		build/check/$$check > build/check/$$check.digest; \
+		qemu-aarch64-static build/aarch64/$$check > build/aarch64/$$check.digest; \
+		cmp build/check/$$check.digest build/aarch64/$$check.digest; done
 
 extension: $(VENV)/tools
 	$(call configure,build/extension)

@@ -6,43 +6,18 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/features.h"
 #include "cpu/matmul.h"
 #include "cpu/model.h"
 
 using namespace flatout;
-using Floats = std::vector<float>;
 
-static int failures = 0;
-static uint64_t state = 1, digest;
-
-static uint32_t random_bits() {
-  state = state * 6364136223846793005ull + 1442695040888963407ull;
-  return (uint32_t)(state >> 33);
-}
-static float random_float() { return (float)(int32_t)(random_bits() - (1u << 30)) / (float)(1 << 29); }  // -2 .. 2
-static Floats random_floats(size_t n) {
-  Floats v(n);
-  for (float& x : v) x = random_float();
-  return v;
-}
-static void expect(bool good, const std::string& what) {
-  if (good) return;
-  ++failures;
-  std::printf("wrong: %s\n", what.c_str());
-}
 static void expect_near(const Floats& got, const std::vector<double>& want, double bound, const std::string& what) {
   for (size_t i = 0; i < want.size(); ++i) {
     const double error = std::fabs(got[i] - want[i]);
     if (error <= bound) continue;
     return expect(false, what + ": value " + std::to_string(i) + " off by " + std::to_string(error));
-  }
-}
-static void add_to_digest(const Floats& v) {
-  for (float x : v) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    digest = (digest ^ bits) * 1099511628211ull;
   }
 }
 
@@ -240,7 +215,8 @@ int main() {
   uint64_t first = 0;
   for (const std::string& isa : usable_isas()) {
     const Ops& ops = *ops_for(isa);
-    state = 1, digest = 14695981039346656037ull;
+    state = 1;
+    start_digest();
     for (const Format& f : kFormats)
       for (int m : {1, 2, 5, 23}) check_integer_linear(ops, f, m, 40, 256);
     for (bool bf16 : {false, true})

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -25,6 +26,7 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef u32x16 UintPart;
 #else
 #if defined(__AVX2__)
 constexpr int kPartBytes = 32;
@@ -426,7 +428,13 @@ static inline V fold_rows(V* v, int rows, [[maybe_unused]] Op op, One one) {
 }
 template <class V>
 static inline V sum_rows(V* v, int rows) {
-  return fold_rows(v, rows, [](auto a, auto b) { return a + b; }, [](V x) { return sum(x); });
+  const auto add = [](auto a, auto b) {
+    if constexpr (std::is_same_v<V, i32x16>)
+      return (decltype(a))((UintPart)a + (UintPart)b);  // lanes that mean nothing may overflow
+    else
+      return a + b;
+  };
+  return fold_rows(v, rows, add, [](V x) { return sum(x); });
 }
 static inline f32x16 max_rows(f32x16* v, int rows) {
   return fold_rows(v, rows, [](auto a, auto b) { return max(a, b); }, [](f32x16 x) { return max_lane(x); });
