@@ -194,8 +194,10 @@ int32_t Model::take_best() {
     if (other.value > best->value || (other.value == best->value && other.row < best->row)) best = &other;
   }
   screened_ = candidates;
-  // Flat logits leave many candidates, and collecting rows costs more than reading all: then do that for a while.
-  if (candidates > config_.vocab_size / 32) screen_pause_ = 32;
+  // Flat logits leave many candidates. From a twenty-fourth of the rows on, collecting them costs what the screen saves:
+  // then all are read for a while.
+  candidates_lately_ = 0.75f * candidates_lately_ + 0.25f * (float)candidates;
+  if (candidates_lately_ > (float)config_.vocab_size / 24) candidates_lately_ = 0, screen_pause_ = 32;
   return finite && best->row >= 0 ? best->row : kNotFinite;
 }
 

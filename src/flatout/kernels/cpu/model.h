@@ -115,6 +115,7 @@ class Model {
   Linear head_, screen_;
   Source head_source_;  // of a screened head: the embedding's rows
   int screened_ = -1, screen_pause_ = 0;
+  float candidates_lately_ = 0;
   struct alignas(64) Best {  // of one thread
     float value = -kInfinity;
     int32_t row = -1;

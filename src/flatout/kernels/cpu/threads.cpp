@@ -61,8 +61,8 @@ void ThreadPool::run(const std::function<void(int)>& task, int team) {
     const uint32_t last = generation_.load(std::memory_order_relaxed);
     for (int t = 1; t < team_; ++t)
       while (slots_[t].left.load(std::memory_order_acquire) != last) std::this_thread::yield();
+    team_ = team;
   }
-  team_ = team;
   if (team > 1) {
     crossed_ = slots_[0].barriers;
     announce(team);
