@@ -1,12 +1,13 @@
 """Make a GGUF file of random weights in the shape of a known model, for timings only.
 
-    python benchmarks/make_shape.py OUT.gguf --shape tinyllama-1.1b --seed 0
-    flatout bench OUT.gguf --against llama.cpp --passages 0
+    python benchmarks/make_shape.py OUT.gguf --shape tinyllama-1.1b --seed 0 --recipe w8a8 --folder OUT
+    flatout bench OUT.gguf OUT --against llama.cpp --passages 0
 
 Speed depends on a model's shape and formats, hardly on its values, so this shows how engines compare on a
 model that nobody has to download. Its perplexity means nothing: do not score it. Layers are Q4_1, embedding
 and head Q8_0, with uniform codes and scales that give the weights a standard deviation of about 0.02, so that
-activations stay finite; norms are 1. Tokenizer and vocabulary are those of the built-in model's file.
+activations stay finite; norms are 1. Tokenizer and vocabulary are those of the built-in model's file. With
+--recipe the same weights are also written as an artifact in another format, without search or certificate.
 
 Needs the package gguf, which `pip install 'flatout[dev]'` brings.
 """
@@ -25,9 +26,12 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from flatout.compress.apply import compress
+from flatout.core.artifact import save_artifact
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.gguf import open_gguf
 from flatout.errors import ConfigError, FlatoutError
+from flatout.search.recipes import recipe_from_name
 
 _DEVIATION = 0.02
 _JITTER = 0.3  # scales of blocks differ by up to this share
@@ -147,7 +151,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tinyllama-1.1b")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", help="formats of an artifact of the same weights, e.g. w8a8")
+    parser.add_argument("--folder", type=Path, help="where the artifact goes")
     options = parser.parse_args()
+    if (options.recipe is None) != (options.folder is None):
+        raise ConfigError("--recipe and --folder come together", "one of them", "--recipe w8a8 --folder OUT")
     out: Path = options.out
     if out.suffix != ".gguf" or out.exists() or not out.absolute().parent.is_dir():
         raise ConfigError("the output is a new .gguf file in a folder that exists", str(out), "model.gguf")
@@ -155,6 +163,11 @@ def main() -> None:
     name = f"random weights in the shape {options.shape}, seed {options.seed}"
     write_shape(out, SHAPES[options.shape], tokenizer, name, options.seed)
     print(f"{out}: {name}, {out.stat().st_size / 1e6:.0f} MB")
+    if options.recipe is not None:
+        checkpoint = open_checkpoint(out)
+        recipe = recipe_from_name(options.recipe, checkpoint)
+        save_artifact(compress(checkpoint, recipe), checkpoint.tokenizer, options.folder, {"source": name})
+        print(f"{options.folder}: {recipe.name}")
 
 
 if __name__ == "__main__":
