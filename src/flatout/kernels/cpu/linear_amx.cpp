@@ -248,7 +248,7 @@ static void bf16_block(const Linear& w, const uint8_t* const* panel, const Activ
 void linear_panels_amx(const Linear& w, const uint8_t* const* panel, int panels, const int8_t* const* scratch,
                        const Activations& a, int first, int count, float* const* out) {
   const bool bf16 = w.kind == WeightKind::kBFloat16;
-  if (w.kind == WeightKind::kFloat32 || count < kTileMinimum)
+  if (w.kind == WeightKind::kFloat32 || count < tile_minimum(w))
     return linear_panels(w, panel, panels, scratch, a, first, count, out);
   const uint8_t* panel_pair[2] = {panel[0], panel[panels - 1]};  // a last single panel is computed twice
   if (whole_row(w)) return whole_row_panels(w, panel_pair, a, first, count, out);

@@ -16,7 +16,6 @@ constexpr int kLanes = 16;     // rows of a panel, lanes of a vector
 constexpr int kPage = 64;      // tokens of a KV page; also the block of the online softmax
 constexpr int kChunk = 4;      // pages whose attention is summed by itself, so that threads can share a long context
 constexpr int kTileRows = 16;  // activation buffers are padded to this many rows
-constexpr int kTileMinimum = 6;  // fewer tokens than this are faster without tiles
 constexpr int kPrefetchBytes = 16384;  // how far ahead of the multiply weights are fetched
 
 inline int round_up(int v, int to) { return (v + to - 1) / to * to; }
@@ -50,6 +49,11 @@ struct Linear {
     return shares[share] + (size_t)2 * (p - first_pair(share)) * panel_bytes;
   }
 };
+
+// Fewer tokens than this are faster without tiles, for scales of groups cost tiles as much as their products.
+inline int tile_minimum(const Linear& w) {
+  return w.kind == WeightKind::kInteger && w.group < w.k_padded ? kTileRows : 6;
+}
 
 // The input of a linear: M tokens in the form the weight needs.
 struct Activations {
