@@ -23,7 +23,7 @@ from flatout.core.files import write_bytes
 from flatout.core.types import to_json
 from flatout.errors import ConfigError
 from flatout.report.bench import bench_chart
-from flatout.search.units import percent, rate, times
+from flatout.search.units import amount, percent, times
 
 
 def bench(
@@ -136,19 +136,13 @@ def _cells(row: Row) -> list[str]:
     floor = "" if row.floor_fraction is None else percent(row.floor_fraction)
     return [
         f"  {row.name}",
-        _amount(row, row.median),
-        f"{_amount(row, row.p20)}-{_amount(row, row.p80)}",
+        amount(row.median, row.unit),
+        f"{amount(row.p20, row.unit)}-{amount(row.p80, row.unit)}",
         str(row.n),
         floor,
         "not scored" if row.perplexity is None else f"{row.perplexity:.3f}",
         "" if row.loss is None else percent(row.loss, signed=True),
     ]
-
-
-def _amount(row: Row, value: float) -> str:
-    if row.unit == "byte":
-        return f"{value / 1e6:,.0f}"
-    return f"{value:.2f}" if row.unit == "s" else rate(value)
 
 
 def _ratio(values: Any, names: Any, phase: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from flatout.report import svg
 from flatout.report.svg import Scale
-from flatout.search.units import percent, rate, times
+from flatout.search.units import amount, percent, times
 
 Json = Mapping[str, Any]
 
@@ -136,10 +136,10 @@ def _bar(row: Json, x: Scale, y: float) -> list[str]:
     ours, loss = row["engine"] == OURS, row["loss"]
     pale = loss is not None and loss > _MARGIN
     kind = "bar" + (" ours" if ours else "") + (" pale" if pale else "")
-    middle = y + _BAR / 2
+    value, middle = amount(row["median"], row["unit"]), y + _BAR / 2
     body = [
         svg.text(0, middle + 4, _clipped(name, _LONGEST - 5 * ours), "strong" if ours else "label"),
-        svg.rect(x.start, y, x(row["median"]) - x.start, _BAR, kind, f"{name}: {_amount(row)}", radius=2),
+        svg.rect(x.start, y, x(row["median"]) - x.start, _BAR, kind, f"{name}: {value}", radius=2),
     ]
     if loss is not None:
         words = percent(loss, signed=True)
@@ -147,20 +147,13 @@ def _bar(row: Json, x: Scale, y: float) -> list[str]:
     low, high = x(row["p20"]), x(row["p80"])
     body.append(svg.line(low, middle, high, middle, "whisker"))
     body += [svg.line(at, middle - 3, at, middle + 3, "whisker") for at in (low, high)]
-    body.append(svg.text(max(high, x(row["median"])) + 7, middle + 4, _amount(row), "amount"))
+    body.append(svg.text(max(high, x(row["median"])) + 7, middle + 4, value, "amount"))
     return body
 
 
 def _clipped(name: str, longest: int) -> str:
     """Letters in bold are wider, so fewer of them fit."""
     return name if len(name) <= longest else name[: longest - 1] + "…"
-
-
-def _amount(row: Json) -> str:
-    value = row["median"]
-    if row["unit"] == "byte":
-        return f"{value / 1e6:,.0f}"
-    return f"{value:.2f}" if row["unit"] == "s" else str(rate(value))
 
 
 def _summary(result: Json, phases: Sequence[str]) -> list[str]:

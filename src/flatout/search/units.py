@@ -46,6 +46,13 @@ def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def amount(value: float, unit: str) -> str:
+    """A figure of a benchmark: token/s as `rate` writes it, seconds, or bytes as MB."""
+    if unit == "byte":
+        return f"{value / 1e6:,.0f}"
+    return f"{value:.2f}" if unit == "s" else rate(value)
+
+
 def times(value: float) -> str:
     """A ratio: 18.23 -> 18.2 and a multiplication sign."""
     digits = 0 if value >= 99.5 else 1 if value >= 9.95 else 2

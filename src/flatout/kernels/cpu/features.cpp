@@ -75,12 +75,12 @@ std::vector<std::string> usable_isas() {
 }
 
 // One table: the kernels of namespace `isa`, with what differs given: preparing, tile set-up, linear and attention.
-#define FLATOUT_TABLE(table, name, isa, prepare, begin, end, linear, attention)                            \
-  static const Ops table = {name,      isa::rms_norm,     isa::quantize,  isa::round_bf16, prepare,         \
-                            begin,     end,               linear,         isa::screen_panels, isa::at_least,  \
-                            isa::collect_panel, isa::epilogue,   isa::gated,      \
-                            isa::bias_gelu, isa::layer_norm, isa::rope,   isa::write_kv,   attention,       \
-                            isa::merge_chunks, isa::argmax, isa::log_sum_exp}
+#define FLATOUT_TABLE(table, name, isa, prepare, begin, end, linear, attention)                                  \
+  static const Ops table = {name,               isa::rms_norm,      isa::quantize,   isa::round_bf16,    prepare, \
+                            begin,              end,                linear,          isa::screen_panels,          \
+                            isa::at_least,      isa::collect_panel, isa::epilogue,   isa::gated,                  \
+                            isa::bias_gelu,     isa::layer_norm,    isa::rope,       isa::write_kv,               \
+                            attention,          isa::merge_chunks,  isa::argmax,     isa::log_sum_exp}
 
 const Ops* ops_for(const std::string& isa) {
   bool usable = false;

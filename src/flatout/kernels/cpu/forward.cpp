@@ -82,7 +82,7 @@ void Model::begin(const Batch& b) {
     }
     last_rows_.push_back((int32_t)token_sequence_.size() - 1);
   }
-  paced_ = b.total <= Pace::kMostTokens && !by_token(b.total);
+  paced_ = b.total <= Pace::kMostTokens;  // fewer than are split by token
   team_ = paced_ ? pace_.team(b.total) : pool_.size();
   plan_attention(b.total);
   if (profiling_) last_mark_ = now();
@@ -155,7 +155,7 @@ Activations Model::prepare(const Linear& w, const float* x, int stride, const in
     if (norm) {
       ops_->rms_norm(in, norm->data(), config_.rms_norm_eps, w.k, normed);
       in = normed;
-      }
+    }
     write_activations(*ops_, w, in, a, at);
   };
   if (by_token(count)) {
@@ -266,7 +266,7 @@ void Model::attention(const Batch& b, int layer, int thread) {
     const Item& item = items_[i];
     if (write_with_attention_) {
       const int token = blocks_[item.block].first_token, kv = item.first_head / group;
-          for (int h = item.first_head; h < item.first_head + item.heads; ++h) rotate(b, layer, token, h);
+      for (int h = item.first_head; h < item.first_head + item.heads; ++h) rotate(b, layer, token, h);
       rotate(b, layer, token, c.num_heads + kv);
     }
     Attention a = place_item(item);

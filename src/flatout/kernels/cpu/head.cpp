@@ -10,24 +10,23 @@ namespace flatout {
 
 // 32 lower parts are at most sqrt(32) * 3.5 long. One unit more takes care of rounding: the exact sum and its bound are each
 // off by less than (groups + 4) * 2^-24 of 128 * sqrt(32) * scale * |codes|, which is half a unit for 1,000 groups.
-constexpr size_t kBlockBytes = 5 * 64;
-
 static uint8_t bound_of(float squares) {
   return (uint8_t)std::min(255.0f, std::ceil(std::sqrt(squares) / kScreenUnit) + 1.0f);
 }
 
 bool screenable(const Linear& w) {
-  return w.kind == WeightKind::kInteger && w.group <= 2 * kScreenBlock && w.bits == 8 && w.zero == Zero::kSymmetric && w.n % (2 * kLanes) == 0 &&
-         w.k == w.k_padded && w.group % kScreenBlock == 0 && w.groups <= 1000;
+  return w.kind == WeightKind::kInteger && w.bits == 8 && w.zero == Zero::kSymmetric && w.n % (2 * kLanes) == 0 &&
+         w.k == w.k_padded && w.group % kScreenBlock == 0 && w.group <= 2 * kScreenBlock && w.groups <= 1000;
 }
 
 Linear pack_screen(const Source& s, const Linear& head, std::span<Arena> arenas, ThreadPool& pool) {
+  constexpr size_t kBlockBytes = 5 * 64;
   Linear w = head;
   const int blocks = w.k / kScreenBlock;
-  const size_t width = w.half_scales ? 2 : 4;
+  const size_t scale_bytes = w.scale_bytes();
   w.bits = 5;
   w.scales_offset = (size_t)blocks * kBlockBytes;
-  w.extra_offset = w.scales_offset + (size_t)w.groups * kLanes * width;
+  w.extra_offset = w.scales_offset + kLanes * scale_bytes;
   w.panel_bytes = (w.extra_offset + (size_t)blocks * kLanes + 63) / 64 * 64;
   fill_panels(w, arenas, pool, [&](int p, uint8_t* panel) {
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -45,9 +44,7 @@ Linear pack_screen(const Source& s, const Linear& head, std::span<Arena> arenas,
         }
         panel[w.extra_offset + (size_t)b * kLanes + lane] = bound_of(squares);
       }
-      for (int g = 0; g < w.groups; ++g)
-        std::memcpy(panel + w.scales_offset + ((size_t)g * kLanes + lane) * width,
-                    (const uint8_t*)s.scales + (row * w.groups + g) * width, width);
+      pack_scales(w, (const uint8_t*)s.scales + row * scale_bytes, lane, panel + w.scales_offset);
     }
   });
   return w;
@@ -74,7 +71,7 @@ bool Model::screen_head(const Source& s) {
   if (!screenable(w) || e.kind != s.kind || e.n != s.n || e.k != s.k || e.bits != s.bits || e.group != s.group ||
       e.zero != s.zero || e.half_scales != s.half_scales)
     return false;
-  const size_t k = s.k, scale_bytes = (size_t)w.groups * (s.half_scales ? 2 : 4);
+  const size_t k = s.k, scale_bytes = w.scale_bytes();
   std::atomic<bool> same = true;
   pool_.run([&](int thread) {
     std::vector<uint8_t> scratch;
@@ -136,7 +133,7 @@ void Model::head_greedy(int32_t row, float* bounds, int thread) {
     ops_->collect_panel(head_, embedding_codes_.data, embedding_scales_.data, rows, panel);
     ops_->linear_panels(head_, panels, 1, nullptr, a, 0, 1, to);
   };
-  const size_t scale_bytes = (size_t)head_.groups * (head_.half_scales ? 2 : 4);
+  const size_t scale_bytes = head_.scale_bytes();
   const auto fetch_row = [&](int32_t row) {
     for (int k = 0; k < head_.k; k += 64) __builtin_prefetch(embedding_codes_.data + (size_t)row * head_.k + k);
     __builtin_prefetch(embedding_codes_.data + (size_t)(row + 1) * head_.k - 1);

@@ -42,6 +42,7 @@ struct Linear {
   size_t panel_bytes = 0, scales_offset = 0, extra_offset = 0;
   std::vector<const uint8_t*> shares;  // of each thread
 
+  size_t scale_bytes() const { return (size_t)groups * (half_scales ? 2 : 4); }  // of a row
   int pairs() const { return (panels + 1) / 2; }
   int first_pair(int share) const { return (int)((int64_t)pairs() * share / (int64_t)shares.size()); }
   const uint8_t* pair(int p) const {

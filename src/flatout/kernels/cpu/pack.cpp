@@ -138,7 +138,7 @@ void pack_codes(const Source& s, const Linear& w, int lane, const uint8_t* in, u
 }
 
 template <class T>
-void pack_scales(const Linear& w, const void* in, int lane, uint8_t* out) {
+void pack_values(const Linear& w, const void* in, int lane, uint8_t* out) {
   for (int g = 0; g < w.groups; ++g)
     std::memcpy(out + ((size_t)g * kLanes + lane) * sizeof(T), (const uint8_t*)in + g * sizeof(T), sizeof(T));
 }
@@ -146,15 +146,18 @@ void pack_scales(const Linear& w, const void* in, int lane, uint8_t* out) {
 void pack_row(const Source& s, const Linear& w, int lane, int row, uint8_t* panel, std::vector<uint8_t>& scratch) {
   if (s.kind != WeightKind::kInteger) return pack_floats(s, w, lane, row, panel);
   const SourceRow in = source_row(s, row, scratch);
-  const auto scales = s.half_scales ? pack_scales<uint16_t> : pack_scales<float>;
   pack_codes(s, w, lane, in.codes, panel);
-  scales(w, in.scales, lane, panel + w.scales_offset);
-  if (s.zero == Zero::kMinimum) scales(w, in.minima, lane, panel + w.extra_offset);
+  pack_scales(w, in.scales, lane, panel + w.scales_offset);
+  if (s.zero == Zero::kMinimum) pack_scales(w, in.minima, lane, panel + w.extra_offset);
   if (s.zero == Zero::kAsymmetric)
-    pack_scales<uint8_t>(w, s.zeros + (size_t)row * w.groups, lane, panel + w.extra_offset);
+    pack_values<uint8_t>(w, s.zeros + (size_t)row * w.groups, lane, panel + w.extra_offset);
 }
 
 }  // namespace
+
+void pack_scales(const Linear& w, const void* in, int lane, uint8_t* out) {
+  w.half_scales ? pack_values<uint16_t>(w, in, lane, out) : pack_values<float>(w, in, lane, out);
+}
 
 Linear plan_linear(const Source& s, bool interleaved) {
   Linear w;
@@ -175,7 +178,7 @@ Linear plan_linear(const Source& s, bool interleaved) {
   w.row_stride = (round_up(w.k_padded, line) / line | 1) * line;
   if (s.kind == WeightKind::kInteger) {
     w.integer_zero = s.zero != Zero::kSymmetric ? 0 : (s.bits == 8 ? 128 : 8);
-    const size_t scale_bytes = (size_t)w.groups * kLanes * (s.half_scales ? 2 : 4);
+    const size_t scale_bytes = kLanes * w.scale_bytes();
     w.scales_offset = (size_t)w.k_padded * kLanes * s.bits / 8;
     w.extra_offset = w.scales_offset + scale_bytes;
     w.panel_bytes = w.extra_offset;

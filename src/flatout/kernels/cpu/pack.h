@@ -71,6 +71,8 @@ Linear plan_linear(const Source&, bool interleaved);
 // that touches them first.
 void fill_panels(Linear&, std::span<Arena> arenas, ThreadPool&, const std::function<void(int panel, uint8_t* memory)>& fill);
 Linear pack_linear(const Source&, bool interleaved, std::span<Arena> arenas, ThreadPool&);
+// A row's scales or minima into those of its panel.
+void pack_scales(const Linear&, const void* in, int lane, uint8_t* out);
 
 uint16_t round_to_bf16(float);
 

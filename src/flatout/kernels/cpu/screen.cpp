@@ -67,7 +67,8 @@ static void screen(const Linear& w, const uint8_t* panel, int panels, const Acti
       ahead += (w.panel_bytes - w.scales_offset) / w.groups;
       for (int plane = 0; plane < PLANES; ++plane) {
         const float a_scale = a.scales[g * kTileRows] * (plane + 1 < PLANES ? 128.0f : 1.0f);
-        const f32x16 sum = fma(to_float(dot[0][plane] + dot[1][plane]), splat(8.0f), splat((3.5f - 128.0f) * (float)a.sums[plane][g * kTileRows]));
+        const f32x16 offset = splat((3.5f - 128.0f) * (float)a.sums[plane][g * kTileRows]);
+        const f32x16 sum = fma(to_float(dot[0][plane] + dot[1][plane]), splat(8.0f), offset);
         value = fma(sum, splat(a_scale) * scale, value);
       }
       bound = fma(off, absolute(scale), bound);

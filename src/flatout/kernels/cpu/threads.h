@@ -27,7 +27,7 @@ class ThreadPool {
   // t - 2^r, so that two threads exchange one cache line each way and n threads take log2(n) rounds.
   static constexpr int kMaxRounds = 10;  // 1,024 threads
   struct alignas(64) Slot {
-    std::atomic<uint32_t> told[kMaxRounds] = {};  // the barrier that the other thread has reached, each with one writer
+    std::atomic<uint32_t> told[kMaxRounds] = {};  // the barrier that another thread has reached, each with one writer a team
     std::atomic<uint32_t> left = 0;               // the generation whose task and last barrier the thread has left
     uint32_t barriers = 0;                        // crossed so far; only its own thread looks at it
   };
