@@ -101,7 +101,7 @@ def test_logits_stay_within_the_stated_distance_of_the_reference(family, name):
     [
         ({"tokens": [5, 999]}, "outside the vocabulary"),
         ({"tokens": [-1]}, "outside the vocabulary"),
-        ({"start": 6 * 64}, "beyond the page table or the cache"),
+        ({"start": 6 * 64}, "beyond the page table, the cache or the model"),
         ({"start": -1}, "starts at least 0"),
     ],
 )

@@ -29,7 +29,7 @@ from flatout.core.files import map_file, read_json_object, sha256_of, write_atom
 from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.fuse import source_names
 from flatout.core.later import Later
-from flatout.core.model import Model, OnDemand, Weight, expected_weights
+from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
 from flatout.core.quantization_config import EMBEDDING, HEAD, cannot_express, to_config
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
 from flatout.core.safetensors import SafetensorsFile, open_safetensors, write_safetensors
@@ -185,20 +185,11 @@ def _layout(model: Model) -> _Layout:
     """A tied pair is stored once where nobody else would misread it: as floats, or in a folder that is ours
     alone."""
     spec, recipe = model.spec, model.recipe
-    same = spec.tie_embeddings and _equal(model.weights["embedding"], model.weights["head"])
+    same = spec.tie_embeddings and equal(model.weights["embedding"], model.weights["head"])
     quantised = parse_format(recipe.embedding).is_integer
     return _Layout(
         tied=spec.tie_embeddings, shared=same and (not quantised or bool(cannot_express(spec, recipe)))
     )
-
-
-def _equal(a: Weight, b: Weight) -> bool:
-    if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
-        return a.format == b.format and all(
-            np.array_equal(x, y) if x is not None and y is not None else x is y
-            for x, y in ((a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros), (a.minima, b.minima))
-        )
-    return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.array_equal(a, b)
 
 
 def _parts(spec: ModelSpec, fused: str) -> list[tuple[str, int]]:
@@ -265,11 +256,9 @@ def load_artifact(path: str | Path) -> tuple[Model, Tokenizer, dict[str, Any]]:
     file = open_safetensors(path / _WEIGHTS)
 
     def read(fused: str, shape: tuple[int, ...], fmt: Format) -> Weight:
-        weight = _read(file, spec, "embedding" if fused == "head" and layout.shared else fused, shape, fmt)
-        file.forget()
-        return weight
+        return _read(file, spec, "embedding" if fused == "head" and layout.shared else fused, shape, fmt)
 
-    model = Model(spec=spec, recipe=recipe, weights=OnDemand(spec, recipe, read))
+    model = Model(spec=spec, recipe=recipe, weights=OnDemand(spec, recipe, read, file.forget))
     return model, tokenizer, manifest
 
 

@@ -86,10 +86,8 @@ class Checkpoint:
         if known is not None:
             return known
         tensor = self.reader.native(name)
-        if tensor is not None:
-            for array in (tensor.scales, tensor.minima):
-                if array is not None and not np.isfinite(array).all():
-                    raise corrupt(self.path, "weights must be finite", f"inf or nan in the scales of {name}")
+        if tensor is not None and not _is_finite(tensor):
+            raise corrupt(self.path, "weights must be finite", f"inf or nan in the scales of {name}")
         if isinstance(tensor, BlockTensor):  # a view of the file, which takes no memory
             self._blocks[name] = tensor
         return tensor
@@ -104,6 +102,13 @@ class Checkpoint:
         if name not in self.names:
             raise ModelFileError("the weight must be one of the model's", shown(name), EMBEDDING)
         return name
+
+
+def _is_finite(tensor: QuantizedTensor) -> bool:
+    if isinstance(tensor, BlockTensor):
+        return tensor.is_finite
+    arrays = (tensor.scales, tensor.minima)
+    return all(array is None or bool(np.isfinite(array).all()) for array in arrays)
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,16 +121,14 @@ def float_recipe(name: str, kv_cache: str = "bf16") -> Recipe:
 
 
 def assemble(
-    source: Source, recipe: Recipe, on_demand: bool = False, forget: Callable[[], None] | None = None
+    source: Source, recipe: Recipe, on_demand: bool = False, forget: Callable[[], None] = lambda: None
 ) -> Model:
     """A Model of float and native formats only, so nothing is rounded here. Raises UnsupportedModelError
-    otherwise: now, or on demand when a weight is asked for; `forget` is called before each."""
+    otherwise: now, or on demand when a weight is asked for. forget: as in OnDemand."""
     recipe.check(source.spec)
 
     def read(name: str, _: tuple[int, ...], fmt: Format) -> Weight:
-        if forget is not None:
-            forget()
         return native_weight(source, name, fmt) if fmt.is_integer else float_weight(source, name)
 
-    weights = OnDemand(source.spec, recipe, read)
+    weights = OnDemand(source.spec, recipe, read, forget)
     return Model(spec=source.spec, recipe=recipe, weights=weights if on_demand else dict(weights))

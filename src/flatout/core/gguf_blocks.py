@@ -128,6 +128,13 @@ class BlockTensor(QuantizedTensor):
         """uint8 (N, bytes)."""
         return self._stored if self._order is None else self._stored[self._order]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all scales and minima are."""
+        halves = self._stored.reshape(-1, _BY_NAME[self.format.name.upper()].bytes).view("<u2")
+        count = 2 if self.format.zero == "minimum" else 1  # column by column is faster than all at once
+        return all(int((halves[:, i] & 0x7C00).max()) < 0x7C00 for i in range(count))
+
     def reordered(self, order: np.ndarray) -> BlockTensor:
         """Row i is what row order[i] of this one is in the file."""
         return BlockTensor(self.format, self._stored, order)

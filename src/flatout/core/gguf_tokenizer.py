@@ -90,7 +90,7 @@ def _strings(file: GgufFile, key: str) -> list[str]:
         raise corrupt(
             file.path, f"the file must hold a tokenizer ({key})", "none", "a GGUF file with its tokenizer"
         )
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, list) or (value and not isinstance(value[0], str)):  # they share a type
         raise corrupt(file.path, f"{key} must be strings", value)
     return value
 
@@ -114,12 +114,10 @@ def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tokenizers.Tokeni
             "the safetensors folder of this model",
         )
     # "Ġ t": neither part holds a space, because byte-level BPE writes it as Ġ.
-    merges: list[tuple[str, str]] = []
-    for merge in _strings(file, "tokenizer.ggml.merges"):
-        left, _, right = merge.partition(" ")
+    merges = [merge.partition(" ")[::2] for merge in _strings(file, "tokenizer.ggml.merges")]
+    for left, right in merges:
         if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
-            raise corrupt(file.path, "a merge joins two tokens into a third", merge)
-        merges.append((left, right))
+            raise corrupt(file.path, "a merge joins two tokens into a third", f"{left} {right}")
     inner = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name == "llama-bpe")
     )

@@ -19,14 +19,24 @@ Shape = tuple[int, ...]
 
 class OnDemand(Mapping[str, Weight]):
     """Weights that are read, and checked, whenever they are asked for: a runner that packs one after another
-    never holds a second copy of all."""
+    never holds a second copy of all.
 
-    def __init__(self, spec: ModelSpec, recipe: Recipe, read: Callable[[str, Shape, Format], Weight]) -> None:
+    forget: gives pages of the files back to the system; called before each weight is read.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        recipe: Recipe,
+        read: Callable[[str, Shape, Format], Weight],
+        forget: Callable[[], None] = lambda: None,
+    ) -> None:
         self._expected = {name: (shape, fmt) for name, shape, fmt in expected_weights(spec, recipe)}
-        self._read = read
+        self._read, self.forget = read, forget
 
     def __getitem__(self, name: str) -> Weight:
         shape, fmt = self._expected[name]
+        self.forget()
         weight = self._read(name, shape, fmt)
         _check_weight(name, weight, shape, fmt)
         return weight
@@ -59,6 +69,23 @@ class Model:
                     "every weight of the spec must be there", f"no {name}", "re-create the model"
                 )
             _check_weight(name, weight, shape, fmt)
+
+
+def equal(a: Weight, b: Weight) -> bool:
+    """Whether both hold the same numbers, which is quick for views of the same memory."""
+    if a is b:
+        return True
+    if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
+        parts = (a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros), (a.minima, b.minima)
+        return a.format == b.format and all(_same(*pair) for pair in parts)
+    return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and _same(a, b)
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    views = (a.ctypes.data, a.shape, a.strides, a.dtype) == (b.ctypes.data, b.shape, b.strides, b.dtype)
+    return views or np.array_equal(a, b)
 
 
 def _check_weight(name: str, weight: Weight, shape: Shape, fmt: Format) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from flatout.core.formats import Format
 from flatout.core.gguf_blocks import BlockTensor
-from flatout.core.model import Model, Weight, expected_weights
+from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
 from flatout.core.quantized import QuantizedTensor
 from flatout.engine.runner import StepInput
 from flatout.errors import BackendError, ConfigError, ResourceError, UnsupportedModelError
@@ -69,8 +69,7 @@ class CpuRunner:
                 isa,
                 num_pages,
             )
-            for name, _, fmt in expected_weights(model.spec, model.recipe):
-                set_weight(self._model, name, model.weights[name], fmt)
+            set_weights(self._model, model)
             self._model.finalize()
         except ValueError as error:
             raise UnsupportedModelError(
@@ -122,6 +121,23 @@ class CpuRunner:
     def timings(self) -> dict[str, float]:
         """Seconds of each phase since the last call."""
         return dict(self._model.timings())
+
+
+def set_weights(target: Any, model: Model) -> None:
+    """Hand a decoder's weights to the extension, both ends first: a tied pair is read while little else is in
+    memory."""
+    formats = {name: fmt for name, _, fmt in expected_weights(model.spec, model.recipe)}
+    embedding, head = model.weights["embedding"], model.weights["head"]
+    set_weight(target, "embedding", embedding, formats.pop("embedding"))
+    if isinstance(head, QuantizedTensor) and equal(embedding, head):
+        target.tie_head()
+    else:
+        set_weight(target, "head", head, formats["head"])
+    del embedding, head, formats["head"]
+    for name, fmt in formats.items():
+        set_weight(target, name, model.weights[name], fmt)
+    if isinstance(model.weights, OnDemand):
+        model.weights.forget()
 
 
 def set_weight(target: Any, name: str, weight: Weight, fmt: Format) -> None:

@@ -303,6 +303,7 @@ NB_MODULE(_cpu, m) {
              new (self) Model(parse_config(config), threads, isa, num_pages);
            })
       .def("set_blocks", &set_blocks, nb::arg("name"), nb::arg("blocks"), nb::arg("bits"), nb::arg("zero"))
+      .def("tie_head", &Model::tie_head, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("num_pages", &Model::num_pages)
       .def_prop_ro("screened", &Model::screened)
       .def_prop_ro("page_size", [](const Model&) { return kPage; })

@@ -16,7 +16,7 @@ const char* const kPhaseNames[kPhases] = {"embedding", "qkv", "attention", "o", 
 namespace {
 
 constexpr int kQueryBlock = 16;   // queries of one head that attention takes together
-constexpr int kLocalRows = 2;     // up to this many rows every thread prepares its own copy instead of meeting
+constexpr int kLocalRows = 8;     // up to this many rows every thread prepares its own copy instead of meeting
 // From this many tokens a thread on, each thread takes tokens through the whole layer instead of rows of each weight:
 // the weights are read once a thread, but no activation ever moves from core to core.
 constexpr int kTokensAThread = 64;
@@ -48,8 +48,8 @@ void Model::check(const Batch& b) const {
     expect(b.lengths[s] >= 1 && b.starts[s] >= 0, "lengths must be at least 1 and starts at least 0");
     const int64_t end = (int64_t)b.starts[s] + b.lengths[s];
     const int64_t needed = (end + kPage - 1) / kPage;
-    expect(end <= (int64_t)num_pages_ * kPage && needed <= b.page_columns,
-           "position " + std::to_string(end - 1) + " is beyond the page table or the cache");
+    expect(end <= positions_ && needed <= b.page_columns,
+           "position " + std::to_string(end - 1) + " is beyond the page table, the cache or the model's context");
     for (int p = 0; p < needed; ++p) {
       const int32_t page = b.pages[(size_t)s * b.page_columns + p];
       expect(page >= 0 && page < num_pages_, "page " + std::to_string(page) + " does not exist");

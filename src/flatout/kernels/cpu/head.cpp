@@ -5,6 +5,7 @@
 
 #include "model.h"
 #include "screen.h"
+#include "weights.h"
 
 namespace flatout {
 
@@ -13,6 +14,9 @@ namespace flatout {
 static uint8_t bound_of(float squares) {
   return (uint8_t)std::min(255.0f, std::ceil(std::sqrt(squares) / kScreenUnit) + 1.0f);
 }
+
+// The lowest bit of each of four bytes, the first byte's lowest.
+static uint32_t first_bits(uint32_t bytes) { return (bytes * 0x01020408u) >> 24 & 15; }
 
 bool screenable(const Linear& w) {
   return w.kind == WeightKind::kInteger && w.bits == 8 && w.zero == Zero::kSymmetric && w.n % (2 * kLanes) == 0 &&
@@ -33,16 +37,24 @@ Linear pack_screen(const Source& s, const Linear& head, std::span<Arena> arenas,
       const size_t row = (size_t)p * kLanes + lane;
       const uint8_t* codes = s.codes + row * w.k;
       for (int b = 0; b < blocks; ++b, codes += kScreenBlock) {
-        float squares = 0.0f;
         uint8_t* block = panel + (size_t)b * kBlockBytes;
-        for (int i = 0; i < kScreenBlock; ++i) {
-          const int code = codes[i] ^ 128, high = i % 8 / 4, byte = 4 * lane + i % 4;
-          const float low = (float)(code & 7) - 3.5f;
-          squares += low * low;
-          block[64 * (i / 8) + byte] |= (uint8_t)(code >> 4 << 4 * high);
-          block[64 * 4 + 16 * (i / 8) + 8 * high + byte / 8] |= (uint8_t)((code >> 3 & 1) << byte % 8);
+        for (int i = 0; i < kScreenBlock / 8; ++i) {
+          uint64_t eight;
+          std::memcpy(&eight, codes + 8 * i, 8);
+          eight ^= 0x8080808080808080u;
+          const uint64_t upper = eight >> 4 & 0x0f0f0f0f0f0f0f0fu, fifth = eight >> 3 & 0x0101010101010101u;
+          const uint32_t nibbles = (uint32_t)upper | (uint32_t)(upper >> 32) << 4;
+          std::memcpy(block + 64 * i + 4 * lane, &nibbles, 4);
+          for (int high = 0; high < 2; ++high)
+            block[64 * 4 + 16 * i + 8 * high + lane / 2] |=
+                (uint8_t)(first_bits((uint32_t)(fifth >> 32 * high)) << lane % 2 * 4);
         }
-        panel[w.extra_offset + (size_t)b * kLanes + lane] = bound_of(squares);
+        int squares = 0;  // of l - 3.5, less 3.5^2 each
+        for (int i = 0; i < kScreenBlock; ++i) {
+          const int low = codes[i] & 7;
+          squares += low * (low - 7);
+        }
+        panel[w.extra_offset + (size_t)b * kLanes + lane] = bound_of((float)squares + 12.25f * kScreenBlock);
       }
       pack_scales(w, (const uint8_t*)s.scales + row * scale_bytes, lane, panel + w.scales_offset);
     }
@@ -63,35 +75,21 @@ void screen_sizes(const Linear& w, const Activations& a, float* sizes) {
   }
 }
 
-// A head that is the embedding is screened, which takes rows as well as panels. Its own panels are packed when a step first
-// needs them: one sequence that decodes greedily never does.
-bool Model::screen_head(const Source& s) {
-  const Source& e = embedding_;
-  const Linear w = plan_linear(s, false);
-  if (!screenable(w) || e.kind != s.kind || e.n != s.n || e.k != s.k || e.bits != s.bits || e.group != s.group ||
-      e.zero != s.zero || e.half_scales != s.half_scales)
-    return false;
-  const size_t k = s.k, scale_bytes = w.scale_bytes();
-  std::atomic<bool> same = true;
-  pool_.run([&](int thread) {
-    std::vector<uint8_t> scratch;
-    for (int row = thread; row < s.n && same; row += pool_.size()) {
-      const SourceRow in = source_row(s, row, scratch);
-      if (std::memcmp(in.codes, embedding_codes_.data + row * k, k) != 0 ||
-          std::memcmp(in.scales, embedding_scales_.data + row * scale_bytes, scale_bytes) != 0)
-        same = false;
-    }
-  }, pool_.size());
-  if (!same) return false;
-  head_source_ = s;
+// The head is the embedding. Where it can be screened, which takes rows as well as panels, its own panels are packed when a
+// step first needs them: one sequence that decodes greedily never does.
+void Model::tie_head() {
+  expect(embedding_.kind == WeightKind::kInteger, "a head can be tied to an integer embedding that was set before");
+  head_source_ = embedding_;
   head_source_.blocks = nullptr;
   head_source_.codes = embedding_codes_.data;
   head_source_.scales = embedding_scales_.data;
-  head_ = w;
-  screen_ = pack_screen(head_source_, w, arenas_, pool_);
+  head_source_.minima = embedding_minima_.data;
+  head_source_.zeros = embedding_zeros_.data;
+  head_ = plan_linear(head_source_, false);
+  if (!screenable(head_)) return pack_head();
+  screen_ = pack_screen(head_source_, head_, arenas_, pool_);
   best_.resize(pool_.size());
-  candidates_.resize(s.n);
-  return true;
+  candidates_.resize(head_.n);
 }
 
 void Model::pack_head() {

@@ -16,7 +16,7 @@ void screen_panels(const Linear&, const uint8_t* panel, int panels, const Activa
                    float* bounds, float* best, int* best_row);
 int at_least(const float* values, int count, float threshold, int32_t* indices);
 void collect_panel(const Linear&, const uint8_t* codes, const uint8_t* scales, const int32_t* rows, uint8_t* panel);
-void begin_linear(const Linear&);
+void begin_linear(const Linear&, int tokens);
 void end_linear();
 void prepare_panel(const Linear&, const uint8_t* panel, int8_t* scratch);
 void rms_norm(const float* x, const float* weight, float eps, int d, float* out);

@@ -13,14 +13,17 @@
 namespace flatout {
 namespace FLATOUT_ISA {
 
+constexpr int kHalfTile = 8;
+
 // Tiles 0-3 sums, 4-5 activations, 6-7 weights; `depth` bytes of columns a product. Set once a linear: loading the
-// configuration takes hundreds of cycles.
-void begin_linear(const Linear& w) {
+// configuration takes hundreds of cycles. Up to 8 tokens make half tiles, which take half the time.
+void begin_linear(const Linear& w, int tokens) {
   if (w.kind == WeightKind::kFloat32) return;
   const int depth = w.kind == WeightKind::kBFloat16 ? 64 : std::min(w.group, 64);
+  const uint8_t rows = tokens <= kHalfTile ? kHalfTile : kTileRows;
   TileConfig c;
-  for (int t = 0; t < 4; ++t) c.column_bytes[t] = 64, c.rows[t] = 16;
-  for (int t = 4; t < 6; ++t) c.column_bytes[t] = (uint16_t)depth, c.rows[t] = 16;
+  for (int t = 0; t < 4; ++t) c.column_bytes[t] = 64, c.rows[t] = rows;
+  for (int t = 4; t < 6; ++t) c.column_bytes[t] = (uint16_t)depth, c.rows[t] = rows;
   for (int t = 6; t < 8; ++t) c.column_bytes[t] = 64, c.rows[t] = (uint8_t)(depth / 4);
   load_tile_config(c);
 }
@@ -58,12 +61,13 @@ void prepare_panel(const Linear& w, const uint8_t* panel, int8_t* scratch) {
     _tile_dpbssd(sum_tile, a_tile, b_tile);                            \
   }
 
-// Sixteen tokens, one panel: accumulators stay in registers over all groups. The next product (of the other plane or of
-// the next group) runs while the sums of the last one are scaled.
-template <int PLANES, bool MINIMUM, bool ASYMMETRIC>
-static void grouped_block(const Linear& w, const uint8_t* panel, const int8_t* scratch, const Activations& a,
-                          int first, float* out) {
-  alignas(64) int32_t sums[2][kTileRows * kLanes];
+// ROWS tokens, one panel: accumulators stay in registers over all groups. A product's sums go through memory, which a load
+// may not read before the store has left the core: they are scaled kBehind products later (right away: twice the time).
+template <int ROWS, int PLANES, bool MINIMUM, bool ASYMMETRIC>
+static void grouped_rows(const Linear& w, const uint8_t* panel, const int8_t* scratch, const Activations& a, int first,
+                         bool fetch, float* out) {
+  constexpr int kBehind = 8;
+  alignas(64) int32_t sums[kBehind][kTileRows * kLanes];
   const int depth = std::min(w.group, 64);
   const int8_t* high = a.codes[0] + (size_t)first * w.row_stride;
   const int8_t* low = PLANES == 2 ? a.codes[1] + (size_t)first * w.row_stride : high;
@@ -73,9 +77,16 @@ static void grouped_block(const Linear& w, const uint8_t* panel, const int8_t* s
   const uint8_t* extra = panel + w.extra_offset;
   f32x16 acc[kTileRows];
 #pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) acc[r] = splat(0.0f);
-  const auto add = [&](int product, const int32_t* tile) __attribute__((always_inline)) {
+  for (int r = 0; r < ROWS; ++r) acc[r] = splat(0.0f);
+  const uint8_t* ahead = panel + kPrefetchBytes;
+  const size_t product_bytes = w.panel_bytes / (w.groups * PLANES);
+  const auto add = [&](int product) __attribute__((always_inline)) {
+    if (fetch) {
+      for (size_t i = 0; i < product_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+      ahead += product_bytes;
+    }
     const int g = product / PLANES, plane = product % PLANES;
+    const int32_t* tile = sums[product % kBehind];
     const f32x16 scale = load_scale(w, scales, g);
     f32x16 minimum = {};
     i32x16 zero = {};
@@ -85,7 +96,7 @@ static void grouped_block(const Linear& w, const uint8_t* panel, const int8_t* s
     }
     const int32_t* a_int = a.sums[plane] + values;
 #pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
       const size_t at = (size_t)g * kTileRows + r;
       i32x16 dot = load<i32x16>(tile + r * kLanes);
       // Unsigned: sums of rows past the last token may be anything.
@@ -97,27 +108,27 @@ static void grouped_block(const Linear& w, const uint8_t* panel, const int8_t* s
     }
   };
   const int products = w.groups * PLANES;
-  FLATOUT_MULTIPLY(0, 4, 6, high, 0);
-  _tile_stored(0, sums[0], 64);
-  int i = 1;
-  for (; i + 1 < products; i += 2) {
-    FLATOUT_MULTIPLY(1, 5, 7, low, i / PLANES);
-    add(i - 1, sums[0]);
-    _tile_stored(1, sums[1], 64);
-    FLATOUT_MULTIPLY(0, 4, 6, high, (i + 1) / PLANES);
-    add(i, sums[1]);
-    _tile_stored(0, sums[0], 64);
+  for (int i = 0; i < products; i += 2) {
+    FLATOUT_MULTIPLY(0, 4, 6, high, i / PLANES);
+    if (i >= kBehind) add(i - kBehind);
+    _tile_stored(0, sums[i % kBehind], 64);
+    if (i + 1 == products) break;
+    FLATOUT_MULTIPLY(1, 5, 7, low, (i + 1) / PLANES);
+    if (i >= kBehind) add(i + 1 - kBehind);
+    _tile_stored(1, sums[(i + 1) % kBehind], 64);
   }
-  if (i < products) {
-    FLATOUT_MULTIPLY(1, 5, 7, low, i / PLANES);
-    add(i - 1, sums[0]);
-    _tile_stored(1, sums[1], 64);
-    add(i, sums[1]);
-  } else {
-    add(i - 1, sums[0]);
-  }
+  for (int i = std::max(0, products - kBehind); i < products; ++i) add(i);
 #pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) store(out + (size_t)r * kLanes, acc[r]);
+  for (int r = 0; r < ROWS; ++r) store(out + (size_t)r * kLanes, acc[r]);
+}
+
+template <int PLANES, bool MINIMUM, bool ASYMMETRIC>
+static void grouped_block(const Linear& w, const uint8_t* panel, const int8_t* scratch, const Activations& a, int first,
+                          int count, bool fetch, float* out) {
+  if (count <= kHalfTile)
+    grouped_rows<kHalfTile, PLANES, MINIMUM, ASYMMETRIC>(w, panel, scratch, a, first, fetch, out);
+  else
+    grouped_rows<kTileRows, PLANES, MINIMUM, ASYMMETRIC>(w, panel, scratch, a, first, fetch, out);
 }
 
 // A 2 x 2 block of one-scale-a-row products whose sums wait to be scaled. The second row of tiles is 16 more tokens (one
@@ -248,7 +259,7 @@ static void bf16_block(const Linear& w, const uint8_t* const* panel, const Activ
 void linear_panels_amx(const Linear& w, const uint8_t* const* panel, int panels, const int8_t* const* scratch,
                        const Activations& a, int first, int count, float* const* out) {
   const bool bf16 = w.kind == WeightKind::kBFloat16;
-  if (w.kind == WeightKind::kFloat32 || count < tile_minimum(w))
+  if (w.kind == WeightKind::kFloat32 || count < kTileMinimum)
     return linear_panels(w, panel, panels, scratch, a, first, count, out);
   const uint8_t* panel_pair[2] = {panel[0], panel[panels - 1]};  // a last single panel is computed twice
   if (whole_row(w)) return whole_row_panels(w, panel_pair, a, first, count, out);
@@ -263,15 +274,15 @@ void linear_panels_amx(const Linear& w, const uint8_t* const* panel, int panels,
     for (int p = 0; p < panels; ++p) {
       float* to = out[p] + (size_t)m * kLanes;
       if (w.zero == Zero::kMinimum)
-        grouped_block<1, true, false>(w, panel[p], scratch[p], a, first + m, to);
+        grouped_block<1, true, false>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
       else if (w.zero == Zero::kAsymmetric && w.planes == 2)
-        grouped_block<2, false, true>(w, panel[p], scratch[p], a, first + m, to);
+        grouped_block<2, false, true>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
       else if (w.zero == Zero::kAsymmetric)
-        grouped_block<1, false, true>(w, panel[p], scratch[p], a, first + m, to);
+        grouped_block<1, false, true>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
       else if (w.planes == 2)
-        grouped_block<2, false, false>(w, panel[p], scratch[p], a, first + m, to);
+        grouped_block<2, false, false>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
       else
-        grouped_block<1, false, false>(w, panel[p], scratch[p], a, first + m, to);
+        grouped_block<1, false, false>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
     }
     m += kTileRows;
   }

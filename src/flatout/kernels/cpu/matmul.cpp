@@ -47,7 +47,7 @@ void write_activations(const Ops& ops, const Linear& w, const float* x, const Ac
 
 void pad_activations(const Linear& w, const Activations& a, int at, int count) {
   const int filled = count % kTileRows;
-  if (w.kind != WeightKind::kInteger || filled == 0 || count < tile_minimum(w)) return;
+  if (w.kind != WeightKind::kInteger || filled == 0 || count < kTileMinimum) return;
   for (int g = 0; g < w.groups; ++g) {
     const size_t first = group_index(at + count, g, w.groups);
     std::fill_n(a.scales + first, kTileRows - filled, 0.0f);
@@ -60,12 +60,13 @@ void multiply_panels(const Ops& ops, const Linear& w, const Activations& a, cons
                      const Output& o, int begin, int end, int8_t* scratch_memory) {
   const bool gate = o.epilogue == Epilogue::kGated;  // panels of gate and up alternate
   const int width = gate ? w.n / 2 : w.n;
-  bool tiles = false;
-  for (const Rows& share : shares) tiles |= share.count() >= tile_minimum(w);
+  int most = 0;
+  for (const Rows& share : shares) most = std::max(most, share.count());
+  const bool tiles = most >= kTileMinimum;
   const int8_t* scratch[2] = {scratch_memory, scratch_memory + (size_t)kLanes * w.k_padded};
   alignas(64) float tile[2][kTokenBlock * kLanes];
   float* const to[2] = {tile[0], tile[1]};
-  if (ops.begin_linear && tiles) ops.begin_linear(w);
+  if (ops.begin_linear && tiles) ops.begin_linear(w, most);
   for (int u = begin; u < end; ++u) {
     const int panels = std::min(2, w.panels - 2 * u);
     const uint8_t* first = w.pair(u);

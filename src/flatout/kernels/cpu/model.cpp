@@ -67,9 +67,9 @@ Model::Model(const Config& config, int threads, const std::string& isa, int num_
   gated_ = Buffer((size_t)rows * gate_stride_ * sizeof(float));
   const std::vector<float> frequency = rope_frequencies(config);
   const int half = config.head_dim / 2;
-  const int positions = num_pages * kPage;
-  rope_.resize((size_t)positions * config.head_dim);
-  for (int p = 0; p < positions; ++p)
+  positions_ = (int)std::min<int64_t>((int64_t)num_pages * kPage, config.max_positions);
+  rope_.resize((size_t)positions_ * config.head_dim);
+  for (int p = 0; p < positions_; ++p)
     for (int i = 0; i < half; ++i) {
       const float angle = (float)p * frequency[i];
       rope_[(size_t)p * config.head_dim + i] = std::cos(angle);
@@ -126,7 +126,6 @@ void Model::set_weight(const std::string& name, const Source& s) {
       {{"qkv", &Layer::qkv}, {"o", &Layer::o}, {"gate_up", &Layer::gate_up}, {"down", &Layer::down}});
   if (name == "head") to = &head_;
   expect(to != nullptr, "unknown weight " + name);
-  if (to == &head_ && screen_head(s)) return;
   *to = pack_linear(s, interleaved, arenas_, pool_);
 }
 

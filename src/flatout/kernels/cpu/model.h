@@ -49,6 +49,7 @@ class Model {
   // Names as in core/model.py. `source` is copied. The embedding stays row-major, linears are packed.
   void set_vector(const std::string& name, const float* values, int count);
   void set_weight(const std::string& name, const Source& source);
+  void tie_head();  // instead of setting it: it is the embedding
   void finalize();  // throws std::invalid_argument naming what is missing or misshapen
 
   // Logits of the last token of each sequence, or of every token: rows of vocab_size.
@@ -78,7 +79,6 @@ class Model {
 
   int chunk_floats() const { return config_.num_heads * partial_floats(head_dim_padded_); }  // partial sums of a chunk
   bool by_token(int count) const;  // whether threads take tokens rather than rows of the weights
-  bool screen_head(const Source&);  // false: it is to be packed as any other
   void pack_head();
   void check(const Batch&) const;
   void begin(const Batch&);
@@ -107,6 +107,7 @@ class Model {
   int team_;            // threads that take part in the step
   bool paced_ = false;  // whether its time tells pace_ something
   int activation_rows_ = 0;  // tokens that a thread's own activation buffer holds
+  int positions_;  // that a sequence may reach
   int num_pages_, head_dim_padded_, qkv_stride_, hidden_stride_, gate_stride_, attention_stride_;
   size_t head_bytes_, page_bytes_;  // a page holds all layers' heads, so that a short context touches little memory
   std::vector<Layer> layers_;

@@ -51,10 +51,7 @@ struct Linear {
   }
 };
 
-// Fewer tokens than this are faster without tiles, for scales of groups cost tiles as much as their products.
-inline int tile_minimum(const Linear& w) {
-  return w.kind == WeightKind::kInteger && w.group < w.k_padded ? kTileRows : 6;
-}
+constexpr int kTileMinimum = 6;  // fewer tokens are faster without tiles
 
 // The input of a linear: M tokens in the form the weight needs.
 struct Activations {
@@ -112,8 +109,8 @@ struct Ops {
   void (*round_bf16)(const float* x, int k, int k_padded, uint16_t* out);
   // Unpack what linear_panel needs once a panel; scratch holds 16 * k_padded bytes. May be null.
   void (*prepare_panel)(const Linear&, const uint8_t* panel, int8_t* scratch);
-  // Called by each thread around the panels of one linear; may be null.
-  void (*begin_linear)(const Linear&);
+  // Called by each thread around the panels of one linear, of which no share has more than `tokens`; may be null.
+  void (*begin_linear)(const Linear&, int tokens);
   void (*end_linear)();
   // out[p][i][0..15] = (rows of panel p) . (token first + i) for 1 or 2 panels and i < count; out has room for count
   // rounded up to 16 rows
