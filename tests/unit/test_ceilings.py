@@ -62,7 +62,7 @@ MODERN = [
 
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> Hardware:
-    hardware = replace(detect(), cores=4, l2_bytes=1 << 20)
+    hardware = replace(detect(), cores=4, l2_bytes=1 << 20, l3_bytes=480 << 20)
     monkeypatch.setattr(module, "detect", lambda: hardware)
     monkeypatch.setattr(module, "free_memory", lambda: 8 << 30)
     return hardware
@@ -75,12 +75,12 @@ def by_name(hardware: Hardware) -> dict[tuple[str, int], Ceiling]:
 def test_the_best_sample_of_the_best_loop_counts(tmp_path: Path) -> None:
     found = by_name(measure_ceilings(native=FakeMachine(MODERN), directory=tmp_path))
     assert {name for name, _ in found} == {
-        "read_cache", "read_16mb", "read_48mb", "read_96mb", "read_dram",
+        "read_cache", "read_16mb", "read_48mb", "read_96mb", "read_256mb", "read_dram",
         "int8", "bf16", "fp32", "int8_amx", "bf16_amx", "clock",
     }  # fmt: skip
     assert {threads for _, threads in found} == {1, 4}
     dram = found["read_dram", 4]
-    assert dram.working_set_bytes >= 128 << 20
+    assert dram.working_set_bytes == 600 << 20  # more than the level 3 cache
     assert dram.value == pytest.approx(4e18 / dram.working_set_bytes)
     assert (dram.unit, dram.tier) == ("byte/s", "measured")
     assert found["read_cache", 1].working_set_bytes == 1 << 19  # half of the level 2 cache
@@ -167,7 +167,7 @@ def test_a_slow_machine_stops_after_the_round_that_fits(
 
     machine.read_rates = slow  # type: ignore[method-assign]
     measure_ceilings(native=machine, directory=tmp_path)
-    assert clock[0] == 10.0  # one round of five working sets at two thread counts
+    assert clock[0] == 12.0  # one round of six working sets at two thread counts
 
 
 def test_too_little_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

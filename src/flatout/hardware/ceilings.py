@@ -6,8 +6,8 @@ seconds apart, and the best sample counts. Reading is measured at several workin
 anything between megabytes and gigabytes.
 
     read_cache                   half of the level 2 caches       byte/s
-    read_16mb .. read_96mb       working sets of small models     byte/s
-    read_dram                    256 MB                           byte/s
+    read_16mb .. read_256mb      working sets of small models     byte/s
+    read_dram                    more than the last cache holds   byte/s
     int8, bf16, fp32             vector instructions              op/s (mul and add count as two)
     int8_amx, bf16_amx           tile instructions, if present    op/s
     clock                        while computing                  Hz
@@ -32,13 +32,14 @@ from flatout.hardware.detect import detect, free_memory
 
 Progress = Callable[[str, int, int], None]
 
-_READ_BYTES = {"read_16mb": 16 << 20, "read_48mb": 48 << 20, "read_96mb": 96 << 20, "read_dram": 256 << 20}
+_READ_BYTES = {f"read_{mb}mb": mb << 20 for mb in (16, 48, 96, 256)}
+_MOST_READ = 1 << 30  # a virtual machine may be told of a cache that it shares with many
 _READ_SECONDS = 0.04  # a loop variant; six variants compete
 _OP_SECONDS = 0.04
 _ROUNDS = 3
 _BUDGET_S = 16.0  # a round that would end later than this is not started
 _MAX_AGE_S = 3600.0
-_VERSION = 1
+_VERSION = 2
 
 
 class Microbenchmarks(Protocol):
@@ -68,7 +69,7 @@ def measure_ceilings(
     path = (directory or _cache_dir()) / f"hardware-{hardware.fingerprint}.json"
     if not fresh and (ceilings := _load(path)):
         return replace(hardware, ceilings=ceilings)
-    needed = 2 * _READ_BYTES["read_dram"]
+    needed = 2 * _READ_BYTES["read_256mb"]
     if 0 < (free := free_memory()) < needed:
         raise ResourceError(
             f"measuring memory needs {needed >> 20} MB free", f"{free >> 20} MB", "close other programs"
@@ -80,7 +81,8 @@ def measure_ceilings(
 
 def _measure(hardware: Hardware, native: Microbenchmarks, progress: Progress) -> tuple[Ceiling, ...]:
     thread_counts = sorted({1, hardware.cores})
-    jobs = [(name, "", threads) for name in ("read_cache", *_READ_BYTES) for threads in thread_counts]
+    reads = ("read_cache", *_READ_BYTES, "read_dram")
+    jobs = [(name, "", threads) for name in reads for threads in thread_counts]
     jobs += [
         (form, instruction, threads) for form, instruction in native.op_kernels() for threads in thread_counts
     ]
@@ -111,9 +113,17 @@ def _measure(hardware: Hardware, native: Microbenchmarks, progress: Progress) ->
 
 
 def _read_ceiling(native: Microbenchmarks, name: str, threads: int, hardware: Hardware) -> Ceiling:
-    working_set = _READ_BYTES.get(name) or max(hardware.l2_bytes // 2, 64 << 10) * threads
+    working_set = _read_bytes(name, threads, hardware)
     rate = max(value for _, value in native.read_rates(working_set, threads, _READ_SECONDS))
     return Ceiling(name=name, value=rate, unit="byte/s", threads=threads, working_set_bytes=working_set)
+
+
+def _read_bytes(name: str, threads: int, hardware: Hardware) -> int:
+    """The working set of a read ceiling."""
+    if name == "read_dram":
+        affordable = min(free_memory() // 4 or _MOST_READ, _MOST_READ)
+        return max(_READ_BYTES["read_256mb"], min(hardware.l3_bytes * 5 // 4, affordable))
+    return _READ_BYTES.get(name) or max(hardware.l2_bytes // 2, 64 << 10) * threads
 
 
 def _op_ceiling(native: Microbenchmarks, form: str, instruction: str, threads: int) -> Ceiling:

@@ -27,6 +27,8 @@ constexpr int kBlockTokens[] = {8, 4, 1};
 constexpr int kBlockTokens[] = {2, 2, 1};
 #endif
 
+constexpr size_t kFarthest = 65536;  // bytes that weights are fetched ahead at most
+
 static inline int32_t four(const int8_t* p) {
   int32_t v;
   std::memcpy(&v, p, 4);
@@ -41,15 +43,15 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
   constexpr int kColumns = 32 / BITS;  // of a line
   const int lines = LINES ? LINES : w.group * BITS / 32;
   const size_t values = group_index(first, 0, w.groups);  // all MB tokens lie in one tile
-  // Memory is asked for in its own order, though panels are read side by side: one stream is faster than two.
-  const uint8_t* ahead = panel[0] + (size_t)(PANELS - 1) * w.panel_bytes + kPrefetchBytes;
+  // What the next panels hold, side by side as these are read: from main memory two streams are faster than one.
+  const size_t distance = std::min(PANELS * w.panel_bytes, kFarthest);
   const size_t group_extra = (w.panel_bytes - w.scales_offset) / w.groups;
   f32x16 acc[PANELS][MB];
-  const uint8_t* line[PANELS];
+  const uint8_t *line[PANELS], *ahead[PANELS];
   const int8_t* codes[PLANES][MB];
 #pragma GCC unroll 16
   for (int p = 0; p < PANELS; ++p) {
-    line[p] = panel[p];
+    line[p] = panel[p], ahead[p] = panel[p] + distance;
     for (int m = 0; m < MB; ++m) acc[p][m] = splat(0.0f);
   }
 #pragma GCC unroll 16
@@ -68,8 +70,8 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
     const auto multiply = [&](int i, int odd) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int p = 0; p < PANELS; ++p) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += 64;
+        __builtin_prefetch(ahead[p], 0, 2);
+        ahead[p] += 64;
         const u8x64 v = load<u8x64>(line[p] + 64 * i);
 #pragma GCC unroll 16
         for (int c = 0; c < PLANES; ++c)
@@ -110,8 +112,8 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
           acc[p][m] = fma(splat(a.scaled_sums[values + g * kTileRows + m]), load_scale(w, extra, g), acc[p][m]);
       }
       line[p] += 64 * lines;
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += group_extra;
+      __builtin_prefetch(ahead[p], 0, 2);
+      ahead[p] += group_extra;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MB; ++m)
