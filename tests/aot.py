@@ -67,24 +67,20 @@ def kernels(
         scaled = constants | {"SCALED": True, "BIAS": True, "NORM": True}
         types |= {"qkv": BF16}
         yield f"rotate {cache}", attention.rotate_and_store, types | {"slots": I64}, scaled, 1
-    places = {
-        "x": F32,
-        "linear": BF16,
-        "token_scales": F32,
-        "row_scales": F32,
-        "gains": BF16,
-        "out_scales": F32,
-    }
+    places = {"x": F32, "linear": BF16, "token_scales": F32, "row_scales": F32, "gains": BF16}
+    places |= {"out_scales": F32, "ahead": I32, "ahead_rows": "i32", "tokens": "i32"}
+    ahead = {"ROW_BYTES": 8192, "AHEAD": 256 if pdl else 0, "PDL": pdl}
     for eight in (False, True) if fp8 else (False,):
         out = {"out": FP8 if eight else BF16}
-        flags = {"SCALED": eight, "FP8": eight, "PDL": pdl}
+        flags = ahead | {"SCALED": eight, "FP8": eight}
         types = places | out | {"D": "i32", "eps": "fp32"}
-        yield f"add_norm {eight}", elementwise.add_norm, types, flags | {"ADD": True, "BLOCK": 4096}, 8
-        constants = flags | {"GELU": False, "BLOCK": 16384}
+        constants = flags | {"ADD": True, "BLOCK": 4096, "THREADS": 256}
+        yield f"add_norm {eight}", elementwise.add_norm, types, constants, 8
+        constants = flags | {"GELU": False, "BLOCK": 16384, "THREADS": 512}
         yield f"activate {eight}", elementwise.activate, places | out | {"F": "i32"}, constants, 16
     if fp8:
-        types = {"x": BF16, "out": FP8, "out_scales": F32, "D": "i32"}
-        yield "quantize", elementwise.quantize, types, {"BLOCK": 4096, "PDL": pdl}, 8
+        types = places | {"x": BF16, "out": FP8, "D": "i32"}
+        yield "quantize", elementwise.quantize, types, ahead | {"BLOCK": 4096, "THREADS": 256}, 8
     types = {"tokens": I32, "table": BF16, "x": F32, "x_bf16": BF16, "D": "i32", "factor": "fp32"}
     yield "embed", elementwise.embed, types, {"BLOCK": 1024, "PDL": pdl}, 4
     types = {"logits": F32, "keys": I64, "V": "i32"}

@@ -141,20 +141,25 @@ class CudaRunner:
         added; so is what it returns."""
         card, eps = self.card, self.spec.rms_norm_eps
         qkv = gpu.multiply_many(
-            gpu.add_norm(card, x, pending, layer.input_norm, eps, self.fp8(layer.qkv)), layer.qkv
+            gpu.add_norm(card, x, pending, layer.input_norm, eps, self.fp8(layer.qkv), layer.qkv), layer.qkv
         )
         read = attend(qkv, layer.heads, cache)
-        o = gpu.multiply_many(gpu.quantize(card, read) if self.fp8(layer.o) else Activations(read), layer.o)
-        gate_up = gpu.multiply_many(
-            gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up)), layer.gate_up
+        o = gpu.multiply_many(
+            gpu.quantize(card, read, layer.o) if self.fp8(layer.o) else Activations(read), layer.o
         )
-        activated = gpu.activate(card, gate_up, self.spec.activation == "gelu_tanh", self.fp8(layer.down))
+        gate_up = gpu.multiply_many(
+            gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up), layer.gate_up),
+            layer.gate_up,
+        )
+        activated = gpu.activate(
+            card, gate_up, self.spec.activation == "gelu_tanh", self.fp8(layer.down), layer.down
+        )
         return gpu.multiply_many(activated, layer.down)
 
     def final_norm(self, x: Tensor, pending: Product | None) -> Activations:
         """What the head multiplies, of rows x (rows, D)."""
-        head = self.fp8(self.weights.head)
-        return gpu.add_norm(self.card, x, pending, self.weights.norm, self.spec.rms_norm_eps, head)
+        weights, eps = self.weights, self.spec.rms_norm_eps
+        return gpu.add_norm(self.card, x, pending, weights.norm, eps, self.fp8(weights.head), weights.head)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """float32 (T, D) of token ids int32 (T,), and the same in bfloat16."""

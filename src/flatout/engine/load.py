@@ -46,8 +46,9 @@ def load(
     runner: "cpu", "cuda" (a GPU), "reference", or "auto" (cpu where the extension was built; a line on
     stderr says when it was not). threads: of the cpu runner, default all cores. max_tokens: what the KV
     cache holds, all sequences together; default 256 MiB, but at least one context of up to 4096 tokens; on a
-    GPU what 32 sequences of 8192 tokens take, or as much as there is room for. recipe: how a checkpoint's weights run, by formats that round nothing further; default its own integer blocks where it
-    has them and bf16 elsewhere; an artifact has its own. speculate: "ngram" guesses tokens from what was
+    GPU what 32 sequences of 8192 tokens take, or as much as there is room for. recipe: how a checkpoint's
+    weights run, by formats that round nothing further; default its own integer blocks where it has them and
+    bf16 elsewhere; an artifact has its own. speculate: "ngram" guesses tokens from what was
     said before and has several judged in a step where that pays (`speculate`), "off" decodes one by one;
     "auto" is "ngram" where answers are bit for bit the same either way: integer formats on the cpu runner.
     Elsewhere a near tie between two tokens may fall the other way. draft: a second, cheaper model with the

@@ -221,13 +221,46 @@ def embed(card: Card, tokens: Tensor, table: Tensor, factor: float, x: Tensor, x
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ahead:
+    """How a small kernel brings the next weight nearer: arguments and programs."""
+
+    words: Tensor | None = None
+    rows: int = 0
+    programs: int = 0
+    row_bytes: int = 0
+    bytes: int = 0
+
+
+AHEAD_BYTES = 8 << 20
+"""About what memory gives while a small kernel runs, 3 microseconds."""
+AHEAD_TOKENS = 128
+"""Steps of more tokens are bound by arithmetic, and their small kernels by memory."""
+
+
+def _ahead(card: Card, weight: PackedWeight | None, tokens: int, warps: int) -> _Ahead:
+    if weight is None or not card.pdl or tokens > AHEAD_TOKENS:
+        return _Ahead()
+    row_bytes = 4 * weight.words.shape[1]
+    wanted = min(row_bytes, max(128, AHEAD_BYTES // weight.n // 128 * 128))
+    return _Ahead(weight.words, weight.n, triton.cdiv(weight.n, 32 * warps), row_bytes, wanted)
+
+
 def add_norm(
-    card: Card, x: Tensor, product: Product | None, gains: Tensor, eps: float, fp8: bool
+    card: Card,
+    x: Tensor,
+    product: Product | None,
+    gains: Tensor,
+    eps: float,
+    fp8: bool,
+    following: PackedWeight | None = None,
 ) -> Activations:
-    """x += product; then x / rms(x) * gains, in e4m3 if asked for."""
+    """x += product; then x / rms(x) * gains, in e4m3 if asked for. `following` is the weight that comes
+    next."""
     tokens, size = x.shape
     out, scales = _outputs(x, tokens, size, fp8)
-    elementwise.add_norm[(tokens,)](
+    ahead = _ahead(card, following, tokens, _warps(size))
+    elementwise.add_norm[(tokens + ahead.programs,)](
         x,
         None if product is None else product.values,
         None if product is None else product.token_scales,
@@ -235,12 +268,18 @@ def add_norm(
         gains,
         out,
         scales,
+        ahead.words,
+        ahead.rows,
+        tokens,
         size,
         eps,
         ADD=product is not None,
         SCALED=product is not None and product.token_scales is not None,
         FP8=fp8,
         BLOCK=triton.next_power_of_2(size),
+        ROW_BYTES=ahead.row_bytes,
+        AHEAD=ahead.bytes,
+        THREADS=32 * _warps(size),
         PDL=card.pdl,
         num_warps=_warps(size),
         **_launch(card),
@@ -248,38 +287,56 @@ def add_norm(
     return Activations(out, scales)
 
 
-def activate(card: Card, product: Product, gelu: bool, fp8: bool) -> Activations:
+def activate(
+    card: Card, product: Product, gelu: bool, fp8: bool, following: PackedWeight | None = None
+) -> Activations:
     """silu(gate) * up of a product whose columns are gate and up in turn."""
     tokens, size = product.values.shape[0], product.values.shape[1] // 2
     out, scales = _outputs(product.values, tokens, size, fp8)
-    elementwise.activate[(tokens,)](
+    block = triton.next_power_of_2(size) if fp8 else 2048
+    warps = _warps(2 * block)
+    ahead = _ahead(card, following, tokens, warps)
+    elementwise.activate[(tokens + ahead.programs, triton.cdiv(size, block))](
         product.values,
         product.token_scales,
         product.row_scales,
         out,
         scales,
+        ahead.words,
+        ahead.rows,
+        tokens,
         size,
         GELU=gelu,
         SCALED=product.token_scales is not None,
         FP8=fp8,
-        BLOCK=triton.next_power_of_2(size),
+        BLOCK=block,
+        ROW_BYTES=ahead.row_bytes,
+        AHEAD=ahead.bytes,
+        THREADS=32 * warps,
         PDL=card.pdl,
-        num_warps=_warps(2 * size),
+        num_warps=warps,
         **_launch(card),
     )
     return Activations(out, scales)
 
 
-def quantize(card: Card, x: Tensor) -> Activations:
+def quantize(card: Card, x: Tensor, following: PackedWeight | None = None) -> Activations:
     """x bfloat16 (T, K) in e4m3."""
     tokens, size = x.shape
     out, scales = _outputs(x, tokens, size, True)
-    elementwise.quantize[(tokens,)](
+    ahead = _ahead(card, following, tokens, _warps(size))
+    elementwise.quantize[(tokens + ahead.programs,)](
         x,
         out,
         scales,
+        ahead.words,
+        ahead.rows,
+        tokens,
         size,
         BLOCK=triton.next_power_of_2(size),
+        ROW_BYTES=ahead.row_bytes,
+        AHEAD=ahead.bytes,
+        THREADS=32 * _warps(size),
         PDL=card.pdl,
         num_warps=_warps(size),
         **_launch(card),
