@@ -33,6 +33,7 @@ class TableRunner:
     """A Runner over such a table. It keeps nothing, so pages do not matter."""
 
     page_size = 64
+    max_step_tokens = 512
 
     def __init__(self, logits: np.ndarray, name: str = "table", num_pages: int = 64) -> None:
         self.logits, self.name, self.num_pages = logits, name, num_pages

@@ -55,6 +55,7 @@ class TimedRunner:
     spec: ModelSpec = SPEC
     page_size: int = 64
     num_pages: int = 64
+    max_step_tokens: int = 512
     name: str = "timed (1 thread)"
     timing: bool = False
     counted: dict[str, float] = field(default_factory=dict)

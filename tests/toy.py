@@ -15,7 +15,7 @@ import numpy as np
 
 from flatout.core.spec import ModelSpec
 from flatout.engine.request import SamplingParams
-from flatout.engine.runner import StepInput, check_step, sampled_rows
+from flatout.engine.runner import MAX_STEP_TOKENS, StepInput, check_step, sampled_rows
 from flatout.engine.sampler import log_probabilities, sample, sample_row
 from flatout.engine.scheduler import Sequence as EngineSequence
 
@@ -95,6 +95,7 @@ class ToyRunner:
         self.spec = spec or toy_spec()
         self.page_size = page_size
         self.num_pages = num_pages
+        self.max_step_tokens = MAX_STEP_TOKENS
         self.steps: list[tuple[int, int]] = []
         self.fail_next = False
         self._position = np.full((num_pages, page_size), -1, dtype=np.int64)
@@ -164,6 +165,7 @@ class ScriptedRunner:
         self.spec = toy_spec()
         self.page_size = page_size
         self.num_pages = num_pages
+        self.max_step_tokens = MAX_STEP_TOKENS
         self._said = np.array([*[0] * prompt_length, *script, *[EOS] * 2], dtype=np.int32)
 
     def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:

@@ -40,7 +40,7 @@ def run(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
-    runner: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
+    runner: Annotated[str, typer.Option(help="auto, cpu, cuda (GPU) or reference.")] = "auto",
     speculate: Annotated[
         str, typer.Option(help="ngram or draft guesses tokens ahead, off none; auto guesses where exact.")
     ] = "auto",

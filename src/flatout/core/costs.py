@@ -10,7 +10,7 @@ from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Cost
 
-_KV_BYTES = {"bf16": 2.0, "int8": 1.0}
+_KV_BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0}
 _SCALE_BYTES = 4.0  # float32 scale per token and head of an int8 cache
 
 

@@ -3,6 +3,7 @@
 Grammar of a format name (docs/formats.md has the table):
 
     fp32 | bf16                              floats, multiplied as floats
+    fp8                                      e4m3 with a scale a row, times bf16 or e4m3 with a scale a token
     w{8,4}a8[-g{32,64,128}][-asym]           integer codes times int8 activations, exact int32 sums
     w{8,4}a16[-g{32,64,128}][-asym]          integer codes times 15-bit activations, exact int32 sums
     q4_0 | q4_1 | q8_0                       the GGUF blocks as stored (32 wide), times int8 activations
@@ -44,7 +45,7 @@ class Format:
 
     @property
     def is_integer(self) -> bool:
-        return self.bits <= 8
+        return self.bits <= 8 and self.name != "fp8"
 
     @property
     def is_native(self) -> bool:
@@ -70,13 +71,15 @@ def parse_format(name: str) -> Format:
         return Format(name=name, bits=32, activation="fp32")
     if name == "bf16":
         return Format(name=name, bits=16, activation="bf16")
+    if name == "fp8":
+        return Format(name=name, bits=8, activation="bf16")
     if name in _NATIVE:
         bits, zero = _NATIVE[name]
         return Format(name=name, bits=bits, group=32, zero=zero, activation_group=32)
     match = _GRAMMAR.fullmatch(name)
     if match is None:
         raise ConfigError(
-            "a format is fp32, bf16, q4_0, q4_1, q8_0 or w{8,4}a{8,16}[-g{32,64,128}][-asym]",
+            "a format is fp32, bf16, fp8, q4_0, q4_1, q8_0 or w{8,4}a{8,16}[-g{32,64,128}][-asym]",
             repr(name),
             "w8a8-g64",
         )
@@ -101,8 +104,8 @@ class Recipe:
     `layers` applies to every fused linear of every layer unless `overrides` names it:
     "layers.7.down" (one), "layers.*.down" (that linear everywhere) or "layers.7" (the whole layer);
     the last matching override wins. method: one of METHODS.
-    kv_cache: "int8" or "bf16". A tied head is stored once for look-up and once for multiplication,
-    so `embedding` and `head` may differ.
+    kv_cache: "int8", "bf16" or "fp8" (e4m3, on the GPU). A tied head is stored once for look-up and once
+    for multiplication, so `embedding` and `head` may differ.
     """
 
     name: str
@@ -123,8 +126,8 @@ class Recipe:
                     repr(pattern),
                     "layers.0.down",
                 )
-        if self.kv_cache not in ("int8", "bf16"):
-            raise ConfigError("the KV cache is int8 or bf16", repr(self.kv_cache), "int8")
+        if self.kv_cache not in ("int8", "bf16", "fp8"):
+            raise ConfigError("the KV cache is int8, bf16 or fp8", repr(self.kv_cache), "int8")
         if self.method not in METHODS:
             raise ConfigError(f"the method is one of {', '.join(METHODS)}", repr(self.method), "rtn")
 

@@ -12,7 +12,7 @@ from flatout.core.formats import Format
 from flatout.core.gguf_blocks import BlockTensor
 from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
 from flatout.core.quantized import QuantizedTensor
-from flatout.engine.runner import StepInput
+from flatout.engine.runner import MAX_STEP_TOKENS, StepInput
 from flatout.errors import BackendError, ConfigError, ResourceError, UnsupportedModelError
 from flatout.hardware.detect import available_cores
 
@@ -82,6 +82,7 @@ class CpuRunner:
         self.threads = threads
         self.page_size: int = self._model.page_size
         self.num_pages: int = self._model.num_pages
+        self.max_step_tokens = MAX_STEP_TOKENS
         self.name = f"cpu ({self._model.isa}, {threads} thread{'s' if threads > 1 else ''})"
 
     def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from flatout.engine import score
 from flatout.engine.request import Output, Request, Result, SamplingParams, StopFinder, TokenStream
-from flatout.engine.runner import MAX_STEP_TOKENS, Runner
+from flatout.engine.runner import Runner
 from flatout.engine.scheduler import Scheduler, SchedulerStats, Sequence
 from flatout.engine.score import score_documents
 from flatout.engine.speculate import Speculator
@@ -52,9 +52,9 @@ class TextCodec(Protocol):
 class Engine:
     """Serves requests from one runner. Prompts of the same beginning share its KV cache pages.
 
-    max_batch: most sequences in a step. max_step_tokens: most tokens in a step, prompt chunks included.
-    speculator: guesses tokens and has several judged in a step, for the same answers; None decodes one by
-    one.
+    max_batch: most sequences in a step. max_step_tokens: most tokens in a step, prompt chunks included; by
+    default the runner's most. speculator: guesses tokens and has several judged in a step, for the same
+    answers; None decodes one by one.
     """
 
     def __init__(
@@ -63,10 +63,18 @@ class Engine:
         tokenizer: TextCodec,
         *,
         max_batch: int = 32,
-        max_step_tokens: int = MAX_STEP_TOKENS,
+        max_step_tokens: int | None = None,
         prefix_reuse: bool = True,
         speculator: Speculator | None = None,
     ) -> None:
+        if max_step_tokens is None:
+            max_step_tokens = runner.max_step_tokens
+        if max_step_tokens > runner.max_step_tokens:
+            raise ConfigError(
+                f"a step of this runner has at most {runner.max_step_tokens} tokens",
+                f"max_step_tokens {max_step_tokens}",
+                f"max_step_tokens={runner.max_step_tokens}",
+            )
         self.runner = runner
         self.speculator = speculator
         self.tokenizer = tokenizer

@@ -22,7 +22,7 @@ from flatout.engine.speculate import NgramProposer, Speculator, is_exact
 from flatout.errors import BackendError, ConfigError, ResourceError
 from flatout.hardware.detect import free_memory
 
-RUNNERS = ("auto", "cpu", "reference")
+RUNNERS = ("auto", "cpu", "cuda", "reference")
 SPECULATION = ("auto", "ngram", "draft", "off")
 PAGE_TOKENS = 64
 _CACHE_BYTES = 256 << 20  # of KV cache unless told otherwise, but no less than one context of up to:
@@ -43,11 +43,12 @@ def load(
     """An Engine for an artifact of flatout, a GGUF file, a safetensors folder, a Hugging Face id or a
     built-in name.
 
-    runner: "cpu", "reference", or "auto" (cpu where the extension was built; a line on stderr says when it
-    was not). threads: of the cpu runner, default all cores. max_tokens: what the KV cache holds, all
-    sequences together; default 256 MiB, but at least one context of up to 4096 tokens. recipe: how a
-    checkpoint's weights run, by formats that round nothing further; default its own integer blocks where it
-    has them and bf16 elsewhere; an artifact has its own. speculate: "ngram" guesses tokens from what was
+    runner: "cpu", "cuda" (a GPU), "reference", or "auto" (cpu where the extension was built; a line on
+    stderr says when it was not). threads: of the cpu runner, default all cores. max_tokens: what the KV
+    cache holds, all sequences together; default 256 MiB, but at least one context of up to 4096 tokens; on a
+    GPU what 32 sequences of 8192 tokens take, or as much as there is room for. recipe: how a checkpoint's
+    weights run, by formats that round nothing further; default its own integer blocks where it has them and
+    bf16 elsewhere; an artifact has its own. speculate: "ngram" guesses tokens from what was
     said before and has several judged in a step where that pays (`speculate`), "off" decodes one by one;
     "auto" is "ngram" where answers are bit for bit the same either way: integer formats on the cpu runner.
     Elsewhere a near tie between two tokens may fall the other way. draft: a second, cheaper model with the
@@ -64,6 +65,8 @@ def load(
         raise ConfigError("a draft model that guesses must be given", "none", "draft=MODEL")
     if draft is not None and speculate in ("ngram", "off"):
         raise ConfigError("a draft model guesses under draft or auto", repr(speculate), "speculate='draft'")
+    if runner == "cuda":
+        return _load_cuda(model, recipe, max_tokens, max_batch, speculate, draft)
     loaded, tokenizer, tokens = _open(model, recipe, max_tokens)
     exact = runner == "cpu" and is_exact(loaded.spec, loaded.recipe)
     if draft is not None and speculate == "auto" and not exact:
@@ -85,6 +88,26 @@ def load(
     elif speculate == "ngram" or (speculate == "auto" and exact):
         speculator = Speculator(NgramProposer())
     return Engine(judge, tokenizer, max_batch=max_batch, speculator=speculator)
+
+
+def _load_cuda(
+    model: str | Path,
+    recipe: Recipe | None,
+    max_tokens: int | None,
+    max_batch: int,
+    speculate: str,
+    draft: str | Path | None,
+) -> Engine:
+    """An Engine on the GPU, which guesses nothing unless asked to look up."""
+    from flatout.engine.cuda import open_device, open_runner
+
+    if draft is not None:
+        raise ConfigError("the cuda runner decodes without a draft model", str(draft), "speculate='ngram'")
+    open_device()  # the reason why not, before anything is read
+    loaded, tokenizer, _ = _open(model, recipe, max_tokens, cached=False)
+    runner = open_runner(loaded, weight_bytes(loaded.spec, loaded.recipe), max_tokens, PAGE_TOKENS, max_batch)
+    speculator = Speculator(NgramProposer()) if speculate == "ngram" else None
+    return Engine(runner, tokenizer, max_batch=max_batch, speculator=speculator)
 
 
 def check_vocabulary(spec: ModelSpec, tokenizer: Tokenizer, draft: ModelSpec, words: Tokenizer) -> None:
@@ -135,20 +158,27 @@ def _resident(spec: ModelSpec, recipe: Recipe, tokens: int) -> float:
 
 
 def _open(
-    model: str | Path, recipe: Recipe | None, max_tokens: int | None, taken: float = 0
+    model: str | Path,
+    recipe: Recipe | None,
+    max_tokens: int | None,
+    taken: float = 0,
+    cached: bool = True,
 ) -> tuple[Model, Tokenizer, int]:
+    """The model, its tokenizer, and how many tokens its KV cache holds: in this machine's memory, if
+    `cached`."""
     if is_artifact(model):
         if recipe is not None:
             raise ConfigError("an artifact runs under its own recipe", recipe.name, "no recipe")
         loaded, tokenizer, _ = load_artifact(model)
         tokens = max_tokens or cache_tokens(loaded.spec, loaded.recipe.kv_cache)
-        check_memory(loaded.spec, loaded.recipe, tokens, read=True, taken=taken)
+        check_memory(loaded.spec, loaded.recipe, tokens if cached else 0, read=True, taken=taken)
         return loaded, tokenizer, tokens
     checkpoint = open_checkpoint(model)
     recipe = recipe or native_recipe(checkpoint, kv_cache="bf16")
     tokens = max_tokens or cache_tokens(checkpoint.spec, recipe.kv_cache)
     tokenizer = checkpoint.tokenizer  # read first: it is small, and a model without one cannot be served
-    check_memory(checkpoint.spec, recipe, tokens, read=False, taken=taken)
+    if cached:  # a GPU gets weights one after another
+        check_memory(checkpoint.spec, recipe, tokens, read=False, taken=taken)
     return assemble(checkpoint, recipe, True, checkpoint.forget), tokenizer, tokens
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flatout.core.fuse import Source
 from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
-from flatout.engine.runner import StepInput, check_step, sampled_rows
+from flatout.engine.runner import MAX_STEP_TOKENS, StepInput, check_step, sampled_rows
 from flatout.engine.sampler import sample
 from flatout.errors import ConfigError
 from flatout.models.llama import Cache, Llama
@@ -42,6 +42,7 @@ class ReferenceRunner:
         self.name = f"reference ({'as served' if served else 'exact'})"
         self.page_size = page_size
         self.num_pages = num_pages
+        self.max_step_tokens = MAX_STEP_TOKENS
         shape = (self.spec.num_layers, num_pages * page_size, self.spec.num_kv_heads, self.spec.head_dim)
         # NaN rather than zeros: reading a slot that was never written shows in the logits.
         self._keys = torch.full(shape, torch.nan)

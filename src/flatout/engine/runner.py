@@ -17,8 +17,8 @@ from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 
 MAX_STEP_TOKENS = 512
-"""Most tokens of one step: enough to reach the arithmetic peak, short enough to interleave. Runners size
-their buffers by it."""
+"""Most tokens of one step on a processor: enough to reach the arithmetic peak, short enough to interleave.
+Runners size their buffers by it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +53,11 @@ class Runner(Protocol):
 
     @property
     def num_pages(self) -> int: ...
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens of one step."""
+        ...
 
     def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:
         """float32 logits: (S, V) of each sequence's last new token, or (T, V) of every new token."""

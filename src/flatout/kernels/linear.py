@@ -12,8 +12,8 @@ where idot[g] = sum of a[k] * (code[n, k] - zero[n, g]) and asum[g] = sum of a[k
 bits and a scale a group or a token. "int16" activations have 15 bits and a scale a token; they are
 multiplied in two planes of bytes, a = 128 * high + low with low in [-64, 63]: first high, with a scale 128
 times as large, then low. The result of a token does not depend on batch, chunk or thread count, and a
-kernel can be compared bit by bit. Float formats ("bf16", "fp32") are plain matrix products accumulated in
-float32, whose summation order is free.
+kernel can be compared bit by bit. Float formats ("bf16", "fp8", "fp32") are plain matrix products
+accumulated in float32, whose summation order is free.
 
 Legend: T tokens, K input width, N output width, g index of a group along K.
 """
@@ -28,6 +28,7 @@ from flatout.core.formats import Format
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 
+FP8_MAX = 448.0
 BYTE, FIFTEEN_BITS = 127, 127 * 128
 """Largest activation codes of "int8" and "int16" activations."""
 _EXACT_FLOAT32_WIDTH = 512  # 512 * 127 * 255 < 2**24: float32 holds every partial sum of a group exactly
@@ -102,6 +103,13 @@ def integer_linear(codes: Tensor, scales: Tensor, weight: QuantizedTensor) -> Te
     return y
 
 
+def round_to_fp8(weight: Tensor) -> Tensor:
+    """float (N, K) in e4m3 with a scale a row that puts its largest value at 448, as float32 again."""
+    scales = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    codes = (weight.float() / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return codes.float() * scales
+
+
 def linear_reference(x: Tensor, weight: QuantizedTensor | np.ndarray | Tensor, fmt: Format) -> Tensor:
     """y (T, N) = x (T, K) times weight (N, K) transposed, in the numerics of `fmt`; float32 in and out.
 
@@ -117,6 +125,8 @@ def linear_reference(x: Tensor, weight: QuantizedTensor | np.ndarray | Tensor, f
         codes, scales = quantize_activations(x, fmt.activation_group, limit)
         return integer_linear(codes, scales, weight)
     w = weight if isinstance(weight, Tensor) else as_tensor(weight)
+    if fmt.name == "fp8":
+        return x.bfloat16().float() @ round_to_fp8(w).T
     if fmt.activation == "bf16":
         return x.bfloat16().float() @ w.bfloat16().float().T
     return x.float() @ w.float().T

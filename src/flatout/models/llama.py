@@ -26,7 +26,7 @@ from flatout.core.model import Model, Weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
-from flatout.kernels.linear import as_tensor, linear_reference, quantize_activations
+from flatout.kernels.linear import FP8_MAX, as_tensor, linear_reference, quantize_activations
 
 Linear = Callable[[str, Tensor], Tensor]
 """linear("layers.3.qkv", x (T, K)) -> (T, N): how a model multiplies by one of its fused weights."""
@@ -94,6 +94,8 @@ def round_keys_or_values(x: Tensor, kv_cache: str) -> Tensor:
         return x
     if kv_cache == "bf16":
         return x.bfloat16().float()
+    if kv_cache == "fp8":
+        return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
     tokens, heads, size = x.shape
     codes, scales = quantize_activations(x.reshape(tokens * heads, size), 0)
     return (codes.float() * scales).reshape(tokens, heads, size)

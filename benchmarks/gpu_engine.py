@@ -1,0 +1,415 @@
+"""The GPU engine on the shape of Llama-3.1-8B: correct first, then ceilings, then a table.
+
+    python benchmarks/gpu_engine.py [--model smollm2-135m.gguf] [--rows decode-1,prefill] [--out FILE.json]
+
+1. Small models of every family and format, and the real model if one is given, against the reference runner.
+2. What the card reaches: reading memory, matrix products in bf16 and fp8.
+3. Decode and prefill through the engine's own loop, host included, with random weights of the right shape
+   (speed does not depend on their values; answers mean nothing). A row is the median of single steps, its
+   20th and 80th percentile, the share of the floor, and joules a token from the card's energy counter.
+4. The start of a process to its first token, with Triton's cache warm and empty.
+
+The floor of decode is (weights + keys and values) / measured read rate; of prefill, the products'
+operations / measured rate of a large product + attention's at the bf16 rate. Needs a GPU; about 5 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatout.core.checkpoint import open_checkpoint
+from flatout.core.formats import Recipe
+from flatout.core.fuse import assemble, native_recipe
+from flatout.core.model import Model
+from flatout.core.spec import ModelSpec, RopeScaling
+from flatout.core.types import measurement, to_json
+from flatout.engine.cuda import CudaRunner, open_device
+from flatout.engine.cuda_weights import GpuWeights, load_weights, random_weights
+from flatout.engine.engine import Engine, SamplingParams
+from flatout.engine.reference import ReferenceRunner
+from flatout.engine.runner import StepInput
+from flatout.hardware.meter import Meter, nvml_counters
+
+LLAMA_8B = ModelSpec(
+    family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
+    num_heads=32, num_kv_heads=8, head_dim=128, max_positions=131072, rope_theta=500000.0,
+    rope_scaling=RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    ),
+)  # fmt: skip
+RECIPES = {
+    "bf16": Recipe(name="bf16"),
+    "fp8": Recipe(name="fp8", layers="fp8", head="fp8"),
+    "fp8-kv8": Recipe(name="fp8-kv8", layers="fp8", head="fp8", kv_cache="fp8"),
+    "int8": Recipe(name="int8", layers="w8a16", head="w8a16"),
+    "int4": Recipe(name="int4", layers="w4a16-g128", head="fp8"),
+}
+ROWS = [
+    ("decode-1", "bf16", 1, 1024),
+    ("decode-64", "bf16", 64, 1024),
+    ("decode-256", "bf16", 256, 128),
+    ("prefill", "bf16", 1, 4096),
+    ("decode-1", "fp8", 1, 1024),
+    ("decode-64", "fp8", 64, 1024),
+    ("decode-256", "fp8", 256, 128),
+    ("prefill", "fp8", 1, 4096),
+    ("decode-64", "fp8-kv8", 64, 1024),
+    ("decode-1", "int4", 1, 1024),
+    ("decode-1", "int8", 1, 1024),
+]
+"""(kind, recipe, sequences, prompt)."""
+NEW_TOKENS = 128
+
+
+class Wordless:
+    """A tokenizer for prompts of random tokens, whose answers nobody reads."""
+
+    eos = None
+    adds_bos = False
+    chat_template = None
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]:
+        return []
+
+    def apply_chat_template(self, messages: Any) -> str:
+        return ""
+
+    def stream(self) -> Wordless:
+        return self
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+def step(tokens: Any, starts: Any, lengths: Any, pages: Any) -> StepInput:
+    arrays = (
+        np.ascontiguousarray(np.asarray(part, dtype=np.int32)) for part in (tokens, starts, lengths, pages)
+    )
+    return StepInput(*arrays)
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def check(name: str, model: Model, kv_cache: str, bound: float) -> dict[str, Any]:
+    """Logits of prompts, of chunks beside single tokens and of single tokens, and tokens chosen by graphs,
+    against the reference runner, which multiplies as the formats are written. Raises SystemExit beyond the
+    bound."""
+    spec, device = model.spec, open_device()
+    reference = ReferenceRunner(model, num_pages=8, page_size=16, as_served=False)
+    runner = CudaRunner(spec, load_weights(model, device), 8, 16, kv_cache, max_batch=4)
+    draws = np.random.default_rng(0)
+    pages = [[3, 1, 4], [0, 5, 2]]
+    batches = [
+        (step(draws.integers(3, spec.vocab_size, 20), [0, 0], [13, 7], pages), "all"),
+        (step(draws.integers(3, spec.vocab_size, 6), [13, 7], [1, 5], pages), "last"),
+        (step(draws.integers(3, spec.vocab_size, 2), [14, 12], [1, 1], pages), "last"),
+    ]
+    errors = []
+    for batch, rows in batches:
+        errors.append(relative(runner.forward(batch, rows), reference.forward(batch, rows)))  # type: ignore[arg-type]
+    gaps = []
+    for count in (2, 1):
+        current, starts = draws.integers(3, spec.vocab_size, count), np.array([15, 13][:count])
+        greedy = (np.zeros(count, np.float32), np.zeros(count, np.int32), np.ones(count, np.float32))
+        for _ in range(12):
+            batch = step(current, starts, [1] * count, pages[:count])
+            logits = reference.forward(batch, "last")
+            current = runner.sample(batch, *greedy, np.zeros(count, np.uint64))
+            gaps += [(row.max() - row[token]) / row.std() for row, token in zip(logits, current, strict=True)]
+            starts = starts + 1
+    row = {"model": name, "relative_error": max(errors), "bound": bound, "worst_choice_sd": float(max(gaps))}
+    print(
+        f"  {name:34} error {max(errors):.1e} (bound {bound:.0e}), choice within {max(gaps):.3f} sd",
+        flush=True,
+    )
+    if not max(errors) < bound or not max(gaps) < 4 * bound:
+        raise SystemExit(f"{name}: the GPU's logits differ from the reference's by more than the bound")
+    return row
+
+
+def checks(path: Path | None) -> Iterator[dict[str, Any]]:
+    """Rows of `check`. bf16 rounds activations before each linear and what attention reads; with seven
+    linears deep models and random weights that leaves about 1e-2. fp8 rounds both factors to 3 bits of
+    mantissa, 5e-2 a product."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from tests.tiny import tiny_model, tiny_spec
+
+    small = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    cases = [
+        ("llama", "bf16", "bf16", "bf16", 3e-2),
+        ("qwen3", "w4a16-g32", "w8a16", "bf16", 3e-2),
+        ("qwen2", "w8a8-g32-asym", "w8a8", "bf16", 3e-2),
+        ("gemma", "q4_1", "q8_0", "bf16", 3e-2),
+        ("llama", "w4a16-g128", "fp8", "bf16", 2e-1),
+        ("llama", "fp8", "fp8", "bf16", 3e-1),
+        ("mistral", "fp8", "fp8", "fp8", 3e-1),
+    ]
+    for family, layers, head, kv_cache, bound in cases:
+        recipe = Recipe(name="check", layers=layers, embedding="bf16", head=head, kv_cache=kv_cache)
+        model = tiny_model(tiny_spec(family, **small), recipe)
+        yield check(f"tiny {family} {layers}, cache {kv_cache}", model, kv_cache, bound)
+    if path is not None:
+        checkpoint = open_checkpoint(path)
+        model = assemble(checkpoint, native_recipe(checkpoint, kv_cache="bf16"), True)
+        yield check(f"{path.name}, the file's own blocks", model, "bf16", 3e-2)
+        yield check(f"{path.name} in bf16", assemble(checkpoint, Recipe(name="bf16"), True), "bf16", 3e-2)
+
+
+def median_ms(work: Callable[[], Any], times: int = 15) -> float:
+    """Milliseconds on the GPU."""
+    for _ in range(3):
+        work()
+    found = []
+    for _ in range(times):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end))
+    return float(np.median(found))
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """bytes/s read and copied, operations/s of an 8192^3 product in bf16 and fp8, on random data."""
+    big = torch.randint(-9, 9, (1 << 28,), dtype=torch.int64, device=device)
+    other = torch.empty_like(big)
+    found = {
+        "read": big.nbytes / median_ms(big.sum) * 1e3,
+        "copy": 2 * big.nbytes / median_ms(lambda: other.copy_(big)) * 1e3,
+    }
+    del big, other
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    found["bf16"] = 2 * 8192**3 / median_ms(lambda: a @ b.T) * 1e3
+    a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
+    found["fp8"] = (
+        2 * 8192**3
+        / median_ms(
+            lambda: torch._scaled_mm(
+                a8, b8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+        )
+        * 1e3
+    )  # fmt: skip
+    print(f"  read {found['read'] / 1e12:.2f} TB/s, copy {found['copy'] / 1e12:.2f} TB/s, "
+          f"bf16 {found['bf16'] / 1e12:.0f} TFLOP/s, fp8 {found['fp8'] / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
+    return found
+
+
+def weight_bytes(weights: GpuWeights) -> int:
+    """Bytes of weights that a decode step reads."""
+    return weights.head.bytes + sum(w.bytes for layer in weights.layers for w in layer.linears)
+
+
+@dataclass
+class Bench:
+    """One recipe's weights on the card, and the rows that use them."""
+
+    spec: ModelSpec
+    recipe: Recipe
+    weights: GpuWeights
+    peaks: dict[str, float]
+
+    def engine(self, sequences: int, tokens: int) -> Engine:
+        kv_cache = "fp8" if self.recipe.kv_cache == "fp8" else "bf16"
+        pages = sequences * -(-tokens // 64)
+        runner = CudaRunner(self.spec, self.weights, pages, 64, kv_cache, max_batch=sequences)
+        return Engine(runner, Wordless(), max_batch=sequences, prefix_reuse=False)
+
+    def decode(self, sequences: int, prompt: int) -> dict[str, Any]:
+        """Steps in which all sequences get a token."""
+        engine = self.engine(sequences, prompt + NEW_TOKENS + 64)
+        meter = Meter(nvml_counters())
+        self._fill(engine, sequences, prompt, 24)
+        while engine.has_work:  # compiles and captures
+            engine.step()
+        self._fill(engine, sequences, prompt, NEW_TOKENS)
+        seconds: list[float] = []
+        tokens = 0
+        while engine.has_work:
+            running = engine.scheduler.running
+            full = len(running) == sequences and all(s.computed >= s.prompt_length for s in running)
+            if full and not seconds:
+                meter.start()
+            begin = time.perf_counter()
+            engine.step()
+            if full and len(engine.scheduler.running) == sequences:
+                seconds.append(time.perf_counter() - begin)
+                tokens = len(engine.scheduler.running[0].tokens)
+        energy = meter.stop()
+        context = tokens - len(seconds) / 2
+        cache = sequences * context * self._cache_bytes()
+        floor = (weight_bytes(self.weights) + cache) / self.peaks["read"]
+        # The stretch ends with steps of fewer sequences, which are few.
+        joules = {
+            k: v / energy.seconds * float(np.median(seconds)) / sequences for k, v in energy.joules.items()
+        }
+        return self._row(seconds[2:], sequences, floor, joules, energy.missing) | {"context": context}
+
+    def prefill(self, prompt: int) -> dict[str, Any]:
+        """One prompt to its first token."""
+        engine = self.engine(1, prompt + 64)
+        meter = Meter(nvml_counters())
+        seconds = []
+        for i in range(10):
+            if i == 3:
+                meter.start()
+            self._fill(engine, 1, prompt, 1)
+            begin = time.perf_counter()
+            while engine.has_work:
+                engine.step()
+            seconds.append(time.perf_counter() - begin)
+        energy = meter.stop()
+        linears = 2.0 * prompt * sum(w.n * w.k for layer in self.weights.layers for w in layer.linears)
+        attention = 2.0 * prompt**2 * self.spec.q_size * self.spec.num_layers
+        fast = "fp8" if self.recipe.layers == "fp8" else "bf16"
+        floor = linears / self.peaks[fast] + attention / self.peaks["bf16"]
+        joules = {k: v / 7 / prompt for k, v in energy.joules.items()}
+        return self._row(seconds[3:], prompt, floor, joules, energy.missing)
+
+    def _cache_bytes(self) -> float:
+        size = 1 if self.recipe.kv_cache == "fp8" else 2
+        return 2.0 * self.spec.num_layers * self.spec.kv_size * size
+
+    def _fill(self, engine: Engine, sequences: int, prompt: int, new: int) -> None:
+        draws = np.random.default_rng(sequences)
+        params = SamplingParams(max_tokens=new, ignore_eos=True)
+        for _ in range(sequences):
+            engine.add_request(draws.integers(0, self.spec.vocab_size, prompt).tolist(), params)
+
+    def _row(
+        self,
+        seconds: list[float],
+        tokens: int,
+        floor: float,
+        joules: dict[str, float],
+        missing: dict[str, str],
+    ) -> dict[str, Any]:
+        found = measurement("step", "s", seconds)
+        return {
+            "seconds": to_json(found),
+            "tokens_per_s": tokens / found.median,
+            "floor_s": floor,
+            "floor_fraction": floor / found.median,
+            "joules_per_token": sum(joules.values()) if joules else None,
+            "energy_missing": missing,
+        }
+
+
+def first_token() -> None:
+    """From nothing to a first and a second token in this process, weights drawn on the card."""
+    device = open_device()
+    weights = random_weights(LLAMA_8B, RECIPES["fp8"], device)
+    bench = Bench(LLAMA_8B, RECIPES["fp8"], weights, {})
+    engine = bench.engine(1, 1024)
+    bench._fill(engine, 1, 512, 2)
+    while engine.has_work:
+        engine.step()
+
+
+def starts() -> dict[str, float]:
+    """Seconds of a process that does `first_token`, with an empty kernel cache and with a warm one."""
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("cold", "warm"):
+            begin = time.perf_counter()
+            subprocess.run(
+                [sys.executable, __file__, "--start"],
+                check=True,
+                env={**os.environ, "TRITON_CACHE_DIR": cache},
+            )
+            found[name] = time.perf_counter() - begin
+            print(f"  start to the second token, {name} kernel cache: {found[name]:.1f} s", flush=True)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| row | tokens/s | median ms (p20, p80) | of floor | J/token |", "|---|--:|--:|--:|--:|"]
+    for row in rows:
+        ms = [1e3 * row["seconds"][key] for key in ("median", "p20", "p80")]
+        joules = row["joules_per_token"]
+        lines.append(
+            f"| {row['kind']} {row['recipe']}, {row['sequences']} x {row['prompt']} | {row['tokens_per_s']:,.0f} "
+            f"| {ms[0]:.3f} ({ms[1]:.3f}, {ms[2]:.3f}) | {row['floor_fraction']:.0%} "
+            f"| {'-' if joules is None else f'{joules:.4f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a real model to check against, e.g. SmolLM2's GGUF file")
+    parser.add_argument("--rows", help="only rows of these kinds, e.g. decode-1,prefill")
+    parser.add_argument("--recipes", help="only these recipes, e.g. bf16,fp8")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--no-checks", action="store_true", help="speed alone")
+    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.start:
+        first_token()
+        return 0
+    device = open_device()
+    begin = time.perf_counter()
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *(a if not a.startswith("/") else Path(a).name for a in sys.argv)]),
+        "hardware": {"name": torch.cuda.get_device_name(device), "kind": "gpu", "cores": 1},
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+        "weights": "random, shape of Llama-3.1-8B",
+    }
+    if not options.no_checks:
+        print("checks against the reference runner")
+        result["checks"] = list(checks(options.model))
+    print("ceilings")
+    result["ceilings"] = ceilings(device)
+    rows: list[dict[str, Any]] = []
+    wanted = [
+        row for row in ROWS
+        if (not options.rows or row[0] in options.rows.split(","))
+        and (not options.recipes or row[1] in options.recipes.split(","))
+    ]  # fmt: skip
+    held: tuple[tuple[str, str], GpuWeights] | None = None
+    for kind, name, sequences, prompt in wanted:
+        recipe = RECIPES[name]
+        if held is None or held[0] != (recipe.layers, recipe.head):
+            held = None
+            torch.cuda.empty_cache()
+            held = (recipe.layers, recipe.head), random_weights(LLAMA_8B, recipe, device)
+        bench = Bench(LLAMA_8B, recipe, held[1], result["ceilings"])
+        found = bench.prefill(prompt) if kind == "prefill" else bench.decode(sequences, prompt)
+        rows.append({"kind": kind, "recipe": name, "sequences": sequences, "prompt": prompt} | found)
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        torch.cuda.empty_cache()
+    result["rows"] = rows
+    if not options.rows:
+        print("starts")
+        del held
+        torch.cuda.empty_cache()
+        result["start_s"] = starts()
+    print(table(rows))
+    print(f"{time.perf_counter() - begin:.0f} s")
+    if options.out is not None:
+        options.out.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

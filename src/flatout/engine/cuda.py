@@ -1,0 +1,338 @@
+"""The cuda runner: PyTorch and Triton, a whole decode step in one CUDA graph.
+
+A step in which every sequence gets one token (decode) is replayed from a graph captured the second time its
+batch size, rounded up, occurs. The graph ends by writing the tokens it chose and the next positions where its
+next replay reads them, so the runner can start the next step before anyone has read this one's tokens: it
+does when a step continued the one before, and throws the result away when the next step turns out to be
+another (engine/cuda_decode.py). Every other step (prompts, scores, logits) is launched kernel by kernel.
+
+One to a few tokens go through the matrix-vector kernels, which norm, activation and residual are part of;
+more through the vendor's matrix products with small kernels between them.
+
+Legend: T tokens, S sequences, H query heads, G key/value heads, E head size, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatout.core.costs import kv_bytes_per_token
+from flatout.core.formats import Recipe
+from flatout.core.model import Model
+from flatout.core.spec import ModelSpec
+from flatout.engine.cuda_decode import Decoder
+from flatout.engine.cuda_weights import GpuWeights, LayerWeights, load_weights
+from flatout.engine.runner import StepInput, check_step, sampled_rows
+from flatout.engine.sampler import sample
+from flatout.errors import BackendError, ResourceError, UnsupportedModelError
+from flatout.kernels import gpu
+from flatout.kernels.gpu import Activations, Card, LayerCache, Product
+from flatout.kernels.packed import PackedWeight
+from flatout.models.llama import rope_frequencies
+
+MAX_STEP_TOKENS = 8192
+_HEAD_ROWS = 1024
+"""Rows of logits computed at a time for scores."""
+
+
+class CudaRunner:
+    """Weights on one GPU, pages of keys and values beside them.
+
+    kv_cache: "bf16" or "fp8" (e4m3 without scales). Raises ResourceError when the pages do not fit.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: GpuWeights,
+        num_pages: int,
+        page_size: int = 64,
+        kv_cache: str = "bf16",
+        max_batch: int = 256,
+    ) -> None:
+        self.spec, self.page_size, self.num_pages = spec, page_size, num_pages
+        self.max_step_tokens = MAX_STEP_TOKENS
+        self.weights = weights
+        self.device = weights.embedding.device
+        self.card: Card = gpu.card(self.device)
+        self.name = f"cuda ({self.card.name}, {kv_cache} cache)"
+        dtype = torch.float8_e4m3fn if kv_cache == "fp8" else torch.bfloat16
+        shape = (num_pages, spec.num_kv_heads, page_size, spec.head_dim)
+        # Zeros, because a block that is read holds slots nobody has written, and 0 * NaN is NaN.
+        self.caches = tuple(
+            LayerCache(*(torch.zeros(shape, dtype=torch.uint8 if kv_cache == "fp8" else dtype,
+                                     device=self.device).view(dtype) for _ in range(2)))
+            for _ in range(spec.num_layers)
+        )  # fmt: skip
+        positions = torch.arange(min(spec.max_positions, num_pages * page_size)).float()
+        angles = (positions[:, None] * rope_frequencies(spec)[None, :]).to(self.device)
+        self.turns = angles.cos(), angles.sin()
+        self._decoder = Decoder(self, max_batch)
+
+    def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:
+        hidden = self._hidden(batch, rows)
+        logits = [self.logits(Activations(*part)) for part in _pieces(hidden)]
+        found: np.ndarray = torch.cat(logits).cpu().numpy()
+        return found
+
+    def score(self, batch: StepInput, targets: np.ndarray) -> np.ndarray:
+        hidden = self._hidden(batch, "all")
+        ids = torch.from_numpy(np.asarray(targets, dtype=np.int64)).to(self.device)
+        scores, first = [], 0
+        for values, scales in _pieces(hidden):
+            logits = self.logits(Activations(values, scales))
+            chosen = logits.gather(1, ids[first : first + len(logits), None])[:, 0]
+            scores.append(chosen - torch.logsumexp(logits, dim=1))
+            first += len(logits)
+        found: np.ndarray = torch.cat(scores).cpu().numpy()
+        return found
+
+    def sample(
+        self,
+        batch: StepInput,
+        temperature: np.ndarray,
+        top_k: np.ndarray,
+        top_p: np.ndarray,
+        seeds: np.ndarray,
+        rows: Literal["last", "all"] = "last",
+    ) -> np.ndarray:
+        check_step(batch, self.spec, self.page_size, self.num_pages)
+        tokens: np.ndarray
+        if len(batch.tokens) == len(batch.starts) <= self._decoder.max_batch:
+            tokens = self._decoder.step(batch, temperature, top_k, top_p, seeds)
+        elif (temperature <= 0).all():
+            tokens = self.logits(self._hidden(batch, rows)).argmax(dim=1).int().cpu().numpy()
+        else:
+            of, positions = sampled_rows(batch, rows)
+            logits = self.forward(batch, rows)
+            return sample(logits, positions, temperature[of], top_k[of], top_p[of], seeds[of])
+        if (tokens < 0).any():
+            raise BackendError(
+                "a runner must give logits without NaN and with a finite maximum",
+                f"none in row {int(tokens.argmin())}",
+                "the reference runner, and please report the model",
+            )
+        return tokens
+
+    def few(self, tokens: int) -> bool:
+        """Whether a step of that many tokens goes through the matrix-vector kernels."""
+        if tokens & (tokens - 1):
+            return False
+        return all(
+            tokens <= gpu.FEW_ROWS[w.format] for layer in self.weights.layers[:1] for w in layer.linears
+        )
+
+    def fp8(self, weight: PackedWeight) -> bool:
+        """Whether many tokens meet this weight in e4m3."""
+        return weight.format == "fp8" and self.card.fp8
+
+    def logits(self, hidden: Activations) -> Tensor:
+        """float32 (rows, V) of what `final_norm` left."""
+        return gpu.logits_many(hidden, self.weights.head)
+
+    def layer(
+        self, layer: LayerWeights, x: Tensor, pending: Product | None, attend: gpu.Attend, cache: LayerCache
+    ) -> Product:
+        """One layer of many tokens on the residual stream x (T, D) float32, to which `pending` is still to be
+        added; so is what it returns."""
+        card, eps = self.card, self.spec.rms_norm_eps
+        qkv = gpu.multiply_many(
+            gpu.add_norm(card, x, pending, layer.input_norm, eps, self.fp8(layer.qkv), layer.qkv), layer.qkv
+        )
+        read = attend(qkv, layer.heads, cache)
+        o = gpu.multiply_many(
+            gpu.quantize(card, read, layer.o) if self.fp8(layer.o) else Activations(read), layer.o
+        )
+        gate_up = gpu.multiply_many(
+            gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up), layer.gate_up),
+            layer.gate_up,
+        )
+        activated = gpu.activate(
+            card, gate_up, self.spec.activation == "gelu_tanh", self.fp8(layer.down), layer.down
+        )
+        return gpu.multiply_many(activated, layer.down)
+
+    def final_norm(self, x: Tensor, pending: Product | None) -> Activations:
+        """What the head multiplies, of rows x (rows, D)."""
+        weights, eps = self.weights, self.spec.rms_norm_eps
+        return gpu.add_norm(self.card, x, pending, weights.norm, eps, self.fp8(weights.head), weights.head)
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (T, D) of token ids int32 (T,), and the same in bfloat16."""
+        x = torch.empty(len(tokens), self.spec.hidden_size, device=self.device)
+        x_bf16 = torch.empty_like(x, dtype=torch.bfloat16)
+        gpu.embed(self.card, tokens, self.weights.embedding, self.spec.embedding_scale, x, x_bf16)
+        return x, x_bf16
+
+    @torch.no_grad()
+    def _hidden(self, batch: StepInput, rows: Literal["last", "all"]) -> Activations:
+        """After the last norm: (S, D) of each sequence's last new token, or (T, D) of all."""
+        check_step(batch, self.spec, self.page_size, self.num_pages)
+        self._decoder.forget()
+        attend = _Attend(self, batch)
+        x, _ = self.embed(torch.from_numpy(np.ascontiguousarray(batch.tokens)).to(self.device))
+        pending: Product | None = None
+        for layer, cache in zip(self.weights.layers, self.caches, strict=True):
+            pending = self.layer(layer, x, pending, attend, cache)
+        assert pending is not None
+        if rows == "last" and len(batch.lengths) < len(batch.tokens):
+            last = torch.from_numpy(np.cumsum(batch.lengths) - 1).to(self.device)
+            pending, x = pending.rows(last), x[last]
+        return self.final_norm(x, pending)
+
+
+class _Attend:
+    """Attention of a step's sequences, whatever their lengths."""
+
+    def __init__(self, runner: CudaRunner, batch: StepInput) -> None:
+        self._runner = runner
+        spec, page, device = runner.spec, runner.page_size, runner.device
+        lengths, starts = batch.lengths.astype(np.int64), batch.starts.astype(np.int64)
+        of = np.repeat(np.arange(len(lengths)), lengths)
+        first = np.cumsum(lengths) - lengths
+        positions = starts[of] + np.arange(len(of)) - first[of]
+        slots = batch.pages[of, positions // page].astype(np.int64) * page + positions % page
+
+        def there(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
+
+        self._tokens = len(of)
+        one = lengths == 1
+        self._one = there(first[one], torch.int64) if one.any() else None
+        self._more = there(np.flatnonzero(~one[of]), torch.int64) if one.any() else None
+        self._one_positions = there(starts[one], torch.int32)
+        self._one_pages = there(np.maximum(batch.pages[one], 0), torch.int32)
+        self._slots, self._positions = (
+            there(slots[~one[of]], torch.int64),
+            there(positions[~one[of]], torch.int32),
+        )
+        self._prompts = [
+            (int(start), int(length), there(batch.pages[i, : -(-int(start + length) // page)], torch.int64))
+            for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
+            if length > 1
+        ]
+        count = int(one.sum())
+        if count:
+            splits = gpu.attention_splits(runner.card, spec, count)
+            self._scratch = gpu.attention_scratch(spec, count, splits, device)
+
+    def __call__(self, product: Product, heads: gpu.HeadWeights, cache: LayerCache) -> Tensor:
+        """bfloat16 (T, H E)."""
+        runner, spec = self._runner, self._runner.spec
+        if not self._prompts:
+            out = torch.empty(self._tokens, spec.q_size, dtype=torch.bfloat16, device=runner.device)
+            self._decode(product, heads, cache, out)
+            return out
+        if self._one is None or self._more is None:
+            return self._prefill(product, heads, cache)
+        out = torch.empty(self._tokens, spec.q_size, dtype=torch.bfloat16, device=runner.device)
+        out[self._more] = self._prefill(product.rows(self._more), heads, cache)
+        some = torch.empty(len(self._one), spec.q_size, dtype=torch.bfloat16, device=runner.device)
+        self._decode(product.rows(self._one), heads, cache, some)
+        out[self._one] = some
+        return out
+
+    def _decode(self, product: Product, heads: gpu.HeadWeights, cache: LayerCache, out: Tensor) -> None:
+        runner = self._runner
+        gpu.decode_attention(
+            runner.card, runner.spec, product, heads, runner.turns, cache,
+            self._one_pages, self._one_positions, self._scratch, out,
+        )  # fmt: skip
+
+    def _prefill(self, product: Product, heads: gpu.HeadWeights, cache: LayerCache) -> Tensor:
+        runner, spec = self._runner, self._runner.spec
+        qkv = gpu.rotate_and_store(spec, product, heads, runner.turns, cache, self._slots, self._positions)
+        out = torch.empty(len(qkv), spec.q_size, dtype=torch.bfloat16, device=runner.device)
+        first = 0
+        for start, length, pages in self._prompts:
+            own = slice(first, first + length)
+            rows, queries = qkv[own].view(length, -1, spec.head_dim), spec.num_heads
+            q, k, v = rows[:, :queries], rows[:, queries : -spec.num_kv_heads], rows[:, -spec.num_kv_heads :]
+            if start:
+                k, v = (_gathered(part, pages, start + length) for part in (cache.keys, cache.values))
+            out[own] = gpu.causal_attention(q, k, v, spec.sliding_window)
+            first += length
+        return out
+
+
+def _gathered(cache: Tensor, pages: Tensor, tokens: int) -> Tensor:
+    """bfloat16 (tokens, G, E) of the pages (P,) of one sequence."""
+    raw = cache.view(torch.uint8)[pages].view(cache.dtype).bfloat16()
+    return raw.transpose(1, 2).reshape(-1, cache.shape[1], cache.shape[3])[:tokens]
+
+
+def _pieces(hidden: Activations) -> list[tuple[Tensor, Tensor | None]]:
+    values = torch.split(hidden.values, _HEAD_ROWS)
+    scales = [None] * len(values) if hidden.scales is None else torch.split(hidden.scales, _HEAD_ROWS)
+    return list(zip(values, scales, strict=True))
+
+
+def open_device() -> torch.device:
+    """The current GPU. Raises BackendError where there is none that runs the kernels, with the reason."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda is not None or torch.version.hip is not None
+        raise BackendError(
+            "the cuda runner needs a GPU, its driver and a PyTorch built for it",
+            "no usable device (driver missing or too old)" if built else f"PyTorch {torch.__version__}",
+            "nvidia-smi to see the driver; --runner cpu",
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        raise BackendError(
+            "the cuda runner needs compute capability 8.0 (Ampere) or newer, for bfloat16",
+            f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_capability(device)}",
+            "--runner cpu",
+        )
+    return device
+
+
+def check_formats(recipe: Recipe, card: Card) -> None:
+    """Raise UnsupportedModelError for formats that this card has no instructions for."""
+    names = {recipe.layers, recipe.head, recipe.kv_cache, *(name for _, name in recipe.overrides)}
+    if "fp8" in names and not card.fp8:
+        raise UnsupportedModelError(
+            "fp8 needs a GPU with e4m3 (compute capability 8.9 or newer)", card.name, "bf16 or w8a16"
+        )
+
+
+def pages_that_fit(
+    spec: ModelSpec, recipe: Recipe, weight_bytes: float, tokens: int | None, page_size: int, free: float
+) -> int:
+    """Pages for `tokens`, or by default for 32 sequences of 8192 tokens or as many as fit beside weights and
+    a step's own memory, of `free` bytes. Raises ResourceError when they, or one context, do not fit."""
+    kv_cache = "fp8" if recipe.kv_cache == "fp8" else "bf16"
+    page = spec.num_layers * kv_bytes_per_token(spec, kv_cache) * page_size
+    step = MAX_STEP_TOKENS * (12.0 * spec.hidden_size + 4.0 * spec.qkv_size + 6.0 * spec.intermediate_size)
+    step += 4.0 * _HEAD_ROWS * spec.vocab_size + 0.5e9
+    room = int((0.95 * free - weight_bytes - step) // page)
+    context = -(-min(spec.max_positions, 4096) // page_size)
+    wanted = (
+        32 * -(-min(spec.max_positions, 8192) // page_size) if tokens is None else -(-tokens // page_size)
+    )
+    least = context if tokens is None else wanted
+    if room < least:
+        needed = weight_bytes + step + least * page
+        raise ResourceError(
+            f"the GPU must hold about {needed / 1e9:.1f} GB: weights {weight_bytes / 1e9:.1f}, KV cache "
+            f"{least * page / 1e9:.1f}, a step's own {step / 1e9:.1f}",
+            f"{free / 1e9:.1f} GB free",
+            "fewer max_tokens, a smaller format or model",
+        )
+    return min(wanted, room)
+
+
+def open_runner(
+    model: Model, weight_bytes: float, tokens: int | None, page_size: int, max_batch: int
+) -> CudaRunner:
+    """A runner for `model` on the current GPU. Raises BackendError, UnsupportedModelError or ResourceError
+    before weights are read."""
+    device = open_device()
+    check_formats(model.recipe, gpu.card(device))
+    free, _ = torch.cuda.mem_get_info(device)
+    pages = pages_that_fit(model.spec, model.recipe, weight_bytes, tokens, page_size, free)
+    kv_cache = "fp8" if model.recipe.kv_cache == "fp8" else "bf16"
+    return CudaRunner(model.spec, load_weights(model, device), pages, page_size, kv_cache, max_batch)

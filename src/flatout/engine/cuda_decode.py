@@ -1,0 +1,224 @@
+"""Decode steps of the cuda runner: graphs by batch size, and the next step started ahead.
+
+Inputs of a step lie in buffers that stay where they are; graphs read them there. The last kernel of a step
+writes the chosen tokens and the next positions into the same buffers, so replaying the graph once more is the
+next step of the same sequences. `step` uses that: once a step has continued the one before, it launches the
+following one before it waits for the tokens. If then another step is asked for, that launch is thrown away.
+It has written a key and a value to a slot that its sequence owned and had not filled, and whatever uses the
+slot later runs later on the same stream; so it changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatout.engine.runner import StepInput
+from flatout.kernels import gpu
+from flatout.kernels.gpu import Product
+from flatout.kernels.sample import draw
+
+if TYPE_CHECKING:
+    from flatout.engine.cuda import CudaRunner
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+@dataclass(slots=True, eq=False)
+class _Ahead:
+    """A step that has been launched: of which sequences, and where its tokens will be."""
+
+    size: int
+    slot: int
+    event: torch.cuda.Event | None
+
+
+class Decoder:
+    """Buffers, graphs and the step that is under way."""
+
+    def __init__(self, runner: CudaRunner, max_batch: int) -> None:
+        self._runner = runner
+        self.max_batch = min(max_batch, _SIZES[-1])
+        spec, device = runner.spec, runner.device
+        rows, width = self.max_batch, runner.turns[0].shape[0]
+        self._width = -(-width // runner.page_size)
+
+        def buffer(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self._tokens = buffer(rows, dtype=torch.int32)
+        self._positions = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self._pages = buffer(rows, self._width, dtype=torch.int32)
+        self._temperature = buffer(rows, dtype=torch.float32)
+        self._top_k = buffer(rows, dtype=torch.int32)
+        self._top_p = buffer(rows, dtype=torch.float32)
+        self._seeds = buffer(rows, dtype=torch.int64)
+        self._keys = torch.full((rows,), -(1 << 63), dtype=torch.int64, device=device)
+        self._attended = buffer(rows, spec.q_size, dtype=torch.bfloat16)
+        self._on_gpu = device.type == "cuda"
+        self._results = torch.empty(2, rows, dtype=torch.int32, pin_memory=self._on_gpu)
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self._scratch: dict[int, gpu.AttentionScratch] = {}
+        # What the device's buffers hold, as the host knows it.
+        self._host_pages = np.zeros((rows, self._width), dtype=np.int32)
+        self._parameters: tuple[np.ndarray, ...] = ()
+        self._last: tuple[np.ndarray, np.ndarray] | None = None  # starts and tokens of the step before
+        self._ahead: _Ahead | None = None
+        self._slot = 0
+
+    def forget(self) -> None:
+        """Another kind of step is about to run."""
+        self._ahead = None
+        self._last = None
+
+    @torch.no_grad()
+    def step(
+        self,
+        batch: StepInput,
+        temperature: np.ndarray,
+        top_k: np.ndarray,
+        top_p: np.ndarray,
+        seeds: np.ndarray,
+    ) -> np.ndarray:
+        """int32 (S,): the token after each sequence's new token."""
+        parameters = (temperature, top_k, top_p, seeds)
+        hot = bool((temperature > 0).any())
+        continues = self._last is not None and (
+            np.array_equal(self._last[0] + 1, batch.starts)
+            and np.array_equal(self._last[1], batch.tokens)
+            and all(np.array_equal(a, b) for a, b in zip(self._parameters, parameters, strict=True))
+        )
+        under_way = self._ahead if continues and self._known(batch) else None
+        if under_way is None:
+            self._upload(batch, parameters, hot)
+            under_way = self._launch(len(batch.starts), hot)
+        self._ahead = None
+        if continues:
+            following = batch.starts + 1
+            if int(following.max()) < self._width * self._runner.page_size and self._owned(batch, following):
+                self._upload_pages(batch)
+                self._ahead = self._launch(len(following), hot)
+        if under_way.event is not None:
+            under_way.event.synchronize()
+        tokens = self._results[under_way.slot, : under_way.size].numpy().copy()
+        self._last = batch.starts.copy(), tokens
+        return tokens
+
+    def _known(self, batch: StepInput) -> bool:
+        """Whether the device had these pages when it was told to go ahead."""
+        ours = self._host_pages[: len(batch.starts), : batch.pages.shape[1]]
+        used = np.arange(batch.pages.shape[1])[None, :] * self._runner.page_size <= batch.starts[:, None]
+        return bool((ours == batch.pages)[used].all())
+
+    def _owned(self, batch: StepInput, positions: np.ndarray) -> bool:
+        """Whether every sequence has a page for that position already."""
+        entry = positions // self._runner.page_size
+        if int(entry.max()) >= batch.pages.shape[1]:
+            return False
+        return bool((batch.pages[np.arange(len(entry)), entry] >= 0).all())
+
+    def _upload_pages(self, batch: StepInput) -> None:
+        size, width = batch.pages.shape
+        pages = np.maximum(batch.pages, 0)
+        if not np.array_equal(self._host_pages[:size, :width], pages):
+            self._host_pages[:size, :width] = pages
+            self._pages[:size, :width] = torch.from_numpy(pages).to(self._runner.device)
+
+    def _upload(self, batch: StepInput, parameters: tuple[np.ndarray, ...], hot: bool) -> None:
+        size = len(batch.starts)
+        rows = self._rows(size)
+        both = np.zeros((2, rows), dtype=np.int32)
+        both[1] = -1
+        both[0, :size], both[1, :size] = batch.tokens, batch.starts
+        there = torch.from_numpy(both).to(self._runner.device)
+        self._tokens[:rows], self._positions[:rows] = there[0], there[1]
+        self._upload_pages(batch)
+        if hot:
+            buffers = (self._temperature, self._top_k, self._top_p, self._seeds)
+            for buffer, values in zip(buffers, parameters, strict=True):
+                values = values.view(np.int64) if values.dtype == np.uint64 else values
+                buffer[:size] = torch.from_numpy(np.ascontiguousarray(values)).to(buffer)
+                buffer[size:rows] = 0
+        self._parameters = tuple(values.copy() for values in parameters)
+
+    def _launch(self, size: int, hot: bool) -> _Ahead:
+        """Run a step from what the buffers hold, and have its tokens copied to a slot of the results."""
+        rows = self._rows(size)
+        if (rows, hot) not in self._graphs or not self._on_gpu:
+            self._graphs[rows, hot] = None
+            self._run(rows, hot)  # once without a graph: compiles, and lets libraries set themselves up
+        else:
+            graph = self._graphs[rows, hot]
+            if graph is None:
+                graph = self._graphs[rows, hot] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._pool):
+                    self._run(rows, hot)
+            graph.replay()
+        self._slot = 1 - self._slot
+        self._results[self._slot, :size].copy_(self._tokens[:size], non_blocking=True)
+        event = None
+        if self._on_gpu:
+            event = torch.cuda.current_stream().record_event()
+        return _Ahead(size, self._slot, event)
+
+    def _rows(self, size: int) -> int:
+        """Rows of the smallest graph that `size` sequences fit."""
+        return min(next(s for s in _SIZES if s >= size), self.max_batch)
+
+    def _run(self, rows: int, hot: bool) -> None:
+        """The kernels of a step of `rows` sequences."""
+        runner, spec = self._runner, self._runner.spec
+        tokens, positions, keys = self._tokens[:rows], self._positions[:rows], self._keys[:rows]
+        if rows not in self._scratch:
+            splits = gpu.attention_splits(runner.card, spec, rows)
+            self._scratch[rows] = gpu.attention_scratch(spec, rows, splits, runner.device)
+        logits = self._few(rows) if runner.few(rows) else self._many(rows)
+        gpu.argmax_keys(runner.card, logits, keys)
+        drawn = None
+        if hot:
+            drawn = draw(
+                logits, positions + 1, self._temperature[:rows], self._top_k[:rows], self._top_p[:rows],
+                self._seeds[:rows],
+            )  # fmt: skip
+        gpu.advance(runner.card, keys, drawn, self._temperature[:rows], tokens, positions)
+
+    def _attend(self, product: Product, heads: gpu.HeadWeights, cache: gpu.LayerCache) -> Tensor:
+        rows = product.values.shape[0]
+        runner, out = self._runner, self._attended[:rows]
+        gpu.decode_attention(
+            runner.card, runner.spec, product, heads, runner.turns, cache,
+            self._pages, self._positions, self._scratch[rows], out,
+        )  # fmt: skip
+        return out
+
+    def _many(self, rows: int) -> Tensor:
+        runner = self._runner
+        x, _ = runner.embed(self._tokens[:rows])
+        pending: Product | None = None
+        for layer, cache in zip(runner.weights.layers, runner.caches, strict=True):
+            pending = runner.layer(layer, x, pending, self._attend, cache)
+        return runner.logits(runner.final_norm(x, pending))
+
+    def _few(self, rows: int) -> Tensor:
+        runner, spec, card = self._runner, self._runner.spec, self._runner.card
+        x, x_bf16 = runner.embed(self._tokens[:rows])
+        eps = spec.rms_norm_eps
+        epilogue = gpu.GELU if spec.activation == "gelu_tanh" else gpu.SILU
+        for layer, cache in zip(runner.weights.layers, runner.caches, strict=True):
+            qkv = torch.empty(rows, spec.qkv_size, device=runner.device)
+            gpu.multiply_few(card, x_bf16, layer.qkv, qkv, gains=layer.input_norm, eps=eps)
+            read = self._attend(Product(qkv), layer.heads, cache)
+            gpu.multiply_few(card, read, layer.o, x, residual=x, out_bf16=x_bf16)
+            activated = torch.empty(rows, spec.intermediate_size, dtype=torch.bfloat16, device=runner.device)
+            gpu.multiply_few(
+                card, x_bf16, layer.gate_up, activated, gains=layer.post_norm, eps=eps, epilogue=epilogue
+            )
+            gpu.multiply_few(card, activated, layer.down, x, residual=x, out_bf16=x_bf16)
+        logits = torch.empty(rows, spec.vocab_size, device=runner.device)
+        gpu.multiply_few(card, x_bf16, runner.weights.head, logits, gains=runner.weights.norm, eps=eps)
+        return logits

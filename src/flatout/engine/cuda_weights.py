@@ -1,0 +1,205 @@
+"""A Model's weights as the GPU reads them, or random ones of the same shapes for measuring speed.
+
+Formats: bf16 and fp32 become bfloat16, fp8 e4m3 with a scale a row, integers of 8 and 4 bits keep their codes
+and scales and meet activations of 16 bits, whatever activations their format names: nothing is rounded that
+the file did not round. Rows of gate and up are woven, gate 0, up 0, gate 1 and so on, so that one program has
+both at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatout.core.formats import Format, Recipe, parse_format
+from flatout.core.model import Model
+from flatout.core.quantized import QuantizedTensor
+from flatout.core.spec import ModelSpec
+from flatout.errors import UnsupportedModelError
+from flatout.kernels.gpu import HeadWeights
+from flatout.kernels.linear import as_tensor
+from flatout.kernels.packed import PackedWeight, pack_4bit, pack_8bit, pack_bf16, pack_fp8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """One layer: gains bfloat16 (D,), linears packed."""
+
+    input_norm: Tensor
+    qkv: PackedWeight
+    heads: HeadWeights
+    o: PackedWeight
+    post_norm: Tensor
+    gate_up: PackedWeight
+    down: PackedWeight
+
+    @property
+    def linears(self) -> tuple[PackedWeight, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GpuWeights:
+    """All weights. embedding: bfloat16 (V, D)."""
+
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: PackedWeight
+
+
+def check_shapes(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raise UnsupportedModelError, with all that is wrong, for shapes and formats without a GPU kernel."""
+    wrong = []
+    if spec.head_dim not in (16, 32, 64, 128, 256):
+        wrong.append(f"heads of {spec.head_dim}")
+    linears = {f"layers.{i}.{name}": (k, recipe.format_of(i, name)) for i in range(spec.num_layers)
+               for name, (_, k) in spec.linears().items()}  # fmt: skip
+    linears["head"] = (spec.hidden_size, parse_format(recipe.head))
+    for place, (k, fmt) in linears.items():
+        width = 32 if fmt.bits == 4 else 16
+        if k % width or (fmt.is_integer and fmt.bits not in (4, 8)):
+            wrong.append(f"{place}: {fmt.name} on width {k}")
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise UnsupportedModelError(
+            "the cuda runner takes heads of 16, 32, 64, 128 or 256, and widths that 32 divides (8 bits: 16)",
+            shown,
+            "--runner cpu",
+        )
+
+
+def load_weights(model: Model, device: torch.device) -> GpuWeights:
+    """The weights of `model` on `device`, one after another."""
+    spec, recipe = model.spec, model.recipe
+    check_shapes(spec, recipe)
+
+    def vector(name: str) -> Tensor:
+        return _floats(model, name).to(device, torch.float32)
+
+    def gains(name: str, offset: float = 0.0) -> Tensor:
+        return (vector(name) + offset).bfloat16()
+
+    def layer(i: int) -> LayerWeights:
+        p = f"layers.{i}."
+
+        def linear(name: str) -> PackedWeight:
+            packed = _pack(model, p + name, recipe.format_of(i, name), device)
+            return _woven(packed) if name == "gate_up" else packed
+
+        heads = HeadWeights(
+            bias=vector(p + "qkv_bias") if spec.qkv_bias else None,
+            q_gains=gains(p + "q_norm") if spec.qk_norm else None,
+            k_gains=gains(p + "k_norm") if spec.qk_norm else None,
+        )
+        return LayerWeights(
+            gains(p + "input_norm", spec.norm_offset),
+            linear("qkv"),
+            heads,
+            linear("o"),
+            gains(p + "post_norm", spec.norm_offset),
+            linear("gate_up"),
+            linear("down"),
+        )
+
+    embedding = _floats(model, "embedding").to(device, torch.bfloat16)
+    head = parse_format(recipe.head)
+    tied = spec.tie_embeddings and not head.is_integer and head.bits > 8
+    return GpuWeights(
+        embedding,
+        tuple(layer(i) for i in range(spec.num_layers)),
+        gains("norm", spec.norm_offset),
+        pack_bf16(embedding) if tied else _pack(model, "head", head, device),
+    )
+
+
+def random_weights(spec: ModelSpec, recipe: Recipe, device: torch.device, seed: int = 0) -> GpuWeights:
+    """Weights of the right shapes and formats and of variance 1 / K, drawn on the device: for measuring speed
+    alone."""
+    check_shapes(spec, recipe)
+    draws = torch.Generator(device).manual_seed(seed)
+
+    def matrix(n: int, k: int, fmt: Format) -> PackedWeight:
+        if not fmt.is_integer:
+            values = torch.randn(n, k, generator=draws, device=device, dtype=torch.bfloat16).mul_(k**-0.5)
+            return pack_fp8(values) if fmt.bits == 8 else pack_bf16(values)
+        words = torch.randint(
+            -(1 << 31), 1 << 31, (n, k * fmt.bits // 32), generator=draws, device=device, dtype=torch.int32
+        )
+        deviation = k**-0.5 / (74.0 if fmt.bits == 8 else 4.6)  # of uniform codes
+        shape = (n, k // fmt.group) if fmt.group else (n,)
+        scales = torch.full(
+            shape, deviation, device=device, dtype=torch.float16 if fmt.group else torch.float32
+        )
+        minima = None if fmt.zero == "symmetric" else torch.zeros_like(scales)
+        return PackedWeight(f"int{fmt.bits}", n, k, words, scales, minima, fmt.group)
+
+    def gains(size: int) -> Tensor:
+        return torch.ones(size, device=device, dtype=torch.bfloat16)
+
+    D, E = spec.hidden_size, spec.head_dim
+    layers = []
+    for i in range(spec.num_layers):
+        made = {name: matrix(n, k, recipe.format_of(i, name)) for name, (n, k) in spec.linears().items()}
+        heads = HeadWeights(
+            bias=torch.zeros(spec.qkv_size, device=device) if spec.qkv_bias else None,
+            q_gains=gains(E) if spec.qk_norm else None,
+            k_gains=gains(E) if spec.qk_norm else None,
+        )
+        layers.append(
+            LayerWeights(gains(D), made["qkv"], heads, made["o"], gains(D), made["gate_up"], made["down"])
+        )
+    table = torch.randn(spec.vocab_size, D, generator=draws, device=device, dtype=torch.bfloat16)
+    head = matrix(spec.vocab_size, D, parse_format(recipe.head))
+    return GpuWeights(table, tuple(layers), gains(D), head)
+
+
+def _floats(model: Model, name: str) -> Tensor:
+    weight = model.weights[name]
+    return as_tensor(weight.dequantize() if isinstance(weight, QuantizedTensor) else np.asarray(weight))
+
+
+def _pack(model: Model, name: str, fmt: Format, device: torch.device) -> PackedWeight:
+    weight = model.weights[name]
+    if isinstance(weight, QuantizedTensor):
+        return pack_codes(weight, device)
+    values = as_tensor(weight).to(device)
+    return pack_fp8(values) if fmt.bits == 8 else pack_bf16(values.bfloat16())
+
+
+def pack_codes(weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+    """Integer codes, whose zeros and minima become one float a group: w = scale * code + minimum, with codes
+    counted from the middle of their range."""
+    fmt = weight.format
+    n, k = weight.shape
+    codes, scales = as_tensor(weight.codes).to(device), as_tensor(weight.scales).to(device)
+    middle = 8.0 if fmt.bits == 4 else (128.0 if fmt.zero == "asymmetric" else 0.0)
+    minima = None
+    if weight.zeros is not None:
+        minima = scales.float() * (middle - as_tensor(weight.zeros).to(device).float())
+    elif weight.minima is not None:
+        minima = as_tensor(weight.minima).to(device).float() + middle * scales.float()
+    if fmt.bits == 4:
+        words = pack_4bit(codes)
+    else:
+        words = pack_8bit(codes ^ 128 if fmt.zero == "asymmetric" else codes.view(torch.uint8))
+    if fmt.group == 0:
+        scales = scales.float()[:, 0].contiguous()
+        minima = None if minima is None else minima[:, 0].contiguous()
+    return PackedWeight(f"int{fmt.bits}", n, k, words, scales, minima, fmt.group)
+
+
+def _woven(weight: PackedWeight) -> PackedWeight:
+    """Rows 0 to F - 1 and F to 2 F - 1 in turn."""
+
+    def weave(part: Tensor | None) -> Tensor | None:
+        return None if part is None else torch.stack(part.chunk(2), dim=1).reshape(part.shape)
+
+    words = weave(weight.words)
+    assert words is not None
+    return PackedWeight(
+        weight.format, weight.n, weight.k, words, weave(weight.scales), weave(weight.minima), weight.group
+    )

@@ -1,0 +1,547 @@
+"""Launching the GPU kernels: which one multiplies, in what pieces, and with what the card offers.
+
+Routes of the matrix-vector kernel come from a table measured on known cards, `triton/routes.json`, and from a
+rule on any other. Everything runs on the current stream, allocates nothing that it is not given or returns,
+and can be captured in a CUDA graph.
+
+Legend: M rows of x, N outputs, K inputs, T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from flatout.core.spec import ModelSpec
+from flatout.kernels.packed import PAIRS, PackedWeight
+from flatout.kernels.triton import attention, elementwise, gemv, sample
+
+FORMATS = {"bf16": 0, "fp8": 1, "int8": 2, "int4": 3}
+PLAIN, RESIDUAL, SILU, GELU = 0, 1, 2, 3
+FEW_ROWS = {"bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
+"""Most rows that the matrix-vector kernel takes: with more, the vendor's product is faster (H100)."""
+ARGMAX_BLOCK = 4096
+_NO_LAUNCH: dict[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a GPU offers. asm: PTX for unpacking; pdl: programmatic dependent launch; fp8: tensor cores that
+    multiply e4m3."""
+
+    name: str
+    units: int  # streaming multiprocessors
+    asm: bool
+    pdl: bool
+    fp8: bool
+
+
+@cache
+def card(device: torch.device) -> Card:
+    """The GPU that `device` is; a processor runs the kernels in Triton's interpreter, for tests."""
+    if device.type == "cpu":
+        return Card("interpreter", units=1, asm=False, pdl=False, fp8=False)
+    index = device.index or 0
+    properties = torch.cuda.get_device_properties(index)
+    version = (properties.major, properties.minor)
+    nvidia = torch.version.hip is None
+    return Card(
+        name=properties.name,
+        units=properties.multi_processor_count,
+        asm=nvidia and version >= (8, 9),
+        pdl=nvidia and version >= (9, 0),
+        fp8=nvidia and version >= (8, 9),
+    )
+
+
+@cache
+def _routes() -> dict[str, dict[str, list[int]]]:
+    table: dict[str, dict[str, list[int]]] = json.loads(
+        (Path(__file__).parent / "triton" / "routes.json").read_text(encoding="utf-8")
+    )
+    return table
+
+
+@cache
+def gemv_route(name: str, fmt: str, n: int, k: int, m: int) -> tuple[int, int, int, int]:
+    """(chunks of a tile, rows of a block, warps, programs a multiprocessor or 0 for one a block) for an
+    (n, k) weight on the card called `name`."""
+    measured = _routes().get(name, {}).get(f"{fmt} {n}x{k} {m}")
+    if measured is not None:
+        return measured[0], measured[1], measured[2], measured[3]
+    chunks = k // (8 * PAIRS[fmt])
+    tile = min(triton.next_power_of_2(chunks), 256 if fmt == "bf16" else 128)
+    rows = {"bf16": 4, "fp8": 4, "int8": 4, "int4": 8}[fmt]
+    return int(tile), max(2, rows // m), 4 if tile >= 128 else 2, 0
+
+
+def _launch(card: Card) -> dict[str, Any]:
+    return {"launch_pdl": True} if card.pdl else _NO_LAUNCH
+
+
+def words(x: Tensor) -> Tensor:
+    """bfloat16 seen as pairs."""
+    return x.view(torch.int32)
+
+
+def multiply_few(
+    card: Card,
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    *,
+    gains: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    out_bf16: Tensor | None = None,
+    epilogue: int = PLAIN,
+) -> None:
+    """out = epilogue(norm(x) W^T) for a few rows x bfloat16 (M, K); `triton/gemv.py` says what the arguments
+    mean. With a residual, out (M, N) float32 and out_bf16 both get the sum."""
+    m = x.shape[0]
+    tile, rows, warps, programs = gemv_route(card.name, weight.format, weight.n, weight.k, m)
+    blocks = triton.cdiv(weight.n, rows)
+    gemv.gemv[(min(blocks, programs * card.units) if programs else blocks,)](
+        words(x),
+        None if gains is None else words(gains),
+        weight.words,
+        weight.scales,
+        weight.minima,
+        residual,
+        out,
+        out_bf16,
+        weight.n,
+        eps,
+        K=weight.k,
+        M=m,
+        TILE=tile,
+        ROWS=rows,
+        FORMAT=FORMATS[weight.format],
+        GROUP=weight.group,
+        MINIMA=weight.minima is not None,
+        NORM=gains is not None,
+        EPILOGUE=RESIDUAL if residual is not None else epilogue,
+        ASM=card.asm,
+        PDL=card.pdl,
+        num_warps=warps,
+        **_launch(card),
+    )
+
+
+def unpacked(weight: PackedWeight) -> Tensor:
+    """bfloat16 (N, K) of any weight; a view of one that is bfloat16 already."""
+    if weight.format == "bf16":
+        return weight.words.view(torch.bfloat16)
+    out = torch.empty(weight.n, weight.k, dtype=torch.bfloat16, device=weight.words.device)
+    count = weight.k // (2 * PAIRS[weight.format])
+    gemv.unpack[(weight.n, triton.cdiv(count, 512))](
+        weight.words,
+        weight.scales,
+        weight.minima,
+        out,
+        weight.n,
+        K=weight.k,
+        FORMAT=FORMATS[weight.format],
+        GROUP=weight.group,
+        MINIMA=weight.minima is not None,
+        BLOCK=512,
+    )
+    return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activations:
+    """What goes into a linear of many tokens: bfloat16 (T, K), or e4m3 with a scale a token, (T,)."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """What comes out: bfloat16 (T, N), to be multiplied by the scales of token and row, if there are any."""
+
+    values: Tensor
+    token_scales: Tensor | None = None
+    row_scales: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Product:
+        """Some tokens of it."""
+        scales = None if self.token_scales is None else self.token_scales[index]
+        return Product(self.values[index], scales, self.row_scales)
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+def multiply_many(x: Activations, weight: PackedWeight) -> Product:
+    """x W^T through the vendor's library."""
+    if x.scales is None:
+        return Product(torch.mm(x.values, unpacked(weight).T))
+    one = _one(x.values.device)
+    codes = weight.words.view(torch.float8_e4m3fn)
+    # Scales of tokens and rows wait for whoever reads the product: with them the library's kernel takes up to
+    # 1.6 times as long (H100, 4096 x 14336, 64 tokens: 37 against 25 us).
+    y = torch._scaled_mm(
+        x.values, codes.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return Product(y, x.scales, weight.scales)
+
+
+def logits_many(x: Activations, weight: PackedWeight) -> Tensor:
+    """float32 (T, N) of the head."""
+    if x.scales is None and not x.values.is_cuda:
+        return x.values.float() @ unpacked(weight).float().T
+    if x.scales is None:
+        return torch.mm(x.values, unpacked(weight).T, out_dtype=torch.float32)
+    assert weight.scales is not None
+    one = _one(x.values.device)
+    codes = weight.words.view(torch.float8_e4m3fn)
+    y = torch._scaled_mm(x.values, codes.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return y.mul_(x.scales[:, None]).mul_(weight.scales[None, :])
+
+
+def embed(card: Card, tokens: Tensor, table: Tensor, factor: float, x: Tensor, x_bf16: Tensor) -> None:
+    size = table.shape[1]
+    elementwise.embed[(tokens.shape[0], triton.cdiv(size, 1024))](
+        tokens, table, x, x_bf16, size, factor, BLOCK=1024, PDL=card.pdl, **_launch(card)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ahead:
+    """How a small kernel brings the next weight nearer: arguments and programs."""
+
+    words: Tensor | None = None
+    rows: int = 0
+    programs: int = 0
+    row_bytes: int = 0
+    bytes: int = 0
+
+
+AHEAD_BYTES = 8 << 20
+"""About what memory gives while a small kernel runs, 3 microseconds."""
+AHEAD_TOKENS = 128
+"""Steps of more tokens are bound by arithmetic, and their small kernels by memory."""
+
+
+def _ahead(card: Card, weight: PackedWeight | None, tokens: int, warps: int) -> _Ahead:
+    if weight is None or not card.pdl or tokens > AHEAD_TOKENS:
+        return _Ahead()
+    row_bytes = 4 * weight.words.shape[1]
+    wanted = min(row_bytes, max(128, AHEAD_BYTES // weight.n // 128 * 128))
+    return _Ahead(weight.words, weight.n, triton.cdiv(weight.n, 32 * warps), row_bytes, wanted)
+
+
+def add_norm(
+    card: Card,
+    x: Tensor,
+    product: Product | None,
+    gains: Tensor,
+    eps: float,
+    fp8: bool,
+    following: PackedWeight | None = None,
+) -> Activations:
+    """x += product; then x / rms(x) * gains, in e4m3 if asked for. `following` is the weight that comes
+    next."""
+    tokens, size = x.shape
+    out, scales = _outputs(x, tokens, size, fp8)
+    ahead = _ahead(card, following, tokens, _warps(size))
+    elementwise.add_norm[(tokens + ahead.programs,)](
+        x,
+        None if product is None else product.values,
+        None if product is None else product.token_scales,
+        None if product is None else product.row_scales,
+        gains,
+        out,
+        scales,
+        ahead.words,
+        ahead.rows,
+        tokens,
+        size,
+        eps,
+        ADD=product is not None,
+        SCALED=product is not None and product.token_scales is not None,
+        FP8=fp8,
+        BLOCK=triton.next_power_of_2(size),
+        ROW_BYTES=ahead.row_bytes,
+        AHEAD=ahead.bytes,
+        THREADS=32 * _warps(size),
+        PDL=card.pdl,
+        num_warps=_warps(size),
+        **_launch(card),
+    )
+    return Activations(out, scales)
+
+
+def activate(
+    card: Card, product: Product, gelu: bool, fp8: bool, following: PackedWeight | None = None
+) -> Activations:
+    """silu(gate) * up of a product whose columns are gate and up in turn."""
+    tokens, size = product.values.shape[0], product.values.shape[1] // 2
+    out, scales = _outputs(product.values, tokens, size, fp8)
+    block = triton.next_power_of_2(size) if fp8 else 2048
+    warps = _warps(2 * block)
+    ahead = _ahead(card, following, tokens, warps)
+    elementwise.activate[(tokens + ahead.programs, triton.cdiv(size, block))](
+        product.values,
+        product.token_scales,
+        product.row_scales,
+        out,
+        scales,
+        ahead.words,
+        ahead.rows,
+        tokens,
+        size,
+        GELU=gelu,
+        SCALED=product.token_scales is not None,
+        FP8=fp8,
+        BLOCK=block,
+        ROW_BYTES=ahead.row_bytes,
+        AHEAD=ahead.bytes,
+        THREADS=32 * warps,
+        PDL=card.pdl,
+        num_warps=warps,
+        **_launch(card),
+    )
+    return Activations(out, scales)
+
+
+def quantize(card: Card, x: Tensor, following: PackedWeight | None = None) -> Activations:
+    """x bfloat16 (T, K) in e4m3."""
+    tokens, size = x.shape
+    out, scales = _outputs(x, tokens, size, True)
+    ahead = _ahead(card, following, tokens, _warps(size))
+    elementwise.quantize[(tokens + ahead.programs,)](
+        x,
+        out,
+        scales,
+        ahead.words,
+        ahead.rows,
+        tokens,
+        size,
+        BLOCK=triton.next_power_of_2(size),
+        ROW_BYTES=ahead.row_bytes,
+        AHEAD=ahead.bytes,
+        THREADS=32 * _warps(size),
+        PDL=card.pdl,
+        num_warps=_warps(size),
+        **_launch(card),
+    )
+    return Activations(out, scales)
+
+
+def _warps(size: int) -> int:
+    return max(1, min(16, int(triton.next_power_of_2(size)) // 512))
+
+
+def _outputs(like: Tensor, tokens: int, size: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    out = torch.empty(tokens, size, dtype=dtype, device=like.device)
+    return out, torch.empty(tokens, device=like.device) if fp8 else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadWeights:
+    """What queries and keys go through before they meet: optional bias of the linear, optional norms."""
+
+    bias: Tensor | None = None
+    q_gains: Tensor | None = None
+    k_gains: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCache:
+    """keys and values (pages, G, PAGE, E)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+Attend = Callable[[Product, HeadWeights, LayerCache], Tensor]
+"""What a step's tokens read, bfloat16 (T, H E), given a layer's product of qkv."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionScratch:
+    """Room for `splits` parts of each sequence; counters are zero between launches."""
+
+    splits: int
+    parts: Tensor
+    peaks: Tensor
+    counters: Tensor
+
+
+def attention_splits(card: Card, spec: ModelSpec, sequences: int) -> int:
+    """Into how many parts a sequence is cut so that all multiprocessors have work."""
+    wanted = 2 * card.units / (sequences * spec.num_kv_heads)
+    return 16 if wanted > 8 else 4 if wanted > 2 else 1
+
+
+def attention_scratch(spec: ModelSpec, sequences: int, splits: int, device: torch.device) -> AttentionScratch:
+    repeat = spec.num_heads // spec.num_kv_heads
+    groups = sequences * spec.num_kv_heads
+    return AttentionScratch(
+        splits,
+        torch.empty(groups * splits * repeat * spec.head_dim, device=device),
+        torch.empty(groups * splits * 2 * repeat, device=device),
+        torch.zeros(groups, dtype=torch.int32, device=device),
+    )
+
+
+def _compute(keys: Tensor) -> Any:
+    """bfloat16 as stored, or float16, in which e4m3 is exact; the interpreter multiplies neither bfloat16."""
+    if not keys.is_cuda:
+        return tl.float32
+    return tl.float16 if keys.dtype == torch.float8_e4m3fn else tl.bfloat16
+
+
+def decode_attention(
+    card: Card,
+    spec: ModelSpec,
+    product: Product,
+    heads: HeadWeights,
+    turns: tuple[Tensor, Tensor],
+    cache: LayerCache,
+    pages: Tensor,
+    positions: Tensor,
+    scratch: AttentionScratch,
+    out: Tensor,
+) -> None:
+    """out bfloat16 (S, H E) of one new token a sequence; writes its key and value. Rows with position -1 are
+    left alone."""
+    sequences, page = product.values.shape[0], cache.keys.shape[2]
+    repeat = spec.num_heads // spec.num_kv_heads
+    attention.decode_attention[(scratch.splits, spec.num_kv_heads, sequences)](
+        product.values,
+        product.token_scales,
+        product.row_scales,
+        heads.bias,
+        heads.q_gains,
+        heads.k_gains,
+        *turns,
+        cache.keys,
+        cache.values,
+        pages,
+        positions,
+        out,
+        scratch.parts,
+        scratch.peaks,
+        scratch.counters,
+        pages.stride(0),
+        spec.head_dim**-0.5,
+        spec.rms_norm_eps,
+        spec.sliding_window or 1 << 30,
+        G=spec.num_kv_heads,
+        R=repeat,
+        ROWS=max(16, triton.next_power_of_2(repeat)),
+        JOINED=triton.next_power_of_2(repeat),
+        E=spec.head_dim,
+        PAGE=page,
+        BLOCK=min(page, 64),
+        SPLITS=scratch.splits,
+        COMPUTE=_compute(cache.keys),
+        SCALED=product.token_scales is not None,
+        BIAS=heads.bias is not None,
+        NORM=heads.q_gains is not None,
+        PDL=card.pdl,
+        num_warps=2,
+        num_stages=3,
+        **_launch(card),
+    )
+
+
+def rotate_and_store(
+    spec: ModelSpec,
+    product: Product,
+    heads: HeadWeights,
+    turns: tuple[Tensor, Tensor],
+    cache: LayerCache,
+    slots: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """bfloat16 (T, (H + 2 G) E): queries, keys and values as attention takes them; the last two go to the
+    cache at `slots` too."""
+    tokens = product.values.shape[0]
+    out = torch.empty_like(product.values, dtype=torch.bfloat16)
+    attention.rotate_and_store[(tokens, spec.num_kv_heads)](
+        product.values,
+        product.token_scales,
+        product.row_scales,
+        heads.bias,
+        heads.q_gains,
+        heads.k_gains,
+        *turns,
+        cache.keys,
+        cache.values,
+        slots,
+        positions,
+        out,
+        spec.rms_norm_eps,
+        G=spec.num_kv_heads,
+        R=spec.num_heads // spec.num_kv_heads,
+        E=spec.head_dim,
+        PAGE=cache.keys.shape[2],
+        SCALED=product.token_scales is not None,
+        BIAS=heads.bias is not None,
+        NORM=heads.q_gains is not None,
+        num_warps=1,
+    )
+    return out
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """bfloat16 (T, H E): the last T of S tokens, q (T, H, E), over k and v (S, G, E), by PyTorch's fused
+    kernels."""
+    tokens, seen = q.shape[0], k.shape[0]
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    causal = tokens == seen
+    mask: Tensor | None = None
+    if window is not None and window < seen:
+        at = torch.arange(seen, device=q.device)
+        distance = at[seen - tokens :, None] - at[None, :]
+        mask, causal = (distance >= 0) & (distance < window), False
+    elif not causal:
+        mask = causal_lower_right(tokens, seen)
+    read = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    return read[0].transpose(0, 1).reshape(tokens, -1)
+
+
+def argmax_keys(card: Card, logits: Tensor, keys: Tensor) -> None:
+    """keys (rows,) int64, at LEAST before, name the greatest of each row of float32 logits (rows, V)."""
+    rows, size = logits.shape
+    sample.argmax[(triton.cdiv(size, ARGMAX_BLOCK), rows)](
+        logits, keys, size, BLOCK=ARGMAX_BLOCK, PDL=card.pdl, num_warps=8, **_launch(card)
+    )
+
+
+def advance(
+    card: Card, keys: Tensor, drawn: Tensor | None, temperature: Tensor, tokens: Tensor, positions: Tensor
+) -> None:
+    """The chosen tokens become those of the next step; positions in use go on by one."""
+    rows = keys.shape[0]
+    sample.advance[(1,)](
+        keys,
+        drawn,
+        temperature,
+        tokens,
+        positions,
+        rows,
+        DRAWN=drawn is not None,
+        ROWS=triton.next_power_of_2(rows),
+        PDL=card.pdl,
+        **_launch(card),
+    )

@@ -1,0 +1,290 @@
+"""Attention of one new token a sequence over paged keys and values; and RoPE for many.
+
+The cache of a layer is two arrays (pages, G, PAGE, E), bfloat16 or e4m3, so that what one key/value head has
+in a page lies in one piece. A step's linear `qkv` (T, (H + 2 G) E) holds a token's queries, keys and values
+one after another, before bias, norm and RoPE; SCALED as in `elementwise.py`.
+
+Legend: S sequences, T tokens, H query heads, G key/value heads, R = H / G, E head size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _heads(
+    qkv,
+    token,
+    heads,  # (rows,) of all H + 2 G
+    token_scales,
+    row_scales,
+    bias,
+    gains,
+    cos,
+    sin,
+    eps,
+    WIDTH: tl.constexpr,
+    E: tl.constexpr,
+    HEADS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    """float32 (rows, E): some heads of a token after bias, norm and RoPE. cos and sin: (E / 2,) of its
+    position. Pairs e with e + E / 2, which is read again as the partner. Rows outside are read as head 0."""
+    columns = tl.arange(0, E)
+    own = tl.where(heads < HEADS, heads, 0)[:, None] * E + columns[None, :]
+    other = tl.where(heads < HEADS, heads, 0)[:, None] * E + (columns ^ (E // 2))[None, :]
+    base = qkv + token.to(tl.int64) * WIDTH
+    x = tl.load(base + own).to(tl.float32)
+    if SCALED:
+        scale = tl.load(token_scales + token)
+        x *= scale * tl.load(row_scales + own)
+    if BIAS:
+        x += tl.load(bias + own)
+    if NORM:
+        rms = tl.rsqrt(tl.sum(x * x, 1) / E + eps)
+        x *= rms[:, None] * tl.load(gains + columns).to(tl.float32)[None, :]
+    if ROTATE:
+        y = tl.load(base + other).to(tl.float32)
+        if SCALED:
+            y *= scale * tl.load(row_scales + other)
+        if BIAS:
+            y += tl.load(bias + other)
+        if NORM:
+            y *= rms[:, None] * tl.load(gains + (columns ^ (E // 2))).to(tl.float32)[None, :]
+        angle = columns % (E // 2)
+        turn = tl.where(columns < E // 2, -1.0, 1.0) * tl.load(sin + angle)
+        x = x * tl.load(cos + angle)[None, :] + y * turn[None, :]
+    return x
+
+
+@triton.jit
+def _stored(x, STORE_FP8: tl.constexpr):
+    """x as the cache keeps it."""
+    if STORE_FP8:
+        return tl.clamp(x, -448.0, 448.0).to(tl.float8e4nv)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def _block(q, k, v, tokens, begin, position, peak, weight, acc, COMPUTE: tl.constexpr):
+    """The running softmax of q (ROWS, E) over what came before and the tokens of k and v (BLOCK, E)."""
+    scores = tl.dot(q, tl.trans(k.to(COMPUTE)))
+    seen = (tokens < position) & (tokens >= begin)
+    scores = tl.where(seen[None, :], scores, -1e30)
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    shrink = tl.exp2(peak - higher)
+    weights = tl.where(seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
+    weight = weight * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(COMPUTE), v.to(COMPUTE), acc * shrink[:, None])
+    return higher, weight, acc
+
+
+@triton.jit(do_not_specialize=["page_stride", "window"])
+def decode_attention(
+    qkv,
+    token_scales,
+    row_scales,
+    bias,  # float32 ((H + 2 G) E,), if BIAS
+    q_gains,  # bfloat16 (E,), if NORM
+    k_gains,
+    cos,  # float32 (positions, E / 2)
+    sin,
+    keys,
+    values,
+    pages,  # int32 (S, page_stride)
+    positions,  # int32 (S,): of the new token; -1 for rows that are not used
+    out,  # bfloat16 (S, H E)
+    parts,  # float32 (S, G, SPLITS, R, E): sums of each split
+    peaks,  # float32 (S, G, SPLITS, 2, R): their largest score, and sum of weights
+    counters,  # int32 (S, G): zero, and left zero
+    page_stride,
+    scale,
+    eps,
+    window,  # keys at least this far back are not seen
+    G: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,  # R padded to what the tensor cores take
+    JOINED: tl.constexpr,  # R padded to a power of two
+    E: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens read at a time, at most PAGE
+    SPLITS: tl.constexpr,
+    COMPUTE: tl.constexpr,  # what the tensor cores multiply
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program reads 1 / SPLITS of a sequence's tokens for the R query heads of one key/value head; the
+    last of them to finish joins what all found (flash decoding). The first also writes the new token's key
+    and value, which it attends to from registers."""
+    if PDL:
+        gdc_launch_dependents()
+    split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions + sequence)
+    WIDTH: tl.constexpr = (G * R + 2 * G) * E
+    HEADS: tl.constexpr = G * R + 2 * G
+    FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, E)
+    tokens = tl.arange(0, BLOCK)
+    table = pages + sequence.to(tl.int64) * page_stride
+    begin = tl.maximum(position + 1 - window, 0)
+    first = begin // BLOCK
+    blocks = tl.maximum((position + BLOCK - 1) // BLOCK - first, 0)
+    share = (blocks + SPLITS - 1) // SPLITS
+    start = first + split * share
+    stop = tl.minimum(start + share, first + blocks)
+    # Earlier tokens' keys and values, and where they are, do not come from the kernel before this one: the
+    # first of them are on their way before the queries are there.
+    page = tl.load(table + start * BLOCK // PAGE, mask=start < stop, other=0).to(tl.int64)
+    at = ((page * G + head) * PAGE + start * BLOCK % PAGE + tokens[:, None]) * E + columns[None, :]
+    there = (start < stop) & (columns >= 0)[None, :]
+    k = tl.load(keys + at, mask=there, other=0.0)
+    v = tl.load(values + at, mask=there, other=0.0)
+    if PDL:
+        gdc_wait()
+    if position < 0:
+        return
+
+    turn = position.to(tl.int64) * (E // 2)
+    q = _heads(
+        qkv, sequence, tl.where(rows < R, head * R + rows, HEADS), token_scales, row_scales, bias, q_gains,
+        cos + turn, sin + turn, eps, WIDTH, E, HEADS, SCALED, BIAS, NORM, True,
+    )  # fmt: skip
+    q = q * (scale * LOG2E)
+    peak = tl.full((ROWS,), -1e30, tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, E), tl.float32)
+    if split == 0:
+        one = tl.zeros((1,), tl.int32)
+        new_k = _heads(
+            qkv, sequence, G * R + head + one, token_scales, row_scales, bias, k_gains,
+            cos + turn, sin + turn, eps, WIDTH, E, HEADS, SCALED, BIAS, NORM, True,
+        )  # fmt: skip
+        new_v = _heads(
+            qkv, sequence, G * R + G + head + one, token_scales, row_scales, bias, k_gains,
+            cos + turn, sin + turn, eps, WIDTH, E, HEADS, SCALED, BIAS, False, False,
+        )  # fmt: skip
+        new_k, new_v = _stored(new_k, FP8), _stored(new_v, FP8)
+        new_page = tl.load(table + position // PAGE).to(tl.int64)
+        new_at = ((new_page * G + head) * PAGE + position % PAGE) * E + columns[None, :]
+        tl.store(keys + new_at, new_k)
+        tl.store(values + new_at, new_v)
+        peak = tl.sum(q * new_k.to(tl.float32), 1)
+        weight += 1.0
+        acc += new_v.to(tl.float32)
+
+    q = q.to(COMPUTE)
+    if start < stop:
+        peak, weight, acc = _block(
+            q, k, v, start * BLOCK + tokens, begin, position, peak, weight, acc, COMPUTE
+        )
+    for block in tl.range(start + 1, stop):
+        page = tl.load(table + block * BLOCK // PAGE).to(tl.int64)
+        at = ((page * G + head) * PAGE + block * BLOCK % PAGE + tokens[:, None]) * E + columns[None, :]
+        k = tl.load(keys + at)
+        v = tl.load(values + at)
+        peak, weight, acc = _block(
+            q, k, v, block * BLOCK + tokens, begin, position, peak, weight, acc, COMPUTE
+        )
+
+    place = sequence.to(tl.int64) * (G * R) + head * R
+    if SPLITS == 1:
+        result = acc / weight[:, None]
+        tl.store(
+            out + (place + rows)[:, None] * E + columns[None, :],
+            result.to(tl.bfloat16),
+            mask=(rows < R)[:, None],
+        )
+    else:
+        inside = rows < R
+        group = sequence.to(tl.int64) * G + head
+        part = (group * SPLITS + split) * R + rows
+        tl.store(parts + part[:, None] * E + columns[None, :], acc, mask=inside[:, None])
+        tl.store(peaks + (group * SPLITS + split) * 2 * R + rows, peak, mask=inside)
+        tl.store(peaks + (group * SPLITS + split) * 2 * R + R + rows, weight, mask=inside)
+        tl.debug_barrier()
+        done = tl.atomic_add(counters + group, 1, sem="acq_rel")
+        if done == SPLITS - 1:
+            tl.store(counters + group, 0)
+            splits = tl.arange(0, SPLITS)
+            few = tl.arange(0, JOINED)
+            peak_at = (group * SPLITS + splits)[:, None] * 2 * R + few[None, :]
+            valid = (few < R)[None, :] & (splits >= 0)[:, None]
+            its_peak = tl.load(peaks + peak_at, mask=valid, other=-1e30, cache_modifier=".cg")
+            its_weight = tl.load(peaks + peak_at + R, mask=valid, other=0.0, cache_modifier=".cg")
+            part_at = ((group * SPLITS + splits)[:, None, None] * R + few[None, :, None]) * E + columns[
+                None, None, :
+            ]
+            its_acc = tl.load(parts + part_at, mask=valid[:, :, None], other=0.0, cache_modifier=".cg")
+            factor = tl.exp2(its_peak - tl.max(its_peak, 0)[None, :])
+            total = tl.sum(its_acc * factor[:, :, None], 0) / tl.sum(its_weight * factor, 0)[:, None]
+            out_at = (place + few)[:, None] * E + columns[None, :]
+            tl.store(out + out_at, total.to(tl.bfloat16), mask=(few < R)[:, None])
+
+
+@triton.jit
+def rotate_and_store(
+    qkv,
+    token_scales,
+    row_scales,
+    bias,
+    q_gains,
+    k_gains,
+    cos,
+    sin,
+    keys,
+    values,
+    slots,  # int64 (T,): page * PAGE + place of each token
+    positions,  # int32 (T,)
+    out,  # bfloat16 (T, (H + 2 G) E)
+    eps,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    PAGE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """out = qkv after bias, norm and RoPE; keys and values also go to the cache. One program a token and a
+    key/value head with its R query heads, which come as rows 0 to R - 1, then key and value."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    HEADS: tl.constexpr = G * R + 2 * G
+    columns = tl.arange(0, E)
+    position = tl.load(positions + token)
+    turn = position.to(tl.int64) * (E // 2)
+    one = tl.zeros((1,), tl.int32)
+    base = token.to(tl.int64) * (HEADS * E)
+    for r in tl.static_range(R):
+        q = _heads(
+            qkv, token, head * R + r + one, token_scales, row_scales, bias, q_gains, cos + turn, sin + turn,
+            eps, HEADS * E, E, HEADS, SCALED, BIAS, NORM, True,
+        )  # fmt: skip
+        tl.store(out + base + (head * R + r) * E + columns[None, :], q.to(tl.bfloat16))
+    k = _heads(
+        qkv, token, G * R + head + one, token_scales, row_scales, bias, k_gains, cos + turn, sin + turn,
+        eps, HEADS * E, E, HEADS, SCALED, BIAS, NORM, True,
+    )  # fmt: skip
+    v = _heads(
+        qkv, token, G * R + G + head + one, token_scales, row_scales, bias, k_gains, cos + turn, sin + turn,
+        eps, HEADS * E, E, HEADS, SCALED, BIAS, False, False,
+    )  # fmt: skip
+    FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
+    k, v = _stored(k, FP8), _stored(v, FP8)
+    slot = tl.load(slots + token)
+    at = ((slot // PAGE * G + head) * PAGE + slot % PAGE) * E + columns[None, :]
+    tl.store(keys + at, k)
+    tl.store(values + at, v)
+    tl.store(out + base + (G * R + head) * E + columns[None, :], k.to(tl.float32).to(tl.bfloat16))
+    tl.store(out + base + (G * R + G + head) * E + columns[None, :], v.to(tl.float32).to(tl.bfloat16))
