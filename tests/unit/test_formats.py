@@ -129,7 +129,7 @@ def test_last_matching_override_wins() -> None:
         ({"overrides": (("layers.x", "bf16"),)}, "an override names"),
         ({"overrides": (("layers.0", "bf8"),)}, "a format is fp32"),
         ({"kv_cache": "int4"}, "the KV cache is int8, bf16 or fp8"),
-        ({"method": "magic"}, "the method is one of rtn, gptq, smooth, native"),
+        ({"method": "magic"}, "the method is one of rtn, gptq, smooth, smooth-gptq, native"),
     ],
 )
 def test_bad_recipes(changes: dict[str, object], message: str) -> None:

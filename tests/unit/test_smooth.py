@@ -270,5 +270,5 @@ def test_text_is_needed() -> None:
         tiny_model(tiny_spec(), uniform("w8a8", method="smooth"))
     with pytest.raises(ConfigError, match="smoothing needs calibration text"):
         smooth(tiny_source(tiny_spec()), W8A8, [np.array([], dtype=np.int64)])
-    with pytest.raises(ConfigError, match="the method is one of rtn, gptq, smooth, native"):
+    with pytest.raises(ConfigError, match="the method is one of rtn, gptq, smooth, smooth-gptq, native"):
         uniform("w8a8", method="awq")

@@ -29,7 +29,8 @@ def compress(
     method, and so does any weight that the file already holds in the format asked for. The rest is rounded
     by `recipe.method`: rtn searches each 4-bit group's range; gptq needs `calibration`, token lists whose
     activations decide how errors are spread, and rounds embedding and head to nearest; smooth first
-    rescales, by the same text, what feeds linears with one activation scale a token; native rounds nothing.
+    rescales, by the same text, what feeds linears with one activation scale a token; smooth-gptq does both
+    (compress/library.py); native rounds nothing.
 
     Raises ConfigError for a recipe that does not fit before any work, and UnsupportedModelError where
     blocks are missing.
@@ -43,6 +44,10 @@ def compress(
             f"method {recipe.method} needs calibration text", "none", "method rtn, or give token lists"
         )
     spec = source.spec
+    if recipe.method == "smooth-gptq":
+        from flatout.compress.library import Library  # loads PyTorch
+
+        return Library(source, documents, progress).model(recipe, progress)
     if recipe.method == "smooth":
         from flatout.compress.smooth import smooth  # loads PyTorch
 
@@ -57,13 +62,14 @@ def compress(
     for done, (name, _, fmt) in enumerate(expected):
         if progress is not None:
             progress(name, done, len(expected))
-        weights[name] = calibrated[name] if name in calibrated else _rounded(source, name, fmt)
+        weights[name] = calibrated[name] if name in calibrated else to_nearest(source, name, fmt)
     if progress is not None:
         progress("done", len(expected), len(expected))
     return Model(spec=spec, recipe=recipe, weights=weights)
 
 
-def _rounded(source: Source, name: str, fmt: Format) -> Weight:
+def to_nearest(source: Source, name: str, fmt: Format) -> Weight:
+    """The fused weight in `fmt` without calibration: float, the file's own blocks, or rounded to nearest."""
     if not fmt.is_integer:
         return float_weight(source, name)
     if fmt.is_native or native_format(source, name) == fmt.name:

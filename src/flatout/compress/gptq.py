@@ -17,21 +17,23 @@ Legend: N rows, K columns, T tokens of all documents, H, G query and key/value h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flatout.compress.apply import Progress
+from flatout.compress.inputs import Documents
 from flatout.compress.rtn import Grid, check_roundable, group_rows, pack, search_grid
 from flatout.core.formats import Format, Recipe
 from flatout.core.fuse import Source, float_weight, native_weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
-from flatout.models.llama import Cache, Llama, attention, decoder_layer, rope_turns
+from flatout.models.llama import Llama, decoder_layer, rope_turns
 
-_BLOCK = 128  # columns whose updates are applied to the rest of the matrix together
+_BLOCK = 32  # columns whose updates are applied to the rest of the matrix together
 _DAMPINGS = (1.0, 10.0, 100.0)  # tried in turn when H is too close to singular
 
 
@@ -44,17 +46,46 @@ def gptq(
     Raises ConfigError for shapes that do not fit and for a Hessian that is not finite.
     """
     check_roundable(fmt)
-    n, k = weight.shape
+    k = weight.shape[1]
     if hessian.shape != (k, k) or not np.isfinite(hessian).all():
         raise ConfigError(f"the Hessian is finite and {(k, k)}", str(hessian.shape), "other calibration text")
-    grouped = group_rows(weight, fmt)
+    return spread(weight, factorise(hessian, damping, order), fmt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Factor:
+    """A Hessian as rounding uses it: `columns` (K,) in the order in which they are rounded, U float32 (K, K)
+    of them, and the damped diagonal (K,) in the weight's own order."""
+
+    columns: np.ndarray
+    upper: np.ndarray
+    importance: np.ndarray
+
+    @property
+    def kept(self) -> float:
+        """The part of rounding's expected squared error that spreading leaves, equal steps assumed: column j
+        leaves 1 / U[j, j]^2 where rounding to nearest leaves H[j, j]."""
+        return float((1 / np.diag(self.upper).astype(np.float64) ** 2).sum() / self.importance.sum())
+
+
+def factorise(hessian: np.ndarray, damping: float = 0.01, order: bool = True) -> Factor:
+    """The Factor of second moments (K, K); arguments as for `gptq`."""
     diagonal = np.diag(hessian)
-    importance = (diagonal + damping * diagonal.mean() + 1e-12).astype(np.float32)
-    grid = search_grid(grouped, fmt, importance.reshape(grouped.shape[1:]))
-    columns = np.argsort(-diagonal, kind="stable") if order else np.arange(k)
-    factor = _inverse_factor(hessian[np.ix_(columns, columns)], damping)
-    codes = np.empty((n, k), dtype=np.float32)
-    codes[:, columns] = _round_columns(weight[:, columns], factor, grid, columns // grouped.shape[2])
+    columns = np.argsort(-diagonal, kind="stable") if order else np.arange(len(hessian))
+    return Factor(
+        columns=columns,
+        upper=_inverse_factor(hessian[np.ix_(columns, columns)], damping),
+        importance=(diagonal + damping * diagonal.mean() + 1e-12).astype(np.float32),
+    )
+
+
+def spread(weight: np.ndarray, factor: Factor, fmt: Format) -> QuantizedTensor:
+    """`weight` float32 (N, K) in `fmt`, errors spread by `factor`."""
+    grouped = group_rows(weight, fmt)
+    grid = search_grid(grouped, fmt, factor.importance.reshape(grouped.shape[1:]))
+    codes = np.empty(weight.shape, dtype=np.float32)
+    groups = factor.columns // grouped.shape[2]
+    codes[:, factor.columns] = _round_columns(weight[:, factor.columns], factor.upper, grid, groups)
     return pack(codes, grid, fmt)
 
 
@@ -96,24 +127,6 @@ def _round_columns(weight: np.ndarray, factor: np.ndarray, grid: Grid, groups: n
             w[j + 1 : stop] -= np.outer(factor[j, j + 1 : stop], errors[j - start])
         w[stop:] -= factor[start:stop, stop:].T @ errors
     return codes.T
-
-
-class Documents(Cache):
-    """Attention within each of several documents that lie one after the other. Nothing is kept."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        super().__init__()
-        self._lengths = list(lengths)
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
-    ) -> Tensor:
-        read, start = [], 0
-        for length in self._lengths:
-            own = slice(start, start + length)
-            read.append(attention(q[own], k[own], v[own], positions[own], window))
-            start += length
-        return torch.cat(read)
 
 
 @torch.no_grad()

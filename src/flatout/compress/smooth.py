@@ -32,14 +32,13 @@ import torch
 from torch import Tensor
 
 from flatout.compress.apply import Progress
-from flatout.compress.gptq import Documents
+from flatout.compress.inputs import linear_inputs
 from flatout.core.formats import Format, Recipe, parse_format
-from flatout.core.fuse import Source, float_weight, native_format, source_names
+from flatout.core.fuse import Source, native_format, source_names
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
-from flatout.models.llama import Llama, decoder_layer, rms_norm, rope_turns
 
 _DOCUMENTS, _TOKENS = 16, 2048  # of calibration text, at most, that pass through the model
 _FITTED_TOKENS = 512  # of these, evenly spaced, that factors are fitted to
@@ -176,49 +175,37 @@ def smooth(
         raise ConfigError("smoothing needs calibration text", "none", "method rtn, or give token lists")
     spec = source.spec
     linears = [f"layers.{i}.{linear}" for i in range(spec.num_layers) for linear in spec.linears()] + ["head"]
-    chosen = {name for name in linears if _smoothable(source, recipe, name)}
-    columns: dict[str, np.ndarray] = {}
-    rows: dict[str, np.ndarray] = {}
+    factors: dict[str, np.ndarray] = {}
 
-    def fit(name: str, inputs: Tensor, weight: np.ndarray) -> None:
+    def see(name: str, inputs: Tensor, hidden: Tensor, weight: np.ndarray) -> None:
         if progress is not None:
             progress(f"smoothing {name}", linears.index(name), len(linears))
-        if name not in chosen:
-            return
-        owner = _owner(spec, name)
-        picked = as_tensor(weight[_evenly(len(weight), _WEIGHT_ROWS)])
-        factors = fit_factors(inputs[_evenly(len(inputs), _FITTED_TOKENS)], picked, owner)
-        parts = ("lm_head.weight",) if name == "head" else source_names(spec, name)
-        columns.update(dict.fromkeys(parts, factors[owner].numpy()))
-        rows.update(dict.fromkeys(_carriers(spec, name), factors.numpy()))
+        if smoothable(source, recipe, name):
+            factors[name] = factors_for(spec, name, inputs, hidden, weight)
 
     documents = [documents[i] for i in _evenly(len(documents), _DOCUMENTS)]
     documents = [document[: _TOKENS // len(documents)] for document in documents]
-    cache = Documents([len(document) for document in documents])
-    positions = torch.cat([torch.arange(len(document)) for document in documents])
-    turns = rope_turns(spec, positions)
-    x = Llama(source).embed(torch.from_numpy(np.concatenate(documents).astype(np.int64)))
+    linear_inputs(source, documents, see)
+    return rescaled(source, factors)
 
-    def linear(name: str, inputs: Tensor) -> Tensor:
-        weight = float_weight(source, name)
-        fit(name, relative_to(x, inputs) if name.endswith((".o", ".down")) else inputs, weight)
-        return inputs @ as_tensor(weight).T
 
-    for layer in range(spec.num_layers):
-        x = decoder_layer(
-            spec,
-            layer,
-            x,
-            positions,
-            turns,
-            linear=linear,
-            vector=lambda name: as_tensor(float_weight(source, name)),
-            cache=cache,
-        )
-    if "head" in chosen:
-        norm = as_tensor(float_weight(source, "norm"))
-        fit("head", rms_norm(x, norm, spec.rms_norm_eps, spec.norm_offset), float_weight(source, "head"))
-    tied = spec.tie_embeddings and "head" not in chosen
+def factors_for(spec: ModelSpec, name: str, inputs: Tensor, hidden: Tensor, weight: np.ndarray) -> np.ndarray:
+    """The factors float32 (P,) of linear `name`, from a few of its inputs and rows."""
+    inputs = relative_to(hidden, inputs) if name.endswith((".o", ".down")) else inputs
+    rows = as_tensor(weight[_evenly(len(weight), _WEIGHT_ROWS)])
+    return fit_factors(inputs[_evenly(len(inputs), _FITTED_TOKENS)], rows, owner_of(spec, name)).numpy()
+
+
+def rescaled(source: Source, factors: Mapping[str, np.ndarray]) -> Smoothed:
+    """`source` with `factors` (P,) by fused name moved into its weights."""
+    spec = source.spec
+    columns: dict[str, np.ndarray] = {}
+    rows: dict[str, np.ndarray] = {}
+    for name, of_linear in factors.items():
+        parts = ("lm_head.weight",) if name == "head" else source_names(spec, name)
+        columns.update(dict.fromkeys(parts, of_linear[owner_of(spec, name).numpy()]))
+        rows.update(dict.fromkeys(_carriers(spec, name), of_linear))
+    tied = spec.tie_embeddings and "head" not in factors
     return Smoothed(spec=replace(spec, tie_embeddings=tied), original=source, columns=columns, rows=rows)
 
 
@@ -235,7 +222,7 @@ def _is_rounded(source: Source, recipe: Recipe, name: str) -> bool:
     return fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name
 
 
-def _smoothable(source: Source, recipe: Recipe, name: str) -> bool:
+def smoothable(source: Source, recipe: Recipe, name: str) -> bool:
     fmt = _format(recipe, name)
     if fmt.activation != "int8" or fmt.activation_group or not _is_rounded(source, recipe, name):
         return False
@@ -257,7 +244,7 @@ def _carriers(spec: ModelSpec, name: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{layer}.{suffix}" for suffix in suffixes)
 
 
-def _owner(spec: ModelSpec, name: str) -> Tensor:
+def owner_of(spec: ModelSpec, name: str) -> Tensor:
     """The factor of each column (K,): its own, but o's columns share those of the value that heads read."""
     if name.endswith(".o"):
         values = torch.arange(spec.kv_size).reshape(spec.num_kv_heads, 1, spec.head_dim)

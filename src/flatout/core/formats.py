@@ -21,8 +21,9 @@ from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 
 _GRAMMAR = re.compile(r"w(?P<bits>[48])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
-METHODS = ("rtn", "gptq", "smooth", "native")
-"""How codes are made: rounding to nearest, GPTQ, rounding after smoothing activations, or as the file has."""
+METHODS = ("rtn", "gptq", "smooth", "smooth-gptq", "native")
+"""How codes are made: rounding to nearest, GPTQ, either of them after smoothing activations, or as the file
+has."""
 _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmetric")}
 
 

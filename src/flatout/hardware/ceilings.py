@@ -153,7 +153,7 @@ def _cache_dir() -> Path:
     return cache_dir()
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -163,7 +163,7 @@ def _boot_id() -> str:
 def _store(path: Path, ceilings: tuple[Ceiling, ...]) -> None:
     record = {
         "version": _VERSION,
-        "boot_id": _boot_id(),
+        "boot_id": boot_id(),
         "measured_at": time.time(),
         "ceilings": to_json(ceilings),
     }
@@ -179,7 +179,7 @@ def _load(path: Path) -> tuple[Ceiling, ...]:
     """The ceilings on file; empty (so measure again) if missing, old, from another boot, or unreadable."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        current = record["version"] == _VERSION and record["boot_id"] == _boot_id()
+        current = record["version"] == _VERSION and record["boot_id"] == boot_id()
         if not current or not 0 <= time.time() - record["measured_at"] <= _MAX_AGE_S:
             return ()
         return tuple(Ceiling(**fields) for fields in record["ceilings"])

@@ -7,9 +7,10 @@ op, format) (tier "measured") or, for formats not run yet, per arithmetic (tier 
 profiles typical values stand in (tier "datasheet"). The interaction is what a whole step takes over the sum
 of its ops: norms, sampling, barriers.
 
-The interval comes from residuals log(measured / predicted) of earlier predictions by split conformal
-quantiles (Romano et al. 2019), or from the tier's default width while there are fewer than nine of them:
-nine is the least number from which a 90 % interval with finite-sample coverage exists.
+The interval comes from residuals by split conformal quantiles (Romano et al. 2019): log(measured /
+predicted) of earlier predictions or, where a format was not measured, how far each measured one is from what
+the others say of it. With fewer than nine of them the tier's default width stands in: nine is the least
+number from which a 90 % interval with finite-sample coverage exists.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from flatout.core.formats import Recipe
 from flatout.core.spec import ModelSpec
@@ -48,12 +49,14 @@ class Calibration:
     """What profiles of this machine and runner say.
 
     fractions: (phase, op, format, arithmetic) -> fraction of floor. interactions: phase -> whole step over
-    the sum of its ops. residuals: log(measured / predicted) of earlier predictions.
+    the sum of its ops. residuals: log(measured / predicted) of earlier predictions. transfer: phase -> the
+    same of formats that were measured, had they not been.
     """
 
     fractions: dict[tuple[str, str, str, str], float]
     interactions: dict[str, float]
     residuals: tuple[float, ...] = ()
+    transfer: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def calibrate(profiles: Iterable[Profile], residuals: Sequence[float] = ()) -> Calibration:
@@ -77,6 +80,54 @@ def calibrate(profiles: Iterable[Profile], residuals: Sequence[float] = ()) -> C
     )
 
 
+def refit(table: Calibration, profiles: Iterable[Profile], residuals: Sequence[float] = ()) -> Calibration:
+    """A table measured on stand-ins, corrected by whole steps of real candidates: the interaction of a phase
+    is the median of measured seconds over what the table's ops add up to. Formats that the table lacks are
+    taken from the profiles."""
+    profiles = list(profiles)
+    known = calibrate(profiles).fractions | table.fractions
+    alone = Calibration(fractions=known, interactions={})
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for profile in profiles:
+        for phase in profile.phases:
+            added = sum(part_seconds(phase.phase, part, alone) for part in phase.parts)
+            ratios[phase.phase].append(phase.measured.median / added)
+    fitted = {phase: statistics.median(values) for phase, values in ratios.items()}
+    return replace(
+        table, fractions=known, interactions=table.interactions | fitted, residuals=tuple(residuals)
+    )
+
+
+def marginal_seconds(
+    spec: ModelSpec,
+    reference: Recipe,
+    op: str,
+    format_name: str,
+    hardware: Hardware,
+    workload: Workload,
+    calibration: Calibration,
+    threads: int,
+) -> float:
+    """Seconds of the whole workload that one layer spends in `op` with this format, in a model whose other
+    layers follow `reference`; for the head and attention (its format is the cache's) of all layers."""
+    if op == "head":
+        recipe = replace(reference, head=format_name, embedding=format_name)
+    elif op == "attention":
+        recipe = replace(reference, kv_cache=format_name)
+    else:
+        recipe = replace(reference, overrides=(*reference.overrides, (f"layers.0.{op}", format_name)))
+    shared = 1
+    if op in spec.linears():
+        shared = sum(recipe.format_of(i, op).name == format_name for i in range(spec.num_layers))
+    seconds = {
+        phase: sum(
+            part_seconds(phase, p, calibration) for p in parts if (p.op, p.format) == (op, format_name)
+        )
+        for phase, parts in phase_parts(spec, recipe, hardware, workload, threads).items()
+    }
+    return workload.seconds(seconds["prefill"], seconds["decode"]) / shared
+
+
 def predict(
     spec: ModelSpec,
     recipe: Recipe,
@@ -95,6 +146,12 @@ def predict(
     )
 
 
+def part_seconds(phase: str, part: Part, calibration: Calibration) -> float:
+    """Seconds of one part of a step, its share of the interaction included."""
+    fraction, _ = _efficiency(phase, part, calibration)
+    return part.floor.floor_s / fraction * calibration.interactions.get(phase, 1.0)
+
+
 def _predict_phase(phase: str, parts: tuple[Part, ...], calibration: Calibration) -> Prediction:
     seconds, tier = 0.0, "measured"
     notable = _NOTABLE_SHARE * sum(part.floor.floor_s for part in parts)
@@ -104,7 +161,10 @@ def _predict_phase(phase: str, parts: tuple[Part, ...], calibration: Calibration
         if part.floor.floor_s >= notable:
             tier = max(tier, known, key=_TIERS.index)
     mid = seconds * calibration.interactions.get(phase, 1.0)
-    width = _width(calibration.residuals, tier)
+    residuals = calibration.residuals
+    if tier == "calibrated":
+        residuals = max(residuals, calibration.transfer.get(phase, ()), key=len)
+    width = _width(residuals, tier)
     least = step_floor(parts).floor_s / IMPOSSIBLE  # no kernel beats its floor by more than the ceilings err
     low = min(mid, max(mid / width, least))
     return Prediction(low=low, mid=mid, high=mid * width, unit="s", tier=tier)
@@ -115,15 +175,37 @@ def _efficiency(phase: str, part: Part, calibration: Calibration) -> tuple[float
     key = (phase, part.op, part.format, part.arithmetic)
     if key in calibration.fractions:
         return calibration.fractions[key], "measured"
-    for same in (part.op, None):  # the same op with the same arithmetic, then any op with it
+    found = _transferred(calibration.fractions, *key)
+    return (found, "calibrated") if found is not None else (_TYPICAL[part.floor.bound], "datasheet")
+
+
+def _transferred(
+    fractions: Mapping[tuple[str, str, str, str], float], phase: str, op: str, name: str, arithmetic: str
+) -> float | None:
+    """Median fraction of floor of other formats with this arithmetic: of the same op, or else of any."""
+    for same in (op, None):
         found = [
             fraction
-            for (its_phase, op, _, arithmetic), fraction in calibration.fractions.items()
-            if its_phase == phase and arithmetic == part.arithmetic and same in (op, None)
+            for (its_phase, its_op, its_name, its_arithmetic), fraction in fractions.items()
+            if (its_phase, its_arithmetic) == (phase, arithmetic)
+            and same in (its_op, None)
+            and (its_op, its_name) != (op, name)
         ]
         if found:
-            return statistics.median(found), "calibrated"
-    return _TYPICAL[part.floor.bound], "datasheet"
+            return statistics.median(found)
+    return None
+
+
+def transfer_residuals(
+    fractions: Mapping[tuple[str, str, str, str], float],
+) -> dict[str, tuple[float, ...]]:
+    """Phase -> log(measured / predicted) seconds of everything measured, each predicted from the others."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for (phase, op, name, arithmetic), fraction in fractions.items():
+        others = _transferred(fractions, phase, op, name, arithmetic)
+        if others is not None:
+            found[phase].append(math.log(others / fraction))
+    return {phase: tuple(values) for phase, values in found.items()}
 
 
 def _width(residuals: Sequence[float], tier: str) -> float:

@@ -1,0 +1,108 @@
+"""Library: the weights of one checkpoint in any format, each rounded once, for recipes that mix formats.
+
+Method smooth-gptq: linears whose activations share one int8 scale a token are smoothed (compress/smooth.py),
+and all linears are rounded by GPTQ (compress/gptq.py). Factors and Hessians are those of the original's
+activations, so what a linear becomes depends on its own format (and, as to the size of its rows, on whether
+what it feeds is smoothed) and on nothing else in the recipe. That is what lets a search change one layer of a
+candidate and build the rest from what it has.
+
+Memory: 4 bytes x K^2 for every linear, 400 MB for SmolLM2-135M, and a byte a weight for every format used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from flatout.compress.apply import Progress, to_nearest
+from flatout.compress.gptq import Factor, factorise, spread
+from flatout.compress.inputs import linear_inputs
+from flatout.compress.smooth import factors_for, owner_of, rescaled, smoothable
+from flatout.core.formats import Recipe
+from flatout.core.fuse import Source, float_weight, native_format
+from flatout.core.model import Model, Weight, expected_weights
+from flatout.core.spec import ModelSpec
+from flatout.errors import ConfigError
+
+
+def moment_bytes(spec: ModelSpec) -> int:
+    """Bytes of all Hessians, float32."""
+    return 4 * spec.num_layers * sum(k * k for _, k in spec.linears().values())
+
+
+class Library:
+    """documents: token ids of the calibration text, each a sequence of its own. Raises ConfigError when there
+    is none."""
+
+    def __init__(
+        self,
+        source: Source,
+        documents: Sequence[Sequence[int] | np.ndarray],
+        progress: Progress | None = None,
+    ) -> None:
+        arrays = [np.asarray(document, dtype=np.int64) for document in documents if len(document)]
+        if not arrays:
+            raise ConfigError("a library needs calibration text", "none", "give token lists")
+        self.source = source
+        self._columns: dict[str, np.ndarray] = {}
+        self._moments: dict[str, np.ndarray] = {}
+        self._factors: dict[tuple[str, bool], Factor] = {}
+        self._weights: dict[tuple[str, str, bool, bool], Weight] = {}
+        total = source.spec.num_layers * len(source.spec.linears()) + 1
+        self._smoothing: dict[str, np.ndarray] = {}
+
+        def see(name: str, inputs: Tensor, hidden: Tensor, weight: np.ndarray) -> None:
+            if progress is not None:
+                progress(f"calibrating {name}", len(self._smoothing), total)
+            self._smoothing[name] = factors_for(source.spec, name, inputs, hidden, weight)
+            if name != "head":
+                self._moments[name] = (inputs.T @ inputs / len(inputs)).numpy()
+
+        linear_inputs(source, arrays, see)
+
+    def smoothing(self, name: str) -> np.ndarray:
+        """Factors float32 (K,) that divide the inputs of linear `name` where it is smoothed."""
+        factors: np.ndarray = self._smoothing[name][owner_of(self.source.spec, name).numpy()]
+        return factors
+
+    def factor(self, name: str, smoothed: bool) -> Factor:
+        """The Hessian of linear `name`, of its smoothed inputs if asked for, ready for rounding."""
+        key = (name, smoothed)
+        if key not in self._factors:
+            moments = self._moments[name]
+            if smoothed:
+                inverse = 1 / self.smoothing(name)
+                moments = moments * np.outer(inverse, inverse)
+            self._factors[key] = factorise(moments)
+        return self._factors[key]
+
+    def model(self, recipe: Recipe, progress: Progress | None = None) -> Model:
+        """The model under `recipe`. Embedding and head are rounded to nearest; blocks stay as the file has
+        them."""
+        recipe.check(self.source.spec)
+        names = [name for name in self._smoothing if smoothable(self.source, recipe, name)]
+        source = rescaled(self.source, {name: self._smoothing[name] for name in names})
+        expected = list(expected_weights(self.source.spec, recipe))
+        weights: dict[str, Weight] = {}
+        for done, (name, _, fmt) in enumerate(expected):
+            if progress is not None:
+                progress(name, done, len(expected))
+            kept = fmt.is_native or native_format(source, name) == fmt.name
+            if name not in self._moments or not fmt.is_integer or kept:
+                weights[name] = to_nearest(source, name, fmt)
+                continue
+            smoothed, divided = name in names, _feeds(name) in names
+            key = (name, fmt.name, smoothed, divided)
+            if key not in self._weights:
+                factor = self.factor(name, smoothed)
+                self._weights[key] = spread(float_weight(source, name), factor, fmt)
+            weights[name] = self._weights[key]
+        return Model(spec=self.source.spec, recipe=recipe, weights=weights)
+
+
+def _feeds(name: str) -> str:
+    """The linear whose smoothing divides rows of `name`."""
+    layer, _, linear = name.rpartition(".")
+    return f"{layer}.{ {'qkv': 'o', 'gate_up': 'down'}.get(linear, '') }"

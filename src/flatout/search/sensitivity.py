@@ -1,0 +1,330 @@
+"""What each format would cost each place: expected loss in nats a token, from one backward pass.
+
+Rounding adds an error e to what the model computes. Where predictions y are those of the original, the
+divergence KL(original || rounded) is to second order
+
+    KL = 1/2 E[(g . e)^2]
+
+with g the gradient of the negative log-likelihood of tokens drawn from the model itself (the Fisher
+information; Martens, "New Insights and Perspectives on the Natural Gradient Method", 2020).
+Rounding errors are independent and have the mean square step^2 / 12, so the cross terms vanish:
+
+    weights       1/2 sum over n, k of  F[n, k] * step[n, group of k]^2 / 12 * kept
+    activations   1/2 sum over t, k of  (dL / dx[t, k])^2 * (x[t, k] - rounded x[t, k])^2
+
+F[n, k] is the mean over documents of (dL / dW[n, k])^2, which sees that a weight's error is the same at every
+token; `kept` is the part of the error that GPTQ leaves (compress/gptq.py:Factor.kept). In a smoothed linear
+the weight is W s and its input x / s. All places come from the same pass; nothing is rounded for it.
+
+Limits: errors are small and do not interact. `divergences` measures a few choices as they are, each alone in
+an otherwise exact model, and the search corrects the sum by what whole candidates lose.
+
+Legend: T tokens, N rows and K columns of a weight, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatout.compress.inputs import Documents
+from flatout.compress.library import Library
+from flatout.compress.rtn import group_rows, make_grid, round_to_nearest
+from flatout.core.formats import Format, parse_format
+from flatout.core.fuse import Source, float_weight, native_format
+from flatout.kernels.linear import BYTE, FIFTEEN_BITS, as_tensor, quantize_activations
+from flatout.models.llama import Llama, decoder_layer, rms_norm, rope_turns, round_keys_or_values
+
+Progress = Callable[[str, int, int], None]
+
+Losses = dict[tuple[str, str], float]
+"""(place, format) -> nats a token. Places: layers.I.LINEAR, head, kv_cache."""
+
+_GROUP = 32  # columns whose F is kept as one sum: the narrowest group of any format
+_SEED = 0
+_PASSAGES, _PASSAGE = 6, 256  # passages that pass forward and back, and their tokens
+_PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
+_MEASURED = 20  # choices whose divergence is measured
+_LEAST, _MOST = 1e-4, 0.05  # expected nats a token of a choice, in all layers, that is worth measuring
+
+
+def is_smoothed(fmt: Format) -> bool:
+    """Whether recipes of method smooth-gptq smooth a linear of this format."""
+    return fmt.is_integer and fmt.activation == "int8" and not fmt.activation_group
+
+
+def rounded_inputs(x: Tensor, fmt: Format) -> Tensor:
+    """x (T, K) as a linear of `fmt` multiplies it."""
+    if fmt.activation == "fp32":
+        return x
+    if fmt.activation == "bf16":
+        return x.bfloat16().float()
+    limit = BYTE if fmt.activation == "int8" else FIFTEEN_BITS
+    codes, scales = quantize_activations(x, fmt.activation_group, limit)
+    width = fmt.activation_group or x.shape[1]
+    return codes.float() * scales.repeat_interleave(width, dim=1)
+
+
+class _Probed(torch.autograd.Function):
+    """y = x W^T, or x itself without W; on the way back `see(x, dL/dy, dL/dx)`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, see: Callable[..., None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.see = weight, see
+        return x.clone() if weight is None else x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        back = gradient if ctx.weight is None else gradient @ ctx.weight
+        ctx.see(x, gradient, back)
+        return back, None, None
+
+
+def _probed(x: Tensor, weight: Tensor | None, see: Callable[..., None]) -> Tensor:
+    result: Tensor = _Probed.apply(x, weight, see)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ProbedCache(Documents):
+    """Attention within documents that tells what keys and values are worth."""
+
+    def __init__(self, lengths: Sequence[int], see: Callable[..., None]) -> None:
+        super().__init__(lengths)
+        self._see = see
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
+    ) -> Tensor:
+        k, v = _probed(k, None, self._see), _probed(v, None, self._see)
+        return super().attend(layer, q, k, v, positions, window)
+
+
+class _Place:
+    """Sums of one linear over documents, for the formats asked for."""
+
+    def __init__(self, library: Library, name: str, formats: Iterable[str]) -> None:
+        self.name, self.formats = name, [parse_format(f) for f in formats]
+        self.smoothing = as_tensor(library.smoothing(name)) if any(map(is_smoothed, self.formats)) else None
+        self.activations = dict.fromkeys([f.name for f in self.formats], 0.0)
+        self.fisher: Tensor | float = 0.0  # (N, K / _GROUP)
+        self.smoothed: Tensor | float = 0.0  # (N, 1): that of W s
+
+    def see(self, x: Tensor, gradient: Tensor, back: Tensor) -> None:
+        squares = (gradient.T @ x).square_()
+        n, k = squares.shape
+        self.fisher = self.fisher + squares.view(n, -1, _GROUP if k % _GROUP == 0 else k).sum(dim=2)
+        if self.smoothing is not None:
+            self.smoothed = self.smoothed + (squares @ self.smoothing.square().reciprocal())[:, None]
+        known: dict[tuple[str, int, bool], float] = {}
+        for fmt in self.formats:
+            key = (fmt.activation, fmt.activation_group, is_smoothed(fmt))
+            if key not in known:
+                s = self.smoothing if is_smoothed(fmt) and self.smoothing is not None else 1.0
+                error = s * (x / s - rounded_inputs(x / s, fmt))
+                known[key] = 0.5 * float((back * error).square_().sum())
+            self.activations[fmt.name] += known[key]
+
+    def weights(self, source: Source, library: Library, weight: np.ndarray, fmt: Format) -> float:
+        """Loss by rounding the weight (N, K): 0 where the file's own blocks are kept."""
+        if fmt.is_native or native_format(source, self.name) == fmt.name:
+            return 0.0
+        fisher = self.fisher
+        assert isinstance(fisher, Tensor)
+        if not fmt.is_integer:
+            error = _bf16_error(weight) * (fmt.bits != 32)
+            return 0.5 * float((error.view(*fisher.shape, -1).square().mean(dim=2) * fisher).sum())
+        if is_smoothed(fmt):
+            weight = weight * library.smoothing(self.name)
+            assert isinstance(self.smoothed, Tensor)
+            fisher = self.smoothed
+        steps = torch.from_numpy(make_grid(group_rows(weight, fmt), fmt).scales)
+        by_group = fisher.view(len(steps), steps.shape[1], -1).sum(dim=2)
+        return 0.5 * float((steps.square() / 12 * by_group).sum())
+
+
+def _table_error(source: Source, rows: Tensor, name: str) -> Tensor:
+    """What rounding does to `rows` of the embedding."""
+    fmt = parse_format(name)
+    if fmt.bits == 32 or fmt.is_native or native_format(source, "embedding") == name:
+        return torch.zeros_like(rows)
+    if not fmt.is_integer:
+        return rows - rows.bfloat16().float()
+    return rows - as_tensor(round_to_nearest(rows.numpy(), fmt).dequantize())
+
+
+def _bf16_error(weight: np.ndarray) -> Tensor:
+    exact = torch.from_numpy(np.ascontiguousarray(weight))
+    return exact - exact.bfloat16().float()
+
+
+def expected_losses(
+    library: Library,
+    documents: Sequence[Sequence[int]],
+    choices: Mapping[str, Sequence[str]],
+    progress: Progress | None = None,
+) -> tuple[Losses, Losses]:
+    """(smooth-gptq, rounded to nearest): expected nats a token of every choice, those of all layers together
+    that matter most corrected by their measured divergence.
+
+    documents: calibration token ids, of which a few thousand tokens are used.
+    """
+    passages = [document[:_PASSAGE] for document in documents[:_PASSAGES]]
+    weights, activations = sensitivities(library, passages, choices, progress)
+    sums: dict[tuple[str, str], float] = {}
+    for place, name in weights:
+        key = (place.rpartition(".")[2], name)
+        sums[key] = sums.get(key, 0.0) + weights[place, name] + activations[place, name]
+    worth = sorted((key for key in sums if _LEAST < sums[key] < _MOST), key=lambda key: -sums[key])
+    probes = [document[:_PROBE] for document in documents[-_PROBES:]]
+    measured = divergences(library, probes, worth[:_MEASURED], progress)
+    ratios = {key: min(max(found / sums[key], 0.5), 5.0) for key, found in measured.items()}
+    usual = statistics.median(ratios.values()) if ratios else 1.0
+    spread: Losses = {}
+    nearest: Losses = {}
+    for place, name in activations:
+        ratio = ratios.get((place.rpartition(".")[2], name), usual)
+        own, rest = weights.get((place, name), 0.0), activations[place, name]
+        nearest[place, name] = ratio * (own + rest)
+        left = 1.0 if place == "kv_cache" else kept(library, place, parse_format(name))
+        spread[place, name] = ratio * (own * left + rest)
+    return spread, nearest
+
+
+def kept(library: Library, name: str, fmt: Format) -> float:
+    """The part of a weight's error that smooth-gptq leaves. Heads are rounded to nearest."""
+    if (
+        name == "head"
+        or not fmt.is_integer
+        or fmt.is_native
+        or native_format(library.source, name) == fmt.name
+    ):
+        return 1.0
+    return library.factor(name, is_smoothed(fmt)).kept
+
+
+def sensitivities(
+    library: Library,
+    documents: Sequence[Sequence[int]],
+    choices: Mapping[str, Sequence[str]],
+    progress: Progress | None = None,
+) -> tuple[Losses, Losses]:
+    """Expected loss by (weights, activations) of every choice, weights rounded to nearest.
+
+    choices: place -> formats; those of kv_cache are KV formats, and those of the head stand for the embedding
+    too, whose rounding counts as an activation's. documents: calibration token ids, each passed
+    forward and back by itself. Memory: about 70 bytes x tokens of a document x layers x hidden size.
+    """
+    source = library.source
+    spec = source.spec
+    kept_weights: dict[str, Tensor] = {}
+
+    def weight(name: str) -> Tensor:
+        if name not in kept_weights:
+            kept_weights[name] = as_tensor(float_weight(source, name))
+        return kept_weights[name]
+
+    places = {name: _Place(library, name, f) for name, f in choices.items() if name != "kv_cache"}
+    tables = dict.fromkeys(choices.get("head", ()), 0.0)
+    cache_losses = dict.fromkeys(choices.get("kv_cache", ()), 0.0)
+
+    def see_cache(x: Tensor, gradient: Tensor, _: Tensor) -> None:
+        for name in cache_losses:
+            error = x - round_keys_or_values(x, name)
+            cache_losses[name] += 0.5 * float((gradient * error).square().sum())
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return _probed(x, weight(name), places[name].see)
+
+    draw = torch.Generator().manual_seed(_SEED)
+    tokens = 0
+    for done, document in enumerate(documents):
+        if progress is not None:
+            progress("sensitivity", done, len(documents))
+        ids = torch.tensor(np.asarray(document, dtype=np.int64))
+        positions = torch.arange(len(ids))
+        turns = rope_turns(spec, positions)
+        x = embedded = Llama(source).embed(ids).requires_grad_()
+        cache = _ProbedCache([len(ids)], see_cache)
+        for layer in range(spec.num_layers):
+            x = decoder_layer(spec, layer, x, positions, turns, linear=linear, vector=weight, cache=cache)
+        logits = linear("head", rms_norm(x, weight("norm"), spec.rms_norm_eps, spec.norm_offset))
+        gradient = torch.softmax(logits.detach(), dim=1)
+        drawn = torch.multinomial(gradient, 1, generator=draw)
+        logits.backward(gradient.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0)))  # type: ignore[no-untyped-call]
+        assert embedded.grad is not None
+        for name in tables:
+            error = spec.embedding_scale * _table_error(source, weight("embedding")[ids], name)
+            tables[name] += 0.5 * float((embedded.grad * error).square_().sum())
+        tokens += len(ids)
+    by_weights: Losses = {}
+    by_activations: Losses = {("kv_cache", name): loss / tokens for name, loss in cache_losses.items()}
+    for name, place in places.items():
+        for fmt in place.formats:
+            by_weights[name, fmt.name] = place.weights(source, library, weight(name).numpy(), fmt) / tokens
+            by_activations[name, fmt.name] = place.activations[fmt.name] / tokens
+    for name, loss in tables.items():
+        by_activations["head", name] += loss / tokens
+    return by_weights, by_activations
+
+
+@torch.no_grad()
+def divergences(
+    library: Library,
+    documents: Sequence[Sequence[int]],
+    kinds: Sequence[tuple[str, str]],
+    progress: Progress | None = None,
+) -> dict[tuple[str, str], float]:
+    """Measured KL(original || rounded) in nats a token of each (kind, format): a linear rounded to nearest in
+    all layers at once, or the head, everything else exact. kind: qkv, o, gate_up, down or head."""
+    source = library.source
+    spec = source.spec
+    lengths = [len(document) for document in documents]
+    ids = torch.from_numpy(np.concatenate([np.asarray(d, dtype=np.int64) for d in documents]))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    turns = rope_turns(spec, positions)
+    embedded = Llama(source).embed(ids)
+    kept_weights: dict[str, Tensor] = {}
+
+    def weight(name: str) -> Tensor:
+        if name not in kept_weights:
+            kept_weights[name] = as_tensor(float_weight(source, name))
+        return kept_weights[name]
+
+    def log_probabilities(kind: str, fmt: Format | None) -> Tensor:
+        def linear(name: str, x: Tensor) -> Tensor:
+            w = weight(name)
+            if fmt is None or name.rpartition(".")[2] != kind:
+                return x @ w.T
+            if is_smoothed(fmt):
+                s = as_tensor(library.smoothing(name))
+                x, w = x / s, w * s
+            if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
+                w = as_tensor(round_to_nearest(w.numpy(), fmt).dequantize())
+            elif fmt.activation == "bf16":
+                w = w.bfloat16().float()
+            return rounded_inputs(x, fmt) @ w.T
+
+        x = embedded
+        for layer in range(spec.num_layers):
+            x = decoder_layer(
+                spec, layer, x, positions, turns, linear=linear, vector=weight, cache=Documents(lengths)
+            )
+        normed = rms_norm(x, weight("norm"), spec.rms_norm_eps, spec.norm_offset)
+        return torch.log_softmax(linear("head", normed), dim=1)
+
+    exact = log_probabilities("", None)
+    likely = exact.exp()
+    found = {}
+    for done, (kind, name) in enumerate(kinds):
+        if progress is not None:
+            progress(f"measuring {kind} in {name}", done, len(kinds))
+        rounded = log_probabilities(kind, parse_format(name))
+        found[kind, name] = float((likely * (exact - rounded)).sum() / len(ids))
+    return found

@@ -1,0 +1,137 @@
+"""The library: what it keeps is what GPTQ and smoothing make of a linear by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import tiny_source, tiny_spec
+
+from flatout.compress.apply import compress
+from flatout.compress.gptq import factorise, gptq
+from flatout.compress.library import Library, moment_bytes
+from flatout.compress.smooth import rescaled
+from flatout.core.formats import Recipe, parse_format
+from flatout.core.fuse import float_weight
+from flatout.core.quantized import QuantizedTensor
+from flatout.errors import ConfigError
+from flatout.models.llama import Llama, rms_norm
+
+SPEC = tiny_spec("llama", num_layers=3)
+DOCUMENTS = [np.random.default_rng(i).integers(0, SPEC.vocab_size, 96).tolist() for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return Library(tiny_source(SPEC), DOCUMENTS)
+
+
+def recipe(layers: str, *overrides: tuple[str, str], head: str = "w8a16") -> Recipe:
+    return Recipe(
+        name="r", layers=layers, head=head, embedding=head, method="smooth-gptq", overrides=overrides
+    )
+
+
+def codes(library: Library, which: Recipe, name: str) -> np.ndarray:
+    weight = library.model(which).weights[name]
+    assert isinstance(weight, QuantizedTensor)
+    return weight.codes
+
+
+def test_a_linear_by_hand(library: Library) -> None:
+    """What the first linear receives is the normed embedding."""
+    source = tiny_source(SPEC)
+    x = Llama(source).embed(torch.tensor(np.concatenate(DOCUMENTS)))
+    x = rms_norm(x, torch.from_numpy(float_weight(source, "layers.0.input_norm")), SPEC.rms_norm_eps).numpy()
+    weight = float_weight(source, "layers.0.qkv")
+    expected = gptq(weight, x.T @ x / len(x), parse_format("w4a8-g32"))
+    found = codes(library, recipe("w4a8-g32"), "layers.0.qkv")
+    assert (found == expected.codes).mean() > 0.999  # sums in another order move a code at a tie
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_smoothing_takes_the_hessian_along(library: Library, smoothed: bool) -> None:
+    """H of x / s is H / s s^T: rounding W s by it is GPTQ of the smoothed linear."""
+    name = "layers.1.gate_up"
+    which = recipe("w8a16", (name, "w8a8")) if smoothed else recipe("w8a16")
+    source = rescaled(library.source, {name: library._smoothing[name]} if smoothed else {})
+    s = library.smoothing(name) if smoothed else np.ones(64, np.float32)
+    moments = library._moments[name] / np.outer(s, s)
+    fmt = which.format_of(1, "gate_up")
+    expected = gptq(float_weight(source, name), moments, fmt)
+    assert (codes(library, which, name) == expected.codes).mean() > 0.999
+
+
+def test_places_do_not_depend_on_each_other(library: Library) -> None:
+    first = library.model(recipe("w8a16"))
+    second = library.model(recipe("w8a16", ("layers.1.down", "w4a8-g32"), ("layers.2", "w8a8-g32")))
+    for name in ("layers.0.qkv", "layers.0.down", "layers.1.qkv", "layers.1.gate_up"):
+        assert second.weights[name] is first.weights[name], "it is made once"
+    assert second.weights["layers.1.down"] is not first.weights["layers.1.down"]
+
+
+def test_a_mixed_model_computes_what_the_original_does(library: Library) -> None:
+    """Smoothed, spread and rounded, some of each: as served it is near the original, and nearer than 4 bits
+    everywhere; rounded to nearest it is further off."""
+    tokens = np.random.default_rng(99).integers(0, SPEC.vocab_size, 96)
+    exact = Llama(library.source).forward(tokens)
+
+    def error(which: Recipe) -> float:
+        model = compress(library.source, which, DOCUMENTS) if which.method == "rtn" else library.model(which)
+        return float((Llama(model, as_served=True).forward(tokens) - exact).norm() / exact.norm())
+
+    mixed = recipe("w8a8", ("layers.0", "w8a16"), ("layers.1.o", "w4a8-g32"), ("layers.2.down", "w8a8-g32"))
+    four = recipe("w4a8-g32")
+    nearest = Recipe(name="n", layers=four.layers, head=four.head, embedding=four.embedding, method="rtn")
+    assert error(mixed) < 0.1
+    assert error(mixed) < error(four) < 0.95 * error(nearest)
+
+
+def test_the_method_alone_makes_the_same_model(library: Library) -> None:
+    which = recipe("w8a8", ("layers.1.o", "w4a8-g32"))
+    made = compress(tiny_source(SPEC), which, DOCUMENTS).weights
+    for name, weight in library.model(which).weights.items():
+        other = made[name]
+        np.testing.assert_array_equal(getattr(weight, "codes", weight), getattr(other, "codes", other), name)
+
+
+def test_blocks_of_the_file_stay() -> None:
+    source = tiny_source(SPEC, layers="q4_1", head="q8_0")
+    model = Library(source, DOCUMENTS[:2]).model(
+        recipe("q4_1", ("layers.1.o", "w8a8-g32"), ("layers.2.down", "w8a8"), head="q8_0")
+    )
+    own = model.weights["layers.0.down"]
+    assert isinstance(own, QuantizedTensor)
+    stored = source.native("model.layers.0.mlp.down_proj.weight")
+    assert stored is not None
+    np.testing.assert_array_equal(own.codes, stored.codes)
+    tokens = np.arange(40)
+    exact, found = Llama(source).forward(tokens), Llama(model).forward(tokens)
+    assert float((found - exact).norm() / exact.norm()) < 0.05
+
+
+def test_what_spreading_keeps() -> None:
+    """Independent inputs leave nothing to spread; inputs that nearly repeat each other leave little."""
+    assert factorise(np.diag(np.arange(1.0, 33.0)).astype(np.float32)).kept == pytest.approx(1.0, abs=0.01)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 8)) @ rng.standard_normal((8, 32))
+    moments = (x.T @ x / 500 + np.eye(32)).astype(np.float32)
+    factor = factorise(moments)
+    assert factor.kept < 0.4
+    # the mean over random weights of what GPTQ really loses, over what rounding to nearest does
+    weight = np.random.default_rng(2).standard_normal((2000, 32)).astype(np.float32)
+    fmt = parse_format("w8a16")
+    spread = gptq(weight, moments, fmt).dequantize() - weight
+    step = np.abs(weight).max(axis=1) / 127
+    nearest = float((step**2).mean() / 12 * np.trace(moments))
+    lost = float(np.einsum("nk,kl,nl->n", spread, moments, spread).mean())
+    assert lost / nearest == pytest.approx(factor.kept, rel=0.2)
+
+
+def test_bytes_of_the_hessians_by_hand() -> None:
+    assert moment_bytes(SPEC) == 4 * 3 * (64**2 + 64**2 + 64**2 + 128**2)
+
+
+def test_text_is_needed() -> None:
+    with pytest.raises(ConfigError, match="a library needs calibration text"):
+        Library(tiny_source(SPEC), [])
