@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     other = torch.empty_like(big)
     found = {
         "read": big.nbytes / median_ms(big.sum) * 1e3,
-        "copy": 2 * big.nbytes / median_ms(lambda: other.copy_(big)) * 1e3,
+        "copy": 2 * big.nbytes / median_ms(partial(other.copy_, big)) * 1e3,
     }
     del big, other
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -209,8 +210,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
         )
         * 1e3
     )  # fmt: skip
-    print(f"  read {found['read'] / 1e12:.2f} TB/s, copy {found['copy'] / 1e12:.2f} TB/s, "
-          f"bf16 {found['bf16'] / 1e12:.0f} TFLOP/s, fp8 {found['fp8'] / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
+    print(f"  read {found['read'] / 1e12:.2f} TB/s, copy {found['copy'] / 1e12:.2f} TB/s")
+    print(f"  bf16 {found['bf16'] / 1e12:.0f} TFLOP/s, fp8 {found['fp8'] / 1e12:.0f} TFLOP/s", flush=True)
     return found
 
 
@@ -347,7 +348,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         ms = [1e3 * row["seconds"][key] for key in ("median", "p20", "p80")]
         joules = row["joules_per_token"]
         lines.append(
-            f"| {row['kind']} {row['recipe']}, {row['sequences']} x {row['prompt']} | {row['tokens_per_s']:,.0f} "
+            f"| {row['kind']} {row['recipe']}, {row['sequences']} x {row['prompt']} "
+            f"| {row['tokens_per_s']:,.0f} "
             f"| {ms[0]:.3f} ({ms[1]:.3f}, {ms[2]:.3f}) | {row['floor_fraction']:.0%} "
             f"| {'-' if joules is None else f'{joules:.4f}'} |"
         )
