@@ -71,7 +71,7 @@ static void fill(Model& model, const Config& c) {
     if (c.qk_norm) vector(at + "q_norm", c.head_dim), vector(at + "k_norm", c.head_dim);
   }
   vector("norm", c.hidden_size);
-  model.set_weight("head", embedding.source);  // the embedding itself, so that it is screened
+  model.tie_head();
   model.finalize();
 }
 
