@@ -19,6 +19,7 @@ from flatout.core.spec import ModelSpec
 from flatout.core.types import Ceiling, Hardware, Workload, measurement, to_json
 from flatout.perf.profile import OpTime, PhaseTime, Profile, phase_parts
 from flatout.perf.roofline import op_floors, step_floor
+from flatout.perf.tables import Table
 from flatout.verify.quality import Cluster, Divergence
 from flatout.verify.speed import SpeedResult
 
@@ -156,6 +157,14 @@ class FakeBench:
     def score_baseline(self, clusters: Sequence[Cluster], step: Any) -> list[np.ndarray]:
         self._call(f"score transformers {len(clusters)}")
         return self._scores("transformers", clusters)
+
+    def table(self, recipes: Any, hardware: Hardware, workload: Workload, step: Any) -> Table:
+        self._call("table")
+        return Table(entries=(), interactions={})
+
+    def expected_losses(self, choices: Any, calibration: Any, step: Any) -> Any:
+        self._call("sensitivity")
+        return None
 
     def build(self, recipe: Recipe, calibration: Sequence[Cluster], step: Any) -> None:
         if recipe not in self.built:

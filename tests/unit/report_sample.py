@@ -184,6 +184,7 @@ def sample() -> dict[str, Any]:
             "head": ["q8_0"],
             "kv_cache": ["int8"],
         },
+        "frontier": [{"workload_s": 0.9 - 0.05 * i, "loss": 0.002 * 1.6**i} for i in range(8)],
         "candidates": [
             _candidate("native", "chosen", 0.155, measured=_times(0.164), loss=_loss(0.0029)),
             _candidate("w8a8-g64", "passed", 0.172, measured=_times(0.181), loss=_loss(0.0018)),

@@ -9,8 +9,9 @@ from tests.tiny import tiny_source, tiny_spec
 
 from flatout.compress.apply import compress
 from flatout.compress.gptq import factorise, gptq
-from flatout.compress.library import Library, moment_bytes
+from flatout.compress.library import Library
 from flatout.compress.smooth import rescaled
+from flatout.core.costs import moment_bytes
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.fuse import float_weight
 from flatout.core.quantized import QuantizedTensor

@@ -472,6 +472,7 @@ def test_stages_are_listened_to_and_the_page_is_written(tmp_path: Path) -> None:
     order = list(dict.fromkeys(status.stage for status in seen))
     assert order == [
         "read the model", "measure the machine", "score the original", "screen candidates",
+            "time every format", "find what is sensitive",
         "race the fastest", "certify on sealed text", "compare with transformers", "profile operators",
         "write the artifact",
     ]  # fmt: skip

@@ -119,20 +119,21 @@ def test_a_table_is_kept_for_the_same_question_only(monkeypatch: pytest.MonkeyPa
 
     first = ask()
     assert ask() == first
-    assert len(calls) == 1
+    rounds = len(calls)
+    assert rounds > 1, "machines drift: every format is timed more than once"
     ask(threads=1)
-    assert len(calls) == 2
+    assert len(calls) == 2 * rounds
     ask(fresh=True)
-    assert len(calls) == 3
+    assert len(calls) == 3 * rounds
     for path in tmp_path.glob("tables-*.json"):
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"measured_at": record["measured_at"] - 2 * 86400}))
     ask()
-    assert len(calls) == 4, "it was too old"
+    assert len(calls) == 4 * rounds, "it was too old"
     for path in tmp_path.glob("tables-*.json"):
-        path.write_text('{"version": 1, "entries"')
+        path.write_text('{"version": 2, "entries"')
     ask()
-    assert len(calls) == 5, "a file that cannot be read counts as absent"
+    assert len(calls) == 5 * rounds, "a file that cannot be read counts as absent"
     assert not list(tmp_path.glob(".*")), "nothing half written stays"
 
 

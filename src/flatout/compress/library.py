@@ -6,7 +6,8 @@ activations, so what a linear becomes depends on its own format (and, as to the 
 what it feeds is smoothed) and on nothing else in the recipe. That is what lets a search change one layer of a
 candidate and build the rest from what it has.
 
-Memory: 4 bytes x K^2 for every linear, 400 MB for SmolLM2-135M, and a byte a weight for every format used.
+Memory: 4 bytes x K^2 for every linear (core.costs.moment_bytes; 400 MB for SmolLM2-135M), as much again for
+what rounding makes of them, and a byte a weight for every format used.
 """
 
 from __future__ import annotations
@@ -23,13 +24,7 @@ from flatout.compress.smooth import factors_for, owner_of, rescaled, smoothable
 from flatout.core.formats import Recipe
 from flatout.core.fuse import Source, float_weight, native_format
 from flatout.core.model import Model, Weight, expected_weights
-from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
-
-
-def moment_bytes(spec: ModelSpec) -> int:
-    """Bytes of all Hessians, float32."""
-    return 4 * spec.num_layers * sum(k * k for _, k in spec.linears().values())
 
 
 class Library:

@@ -42,7 +42,7 @@ from flatout.kernels.linear import as_tensor
 
 _DOCUMENTS, _TOKENS = 16, 2048  # of calibration text, at most, that pass through the model
 _FITTED_TOKENS = 512  # of these, evenly spaced, that factors are fitted to
-_WEIGHT_ROWS = 4096  # rows of a weight, evenly spaced, that factors are fitted to
+_WEIGHT_ROWS = 1024  # rows of a weight, evenly spaced, that factors are fitted to
 _STEPS = 40
 _RATE = 0.1  # first step in log s; it falls to zero along a cosine
 _START = 0.65  # SmoothQuant's exponent, where the descent starts

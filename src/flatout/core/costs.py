@@ -77,6 +77,11 @@ def total(costs: dict[str, Cost]) -> Cost:
     return result
 
 
+def moment_bytes(spec: ModelSpec) -> int:
+    """Bytes of the second moments of every linear's inputs, float32: what GPTQ is calibrated with."""
+    return 4 * spec.num_layers * sum(k * k for _, k in spec.linears().values())
+
+
 def weight_bytes(spec: ModelSpec, recipe: Recipe) -> int:
     """Bytes of all weights under `recipe` as the runner holds them (embedding and head counted apart)."""
     total_bytes = 0

@@ -44,9 +44,12 @@ from flatout.perf.profile import Profile, profile_model
 
 Progress = Callable[[str, int, int], None]
 
-_VERSION = 1
+_VERSION = 2
 _MAX_AGE_S = 86400.0
-_SECONDS = 0.8  # a stand-in is timed for about this long
+_SECONDS = 0.4  # a stand-in is timed for about this long, in each round
+_ROUNDS = 2
+"""Times all formats are gone through. A shared machine's bandwidth moves by a quarter within minutes; formats
+timed once, one after the other, would differ by that, and the solver would choose the luckiest."""
 _STEPS = 16  # decode steps of a timing
 _MOST_RESIDUALS = 400
 _PAGE = 64
@@ -92,7 +95,7 @@ def latency_table(
     measure: Callable[[ModelSpec, Recipe, Workload, Hardware, int], Profile] | None = None,
 ) -> Table:
     """Every op of `recipes`, which differ in the formats of layers, head and cache: read from the cache file,
-    or measured in about two seconds a recipe.
+    or measured in about three seconds a recipe.
 
     measure: takes the place of `profile_stand_in` in tests and where foreign load must be waited out.
     """
@@ -102,9 +105,9 @@ def latency_table(
     if not fresh and (found := _load(path)) is not None:
         return found
     profiles = []
-    for done, recipe in enumerate(recipes):
+    for done, recipe in enumerate([*recipes] * _ROUNDS):
         if progress is not None:
-            progress(f"timing {recipe.layers}", done, len(recipes))
+            progress(f"timing {recipe.layers}", done, _ROUNDS * len(recipes))
         profiles.append((measure or profile_stand_in)(spec, recipe, short, hardware, threads))
     table = table_of(profiles)
     _store(path, table)
@@ -112,23 +115,28 @@ def latency_table(
 
 
 def table_of(profiles: Iterable[Profile]) -> Table:
-    """The table that stand-ins' profiles make."""
+    """The table that stand-ins' profiles make: of each op in a format the best one, for what disturbs a
+    measurement adds to it."""
     profiles = list(profiles)
-    calibration = calibrate(profiles)
     seconds: dict[tuple[str, str, str, str], float] = {}
+    best: dict[tuple[str, str, str, str], float] = {}
     for profile in profiles:
         times = {(o.phase, o.op): o.seconds for o in profile.ops}
+        fraction = {(o.phase, o.op): o.fraction for o in profile.ops}
         for phase in profile.phases:
             for part in phase.parts:
                 layers = 1 if part.op in ("head", "embedding") else profile.spec.num_layers
                 key = (phase.phase, part.op, part.format, part.arithmetic)
-                seconds.setdefault(key, times.get((phase.phase, part.op), 0.0) / layers)
+                spent = times.get((phase.phase, part.op), 0.0) / layers
+                seconds[key] = min(seconds.get(key, math.inf), spent)
+                if fraction.get((phase.phase, part.op)):
+                    best[key] = max(best.get(key, 0.0), fraction[phase.phase, part.op] or 0.0)
     return Table(
         entries=tuple(
-            Entry(phase=p, op=op, format=f, arithmetic=a, seconds=seconds[p, op, f, a], fraction=fraction)
-            for (p, op, f, a), fraction in calibration.fractions.items()
+            Entry(phase=p, op=op, format=f, arithmetic=a, seconds=seconds[p, op, f, a], fraction=value)
+            for (p, op, f, a), value in best.items()
         ),
-        interactions=calibration.interactions,
+        interactions=calibrate(profiles).interactions,
     )
 
 

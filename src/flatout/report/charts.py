@@ -133,7 +133,8 @@ def _intensity(op: Json) -> tuple[float, float] | None:
 
 
 def trade_off(result: Json, width: float) -> str:
-    """Loss over time of every candidate: hollow with interval where predicted, filled where measured.
+    """Loss over time of every candidate: hollow with interval where predicted, filled where measured. The
+    line is the best that any recipe is predicted to reach.
 
     Losses are on a logarithmic axis from 0.01 %; a candidate whose loss is not known stands on the rail below
     the axis.
@@ -142,6 +143,7 @@ def trade_off(result: Json, width: float) -> str:
     if not rows:
         return ""
     height = min(400, max(340, width * 0.78))
+    best = [(point["workload_s"], max(point["loss"], 1e-4)) for point in result["frontier"]]
     times = [t for c in rows for t in _times(c)]
     x = Scale(low=0.85 * min(times), high=1.12 * max(times), start=46, end=width - 8, log=True)
     losses = [c["loss"]["value"] for c in rows if c["loss"]]
@@ -166,6 +168,9 @@ def trade_off(result: Json, width: float) -> str:
         fixed.append((x.end - Label(0, 0, words).width, x.end, y(budget) - 5))
         body.append(svg.text(x.end, y(budget) - 5, words, "budget-name", "end"))
     body.append(svg.line(x.start, rail, x.end, rail, "rail"))
+    inside = [(x(t), y(loss)) for t, loss in best if x.low <= t <= x.high and loss <= y.high]
+    if len(inside) > 1:
+        body.append(svg.path(inside, "frontier"))
     labels = []
     for c in rows:
         known = _loss(c)

@@ -16,7 +16,7 @@ from functools import cached_property
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
@@ -25,9 +25,11 @@ import flatout
 from flatout.compress.apply import compress
 from flatout.core.artifact import load_artifact, save_artifact
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
+from flatout.core.costs import moment_bytes
 from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
+from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import Hardware, Workload
 from flatout.engine.cpu import CpuRunner, extension
@@ -36,7 +38,9 @@ from flatout.errors import BackendError, EvidenceError
 from flatout.hardware.ceilings import measure_ceilings
 from flatout.hardware.detect import available_cores
 from flatout.perf.profile import Profile, profile_model
-from flatout.search.context import Step
+from flatout.perf.tables import Table, latency_table, profile_stand_in
+from flatout.search.context import Losses, Step
+from flatout.search.preflight import MOST_MOMENTS
 from flatout.search.recipes import ORIGINAL
 from flatout.verify.baseline import TransformersBaseline
 from flatout.verify.drivers import RunnerDriver
@@ -45,9 +49,13 @@ from flatout.verify.quality import BLOCK, Cluster, Divergence, check_scores, div
 from flatout.verify.race import race_workload
 from flatout.verify.speed import SpeedResult
 
+if TYPE_CHECKING:
+    from flatout.compress.library import Library
+
 _PAGE = 64
 _KEPT = 3  # built recipes that stay loaded
 _CALIBRATION = 24  # passages that calibrate, about 11,000 tokens
+_LIBRARY = 10  # passages that calibrate mixed recipes, about 4,500 tokens
 _RACE_SHARE = {"prefill": 0.3, "decode": 0.7}  # of a race's time
 
 
@@ -76,6 +84,7 @@ class CpuBench:
         self._pages = max(workload.batch * longest, 2 * (BLOCK // _PAGE)) + 1
         self._built: dict[Recipe, _Built] = {}
         self._sound: WeakSet[Runner] = WeakSet()
+        self._library: Library | None = None
         self._reference: Runner | None = None
         self._baseline: TransformersBaseline | None = None
 
@@ -172,15 +181,48 @@ class CpuBench:
         while len(self._built) >= _KEPT:
             oldest = next(r for r in self._built if r != ORIGINAL)
             del self._built[oldest]
-        used = calibration[:_CALIBRATION] if recipe.needs_calibration else ()
-        model = compress(
-            self._checkpoint,
-            recipe,
-            [cluster.tokens for cluster in used],
-            lambda what, done, of: step(f"{recipe.name}: {what}", done, of),
-        )
+
+        def progress(what: str, done: int, of: int) -> None:
+            step(f"{recipe.name}: {what}", done, of)
+
+        if recipe.method == "smooth-gptq":
+            model = self._calibrated(calibration, progress).model(recipe, progress)
+        else:
+            used = calibration[:_CALIBRATION] if recipe.needs_calibration else ()
+            model = compress(self._checkpoint, recipe, [cluster.tokens for cluster in used], progress)
         runner = CpuRunner(model, threads=self._threads, num_pages=self._pages)
         self._built[recipe] = _Built(runner, None if recipe == ORIGINAL else model)
+
+    def _calibrated(self, calibration: Sequence[Cluster], step: Step) -> Library:
+        """What mixed recipes are made from, calibrated once."""
+        from flatout.compress.library import Library  # loads PyTorch
+
+        if self._library is None:
+            used = [cluster.tokens for cluster in calibration[:_LIBRARY]]
+            self._library = Library(self._checkpoint, used, step)
+        return self._library
+
+    def table(self, recipes: Sequence[Recipe], hardware: Hardware, workload: Workload, step: Step) -> Table:
+        def quiet(
+            spec: ModelSpec, recipe: Recipe, workload: Workload, hardware: Hardware, threads: int
+        ) -> Profile:
+            profiles = until_quiet(lambda: profile_stand_in(spec, recipe, workload, hardware, threads))
+            return min(profiles, key=lambda profile: workload.seconds(*profile.seconds))
+
+        return latency_table(
+            self.source.spec, recipes, workload, hardware, self._threads, progress=step, measure=quiet
+        )
+
+    def expected_losses(
+        self, choices: Mapping[str, Sequence[str]], calibration: Sequence[Cluster], step: Step
+    ) -> tuple[Losses, Losses] | None:
+        from flatout.search.sensitivity import expected_losses  # loads PyTorch
+
+        if moment_bytes(self.source.spec) > MOST_MOMENTS:
+            return None
+        library = self._calibrated(calibration, step)
+        rest = [cluster.tokens for cluster in calibration[_LIBRARY:]]
+        return expected_losses(library, rest, choices, step)
 
     def _runner(self, recipe: Recipe) -> CpuRunner:
         return self._built[recipe].runner

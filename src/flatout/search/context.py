@@ -13,6 +13,7 @@ from flatout.core.formats import Recipe
 from flatout.core.fuse import Source
 from flatout.core.types import Hardware, Workload
 from flatout.perf.profile import Profile
+from flatout.perf.tables import Table
 from flatout.search.request import Request
 from flatout.search.stages import Stages
 from flatout.search.texts import Texts, tokens_of
@@ -22,6 +23,9 @@ from flatout.verify.speed import SpeedResult
 
 Step = Callable[[str, int, int], None]
 """step(what, done, total)."""
+
+Losses = Mapping[tuple[str, str], float]
+"""(place, format) -> expected nats a token (search/sensitivity.py)."""
 
 _CHUNK = 8  # clusters scored and stored at a time, about 3,500 tokens
 
@@ -70,6 +74,17 @@ class Bench(Protocol):
 
     def score_baseline(self, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
         """Log-probabilities by transformers in bf16."""
+        ...
+
+    def table(self, recipes: Sequence[Recipe], hardware: Hardware, workload: Workload, step: Step) -> Table:
+        """Times of every op of `recipes`, measured on stand-ins."""
+        ...
+
+    def expected_losses(
+        self, choices: Mapping[str, Sequence[str]], calibration: Sequence[Cluster], step: Step
+    ) -> tuple[Losses, Losses] | None:
+        """Expected loss of every (place, format) under smooth-gptq and rounded to nearest; None for a model
+        too large for that here."""
         ...
 
     def build(self, recipe: Recipe, calibration: Sequence[Cluster], step: Step) -> None:

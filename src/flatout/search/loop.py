@@ -39,6 +39,8 @@ _STAGES = {
     "measure the machine": 17.0,
     "score the original": 20.0,
     "screen candidates": 60.0,
+    "time every format": 17.0,
+    "find what is sensitive": 40.0,
     "race the fastest": 13.0,
     "certify on sealed text": 45.0,
     "compare with transformers": 40.0,

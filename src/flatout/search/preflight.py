@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flatout.core import artifact
-from flatout.core.costs import kv_bytes_per_token
+from flatout.core.costs import kv_bytes_per_token, moment_bytes
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Workload
 from flatout.errors import ConfigError, ResourceError
@@ -22,6 +22,10 @@ _RUNTIME_BYTES = 700 << 20  # interpreter, torch, transformers and their thread 
 _STORE_BYTES = 64 << 20  # tokenizer files, report and trials
 _SCORED_TOKENS = 512  # logits of one scoring step are held in float32
 _GIB = 1 << 30
+
+MOST_MOMENTS = _GIB
+"""Bytes of calibration moments that may be kept; recipes that mix formats are looked for in models that have
+no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +76,16 @@ def peak_memory_bytes(spec: ModelSpec, workload: Workload) -> int:
 
     Alive together at the worst moment: the bf16 baseline, the engine at original precision, one candidate
     (integer codes take a byte each before the runner packs them), and a float32 copy that one of them is
-    being made from.
+    being made from, and what mixed recipes are made from.
     """
     weights = spec.num_parameters() + (spec.vocab_size * spec.hidden_size if spec.tie_embeddings else 0)
     models = weights * (2 + 2 + 2 + 4)
+    moments = moment_bytes(spec)
+    mixed = 3 * moments + 2 * weights if moments <= MOST_MOMENTS else 0  # factors of them, and kept codes
     logits = 4 * 2 * _SCORED_TOKENS * spec.vocab_size
     tokens = max(workload.batch * (workload.prompt + workload.output), 2 * _SCORED_TOKENS)
     caches = 3 * int(tokens * spec.num_layers * kv_bytes_per_token(spec, "bf16"))
-    return _RUNTIME_BYTES + models + logits + caches
+    return _RUNTIME_BYTES + models + mixed + logits + caches
 
 
 def artifact_bytes(spec: ModelSpec) -> int:

@@ -81,6 +81,9 @@ def assemble(
         "recipe": to_json(proof.row.recipe),
         "recipe_map": layer_map(bench.source.spec, proof.row.recipe),
         "candidates": [_candidate(row) for row in screen.rows],
+        "frontier": [
+            {"workload_s": point.seconds, "loss": math.expm1(point.loss)} for point in screen.frontier
+        ],
         "races": {"baseline": proof.against_baseline, "original": proof.against_original},
         "timings": [{"stage": name, "seconds": s} for name, s in context.stages.timings.items()],
         "trials": {"folder": str(context.store.folder), "reused": context.store.hits},

@@ -5,25 +5,35 @@ prediction is no faster than a candidate that already passed, or when its expect
 every measured candidate corrects the predictions of the rest. A loss is first looked at on a few passages,
 which is enough to see a failure of tens of per cent, then on as many as the power analysis of the hold-out
 needs. Where that leaves the candidate undecided that would be the best one, it is looked at on all of them.
+
+Once a first candidate has been scored, so that something usable is known early, the machine's latency table
+and the model's sensitivities are measured. From then on listed candidates are judged by them before they
+are built, and recipes that were found (search/joint.py) join the list, one at a time: each is measured,
+corrects times and losses, and makes room for the next until none is predicted to be better.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from flatout.core.formats import Recipe
 from flatout.core.types import Prediction, Workload
 from flatout.errors import EvidenceError, UnsupportedModelError
-from flatout.perf.predict import StepTimes, calibrate, predict
+from flatout.perf.predict import Calibration, StepTimes, calibrate, predict, refit
 from flatout.perf.profile import Profile
+from flatout.perf.tables import add_residuals, residuals
 from flatout.search.context import Context
+from flatout.search.joint import METHOD, Joint, Observation, formats_of, space_of, stand_ins
 from flatout.search.recipes import ORIGINAL, Candidate
 from flatout.search.rows import Row, by_suitability, loss_of, memory_bytes, two_standard_errors
+from flatout.search.solve import Solution
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
-from flatout.verify.quality import ClusterLoss, pair_scores
+from flatout.verify.quality import ClusterLoss, pair_scores, tokens_sha256
 from flatout.verify.statistics import FEWEST_CLUSTERS
 
 QUICK, VALIDATION = 8, FEWEST_CLUSTERS
@@ -34,6 +44,10 @@ _PROFILE_STEPS = 16  # decode steps of a profile: all take alike
 NEAR = 1.10
 """Candidates within this factor of the best time are equally good for the stated workload, which is itself a
 guess: they are scored, and those that suit most other workloads are preferred (`by_suitability`)."""
+
+_PROPOSALS = 4  # recipes found, built and measured at most
+_GAIN = 0.99  # a further one must be predicted to take less than this part of the best time
+_HALVINGS = 7
 
 _KEEPS = {"gptq": (0.15, 0.4, 0.85), "smooth": (0.02, 0.3, 1.0)}
 _FINER = (0.5, 0.75, 1.0)
@@ -51,6 +65,11 @@ class Screen:
         self.rows = [Row(candidate=c, memory_bytes=memory_bytes(context, c.recipe)) for c in candidates]
         self.profiles: dict[str, Profile] = {}
         self.residuals: list[float] = []
+        self.joint: Joint | None = None
+        self.frontier: list[Solution] = []  # the predicted trade-off, least loss first
+        self._table: Calibration | None = None
+        self._earlier: list[float] = []  # residuals of earlier searches on this machine
+        self._rooms: list[float] = []  # nats a token that candidates could lose and still be certified
         self._undecided: set[str] = set()  # failed on the text of a plan, but not beyond its doubt
 
     def run(self) -> list[Row]:
@@ -62,12 +81,107 @@ class Screen:
         while (row := self._next()) is not None:
             self._try(row)
             self.predict()
+            self._find()
         while True:
             rows = self.ranked([r for r in self.rows if r.status == "passed" or r.name in self._undecided])
             if not rows or rows[0].status == "passed":
                 return [row for row in rows if row.status == "passed"]
             self._decide(rows[0], self.losses(rows[0].recipe, len(self.context.texts.validation)))
             self._undecided.discard(rows[0].name)
+
+    def _find(self) -> None:
+        """Add the recipe that is best by all that is known, unless it is no better than what was measured."""
+        if self.context.request.recipe is not None or not self._rooms:
+            return
+        if self._table is None:
+            self._prepare()
+        if self.joint is None or self._table is None or self.joint.proposed >= _PROPOSALS:
+            return
+        if any(row.status == "waiting" and row.recipe.method == METHOD for row in self.rows):
+            return
+        calibration = self._calibration()
+        passed = [row for row in self.rows if row.status == "passed"]
+        reference = min(passed, key=self.cost, default=self.row(ORIGINAL.name)).recipe
+        recipe = self.joint.propose(statistics.median(self._rooms), calibration, reference)
+        self.frontier = self.joint.trade_off(calibration, reference)
+        spec = self.context.bench.source.spec
+        if recipe is None or formats_of(recipe, spec) in [formats_of(row.recipe, spec) for row in passed]:
+            return
+        candidate = Candidate(recipe=recipe, why="found: least predicted time within the budget")
+        row = Row(candidate=candidate, memory_bytes=memory_bytes(self.context, recipe))
+        self.rows.append(row)
+        self.predict()
+        if passed and self._predicted(recipe) > _GAIN * min(self._predicted(r.recipe) for r in passed):
+            self.rows.pop()  # it would not pay for being built
+            self.joint.proposed = _PROPOSALS
+
+    def _predicted(self, recipe: Recipe) -> float:
+        """What the objective minimises as predicted now, also for a recipe that was measured: so compared, a
+        measurement's luck does not count."""
+        context = self.context
+        workload = context.request.workload
+        if workload.objective == "memory":
+            return float(memory_bytes(context, recipe))
+        times = predict(
+            context.bench.source.spec,
+            recipe,
+            context.hardware,
+            workload,
+            calibration=self._calibration(),
+            threads=context.bench.threads,
+        )
+        return workload.seconds(times.prefill.mid, times.decode.mid)
+
+    def _prepare(self) -> None:
+        """Measure the latency table and the sensitivities, once a search."""
+        context = self.context
+        space, step = space_of(context.bench.source), context.stages.step
+        workload = context.request.workload
+        with context.stages.stage("time every format"):
+            table = context.bench.table(stand_ins(space), context.hardware, workload, step)
+        self._table, self._earlier = table.calibration(), residuals(context.hardware)
+        choices = space.choices()
+        calibration = context.texts.calibration
+        key = {
+            "model": context.bench.sha256,
+            "code": context.bench.code,
+            "choices": choices,
+            "calibration": tokens_sha256(calibration),
+        }
+
+        def compute() -> dict[str, Any]:
+            found = context.bench.expected_losses(choices, calibration, step)
+            names = ("spread", "nearest")
+            return {
+                name: [[*choice, loss] for choice, loss in losses.items()]
+                for name, losses in zip(names, found or (), strict=False)
+            }
+
+        with context.stages.stage("find what is sensitive"):
+            known = context.store.result("sensitivity", "all", key, compute)
+        if known:
+            losses, nearest = (
+                {(place, name): loss for place, name, loss in known[part]} for part in ("spread", "nearest")
+            )
+            self.joint = Joint(space, losses, nearest, context.hardware, workload, context.bench.threads)
+            for row in self.rows:
+                self._observe(row)
+
+    def _calibration(self) -> Calibration | None:
+        """What has been measured, as predictions use it."""
+        profiles = self.profiles.values()
+        if self._table is None:
+            return calibrate(profiles, self.residuals) if self.profiles else None
+        return refit(self._table, profiles, [*self._earlier, *self.residuals])
+
+    def _observe(self, row: Row) -> None:
+        """Let a measured loss correct the expected ones."""
+        expected = None if self.joint is None else self.joint.expected(row.recipe)
+        if self.joint is None or expected is None or row.loss is None or row.recipe == ORIGINAL:
+            return
+        measured, high = math.log1p(row.loss.value), math.log1p(row.loss.high)
+        error = (high - measured) / 2
+        self.joint.seen.append(Observation(expected=expected, measured=measured, error=error))
 
     def ranked(self, rows: list[Row]) -> list[Row]:
         """Rows by cost; those near the best by how well they suit other workloads. With memory as the
@@ -89,7 +203,7 @@ class Screen:
     def predict(self) -> None:
         """Predict every candidate again with what has been measured so far."""
         context = self.context
-        calibration = calibrate(self.profiles.values(), self.residuals) if self.profiles else None
+        calibration = self._calibration()
         for i, row in enumerate(self.rows):
             if row.times is not None and row.predicted is not None:
                 continue  # keep the prediction that was made before it was measured
@@ -139,6 +253,10 @@ class Screen:
 
     def _expected_loss(self, row: Row) -> tuple[float, float, float] | None:
         """What a recipe may lose, from the measured or else the expected loss of its relative."""
+        known_here = None if self.joint is None else self.joint.expected(row.recipe)
+        if self.joint is not None and known_here is not None:
+            low, mid, high = (math.expm1(x) for x in self.joint.interval(known_here))
+            return low, mid, high
         relative = self._relative(row)
         if relative is None:
             return None
@@ -176,13 +294,28 @@ class Screen:
         likely = _suffices(plan)
         if not likely and _suffices(self.plan(losses, less=two_standard_errors(losses))):
             self._undecided.add(row.name)
-        self._set(
+        first = row.loss is None or row.plan is None
+        row = self._set(
             row.name,
             loss=loss_of(losses),
             plan=plan,
             status="passed" if likely else "failed",
             reason="" if likely else f"a certificate is unlikely: {plan}",
         )
+        if first:
+            self._rooms.append(self._room(losses))
+            self._observe(row)
+
+    def _room(self, losses: list[ClusterLoss]) -> float:
+        """The most nats a token that a candidate with clusters like these could lose and still be likely to
+        be certified, by bisection."""
+        seen = loss_of(losses)
+        low, high = 0.0, math.log1p(self.context.request.max_loss)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            enough = _suffices(self.plan(losses, less=math.log1p(seen.value) - middle))
+            low, high = (middle, high) if enough else (low, middle)
+        return low
 
     def plan(self, losses: list[ClusterLoss], less: float = 0.0) -> Plan:
         """How much sealed text a certificate takes, from validation losses, or `less` nats below them."""
@@ -216,7 +349,10 @@ class Screen:
 
         times = context.timed("time", row.name, inputs, compute)
         if row.workload is not None and row.workload.tier != "datasheet":
-            self.residuals.append(math.log(times["workload_s"] / row.workload.mid))
+            residual = math.log(times["workload_s"] / row.workload.mid)
+            self.residuals.append(residual)
+            if self._table is not None:
+                add_residuals(context.hardware, [residual])
         return self._set(row.name, times=times)
 
     def profile(self, name: str) -> Profile:

@@ -47,10 +47,12 @@ Losses = dict[tuple[str, str], float]
 
 _GROUP = 32  # columns whose F is kept as one sum: the narrowest group of any format
 _SEED = 0
-_PASSAGES, _PASSAGE = 6, 256  # passages that pass forward and back, and their tokens
+_EVERY = 4  # rows of a layer's weight whose F is computed: one in four stands for the others
+_STRIDE = 3  # layers of which GPTQ's part is computed: one in three, taken for its neighbours too
+_PASSAGES, _PASSAGE = 4, 256  # passages that pass forward and back, and their tokens
 _PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
 _MEASURED = 20  # choices whose divergence is measured
-_LEAST, _MOST = 1e-4, 0.05  # expected nats a token of a choice, in all layers, that is worth measuring
+_LEAST, _MOST = 2e-4, 0.02  # expected nats a token of a choice, in all layers, that is worth measuring
 
 
 def is_smoothed(fmt: Format) -> bool:
@@ -112,12 +114,13 @@ class _Place:
     def __init__(self, library: Library, name: str, formats: Iterable[str]) -> None:
         self.name, self.formats = name, [parse_format(f) for f in formats]
         self.smoothing = as_tensor(library.smoothing(name)) if any(map(is_smoothed, self.formats)) else None
+        self.every = 1 if name == "head" else _EVERY  # a head's rows are tokens, and few of them are frequent
         self.activations = dict.fromkeys([f.name for f in self.formats], 0.0)
-        self.fisher: Tensor | float = 0.0  # (N, K / _GROUP)
-        self.smoothed: Tensor | float = 0.0  # (N, 1): that of W s
+        self.fisher: Tensor | float = 0.0  # (N / every, K / _GROUP)
+        self.smoothed: Tensor | float = 0.0  # (N / every, 1): that of W s
 
     def see(self, x: Tensor, gradient: Tensor, back: Tensor) -> None:
-        squares = (gradient.T @ x).square_()
+        squares = (gradient[:, :: self.every].T @ x).square_()
         n, k = squares.shape
         self.fisher = self.fisher + squares.view(n, -1, _GROUP if k % _GROUP == 0 else k).sum(dim=2)
         if self.smoothing is not None:
@@ -133,20 +136,22 @@ class _Place:
 
     def weights(self, source: Source, library: Library, weight: np.ndarray, fmt: Format) -> float:
         """Loss by rounding the weight (N, K): 0 where the file's own blocks are kept."""
+        share = len(weight) / len(weight[:: self.every])
+        weight = weight[:: self.every]
         if fmt.is_native or native_format(source, self.name) == fmt.name:
             return 0.0
         fisher = self.fisher
         assert isinstance(fisher, Tensor)
         if not fmt.is_integer:
             error = _bf16_error(weight) * (fmt.bits != 32)
-            return 0.5 * float((error.view(*fisher.shape, -1).square().mean(dim=2) * fisher).sum())
+            return share * 0.5 * float((error.view(*fisher.shape, -1).square().mean(dim=2) * fisher).sum())
         if is_smoothed(fmt):
             weight = weight * library.smoothing(self.name)
             assert isinstance(self.smoothed, Tensor)
             fisher = self.smoothed
         steps = torch.from_numpy(make_grid(group_rows(weight, fmt), fmt).scales)
         by_group = fisher.view(len(steps), steps.shape[1], -1).sum(dim=2)
-        return 0.5 * float((steps.square() / 12 * by_group).sum())
+        return share * 0.5 * float((steps.square() / 12 * by_group).sum())
 
 
 def _table_error(source: Source, rows: Tensor, name: str) -> Tensor:
@@ -198,15 +203,15 @@ def expected_losses(
 
 
 def kept(library: Library, name: str, fmt: Format) -> float:
-    """The part of a weight's error that smooth-gptq leaves. Heads are rounded to nearest."""
-    if (
-        name == "head"
-        or not fmt.is_integer
-        or fmt.is_native
-        or native_format(library.source, name) == fmt.name
-    ):
+    """The part of a weight's error that smooth-gptq leaves, of a layer near `name`; heads are rounded to
+    nearest."""
+    stored = fmt.is_native or native_format(library.source, name) == fmt.name
+    if name == "head" or not fmt.is_integer or stored:
         return 1.0
-    return library.factor(name, is_smoothed(fmt)).kept
+    _, layer, linear = name.split(".")
+    last = library.source.spec.num_layers - 1
+    near = min(round(int(layer) / _STRIDE) * _STRIDE, last)
+    return library.factor(f"layers.{near}.{linear}", is_smoothed(fmt)).kept
 
 
 def sensitivities(

@@ -42,18 +42,32 @@ class Stages:
         self._listen = listen or (lambda status: None)
         self._clock = clock
         self._stage = ""
+        self._running = ""
         self._started = 0.0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block as the stage `name`; a stage entered twice adds up."""
-        self._stage, self._started = name, self._clock()
+        """Time the block as the stage `name`; a stage entered twice adds up, and one inside another stops its
+        clock."""
+        outer = self._running
+        if outer:
+            self._stop()
+        self._start(name)
         self.planned.setdefault(name, 0.0)
         self.step("", 0, 1)
         try:
             yield
         finally:
-            self.timings[name] = self.timings.get(name, 0.0) + self._clock() - self._started
+            self._stop()
+            if outer:
+                self._start(outer)
+
+    def _start(self, name: str) -> None:
+        self._stage, self._started, self._running = name, self._clock(), name
+
+    def _stop(self) -> None:
+        name, self._running = self._running, ""
+        self.timings[name] = self.timings.get(name, 0.0) + self._clock() - self._started
 
     def step(self, what: str, done: int, total: int) -> None:
         """Progress inside the current stage."""

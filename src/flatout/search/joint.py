@@ -1,0 +1,247 @@
+"""Recipes that are found instead of listed: a format for every linear of every layer, the head and the cache.
+
+    times       a latency table of this machine (perf/tables.py), corrected by whole steps of real candidates
+    losses      sensitivities of this model (search/sensitivity.py), scaled by what real candidates lose
+    choice      the fastest recipe inside the budget (search/solve.py), and the whole trade-off
+
+A proposal is built, timed and scored like any other candidate. What it really takes and loses corrects the
+scale of both, and the choice is made again, until the best proposal is one that was measured.
+
+The loss scale a has the prior N(1, PRIOR^2); a candidate whose expected loss is p and whose measured one is m
+with standard error s adds the observation m / p of variance (s / p)^2. Validation text is small, so one
+candidate moves a only as far as its own error allows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flatout.core.costs import kv_bytes_per_token
+from flatout.core.formats import Recipe, parse_format
+from flatout.core.fuse import Source, native_format
+from flatout.core.spec import ModelSpec
+from flatout.core.types import Hardware, Workload
+from flatout.perf.predict import Calibration, marginal_seconds
+from flatout.search.context import Losses
+from flatout.search.solve import Choice, Conflict, Solution, frontier, solve
+
+METHOD = "smooth-gptq"
+PRIOR = 0.3
+
+_LAYERS = ("w8a8", "w8a16", "w8a8-g64", "w8a8-g32", "w4a8-g64", "w4a8-g32")
+_HEADS = ("w8a16", "w8a8-g64", "w8a8-g32")
+_CACHES = ("int8", "bf16")
+_FED_BY = {"o": "qkv", "down": "gate_up"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """The formats that each kind of linear, the head and the cache may take."""
+
+    spec: ModelSpec
+    linears: Mapping[str, tuple[str, ...]]
+    heads: tuple[str, ...]
+    caches: tuple[str, ...]
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """Place -> formats."""
+        layers = {
+            f"layers.{i}.{linear}": formats
+            for i in range(self.spec.num_layers)
+            for linear, formats in self.linears.items()
+        }
+        return {**layers, "head": self.heads, "kv_cache": self.caches}
+
+
+def space_of(source: Source) -> Space:
+    """What fits the model: groups that divide the widths, and the file's own blocks where all layers have
+    them."""
+    spec = source.spec
+
+    def fits(name: str, width: int) -> bool:
+        group = parse_format(name).group
+        return not group or width % group == 0
+
+    linears = {}
+    for linear, (_, width) in spec.linears().items():
+        stored = {native_format(source, f"layers.{i}.{linear}") for i in range(spec.num_layers)}
+        own = stored.pop() if len(stored) == 1 else None
+        linears[linear] = tuple(f for f in (*_LAYERS, *([own] if own else [])) if fits(f, width))
+    own = native_format(source, "head") if native_format(source, "embedding") == "q8_0" else None
+    heads = (own,) if own == "q8_0" else tuple(f for f in _HEADS if fits(f, spec.hidden_size))
+    return Space(spec=spec, linears=linears, heads=heads, caches=_CACHES)
+
+
+def stand_ins(space: Space) -> list[Recipe]:
+    """Recipes that together time every format of the space, each op in as few of them as possible."""
+    formats = list(dict.fromkeys(name for names in space.linears.values() for name in names))
+    found = []
+    for i in range(max(len(formats), len(space.heads), len(space.caches))):
+        layers, head = formats[i % len(formats)], space.heads[i % len(space.heads)]
+        cache = space.caches[1] if i == len(formats) - 1 and len(space.caches) > 1 else space.caches[0]
+        name = f"stand-in {layers} {head} {cache}"
+        found.append(Recipe(name=name, layers=layers, head=head, embedding=head, kv_cache=cache))
+    return found
+
+
+def recipe_of(formats: Mapping[str, str], spec: ModelSpec, name: str) -> Recipe:
+    """The recipe that gives each place its format, with as few overrides as say it: the commonest format,
+    then whole kinds that differ, then single layers."""
+    kinds = {kind: [formats[f"layers.{i}.{kind}"] for i in range(spec.num_layers)] for kind in spec.linears()}
+    layers = Counter(f for each in kinds.values() for f in each).most_common(1)[0][0]
+    overrides = []
+    for kind, each in kinds.items():
+        usual = Counter(each).most_common(1)[0][0]
+        if usual != layers:
+            overrides.append((f"layers.*.{kind}", usual))
+        overrides += [(f"layers.{i}.{kind}", f) for i, f in enumerate(each) if f != usual]
+    return Recipe(
+        name=name,
+        layers=layers,
+        head=formats["head"],
+        embedding=formats["head"],
+        kv_cache=formats["kv_cache"],
+        method=METHOD,
+        overrides=tuple(overrides),
+    )
+
+
+def formats_of(recipe: Recipe, spec: ModelSpec) -> dict[str, str]:
+    """Place -> format of any recipe."""
+    layers = {
+        f"layers.{i}.{kind}": recipe.format_of(i, kind).name
+        for i in range(spec.num_layers)
+        for kind in spec.linears()
+    }
+    return {**layers, "head": recipe.head, "kv_cache": recipe.kv_cache}
+
+
+def conflicts(space: Space) -> list[Conflict]:
+    """A linear cannot be smoothed where its factors would go into blocks that are taken as the file has
+    them."""
+    found: list[Conflict] = []
+    for linear, before in _FED_BY.items():
+        own = [name for name in space.linears[before] if parse_format(name).is_native]
+        smoothed = [name for name in space.linears[linear] if name == "w8a8"]
+        found += [
+            ((f"layers.{i}.{linear}", s), (f"layers.{i}.{before}", name))
+            for i in range(space.spec.num_layers)
+            for s in smoothed
+            for name in own
+        ]
+    return found
+
+
+def place_bytes(spec: ModelSpec, workload: Workload, place: str, name: str) -> float:
+    """Resident bytes of a choice; the head's embedding included."""
+    if place == "kv_cache":
+        tokens = workload.batch * (workload.prompt + workload.output)
+        return tokens * spec.num_layers * kv_bytes_per_token(spec, name)
+    if place == "head":
+        return 2.0 * parse_format(name).weight_bytes(spec.vocab_size, spec.hidden_size)
+    return float(parse_format(name).weight_bytes(*spec.linears()[place.rpartition(".")[2]]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """A candidate of this search: expected loss, measured loss and its standard error, nats a token."""
+
+    expected: float
+    measured: float
+    error: float
+
+
+def loss_scale(seen: Sequence[Observation]) -> tuple[float, float]:
+    """Posterior mean and standard deviation of measured over expected loss; the mean is at least 0.2."""
+    weight, total = 1 / PRIOR**2, 1 / PRIOR**2
+    for one in seen:
+        if one.expected > 0 and one.error > 0:
+            precision = (one.expected / one.error) ** 2
+            weight += precision
+            total += precision * one.measured / one.expected
+    return max(total / weight, 0.2), math.sqrt(1 / weight)
+
+
+class Joint:
+    """The choice of one search. losses, nearest: expected nats a token of every choice of the space, under
+    smooth-gptq and rounded to nearest."""
+
+    def __init__(
+        self,
+        space: Space,
+        losses: Losses,
+        nearest: Losses,
+        hardware: Hardware,
+        workload: Workload,
+        threads: int,
+    ) -> None:
+        self.space, self.losses, self._nearest = space, losses, nearest
+        self._hardware, self._workload, self._threads = hardware, workload, threads
+        self.seen: list[Observation] = []
+        self.proposed = 0
+
+    def expected(self, recipe: Recipe) -> float | None:
+        """Expected loss of a recipe, unscaled; None for one that this space does not know."""
+        formats = formats_of(recipe, self.space.spec)
+        smoothed = any(f == "w8a8" for place, f in formats.items() if place.startswith("layers."))
+        losses = self.losses if recipe.method in ("gptq", METHOD) else self._nearest
+        if smoothed and recipe.method not in ("smooth", METHOD):
+            return None
+        found = [losses.get(choice) for choice in formats.items()]
+        return None if None in found else sum(loss for loss in found if loss is not None)
+
+    def interval(self, expected: float) -> tuple[float, float, float]:
+        """90 % interval and middle of the loss that an expected one stands for, nats a token."""
+        mean, deviation = loss_scale(self.seen)
+        return tuple(max(mean + z * deviation, 0.0) * expected for z in (-1.645, 0.0, 1.645))  # type: ignore[return-value]
+
+    def _places(self, calibration: Calibration | None, reference: Recipe) -> list[list[Choice]]:
+        spec, scale = self.space.spec, loss_scale(self.seen)[0]
+        kinds = {**self.space.linears, "head": self.space.heads, "kv_cache": self.space.caches}
+        seconds = {
+            (kind, name): marginal_seconds(
+                spec,
+                reference,
+                "attention" if kind == "kv_cache" else kind,
+                name,
+                self._hardware,
+                self._workload,
+                calibration or Calibration(fractions={}, interactions={}),
+                self._threads,
+            )
+            for kind, names in kinds.items()
+            for name in names
+        }
+        return [
+            [
+                Choice(
+                    place=place,
+                    format=name,
+                    seconds=seconds[place.rpartition(".")[2], name],
+                    loss=scale * self.losses[place, name],
+                    bytes=place_bytes(spec, self._workload, place, name),
+                )
+                for name in names
+            ]
+            for place, names in self.space.choices().items()
+        ]
+
+    def trade_off(self, calibration: Calibration | None, reference: Recipe) -> list[Solution]:
+        """The predicted frontier, least loss first."""
+        objective = "bytes" if self._workload.objective == "memory" else "seconds"
+        places = self._places(calibration, reference)
+        return frontier(places, objective=objective, conflicts=conflicts(self.space))  # type: ignore[arg-type]
+
+    def propose(self, budget: float, calibration: Calibration | None, reference: Recipe) -> Recipe | None:
+        """The best recipe whose expected loss, scaled, is within `budget` nats a token; None if there is
+        none."""
+        objective = "bytes" if self._workload.objective == "memory" else "seconds"
+        places = self._places(calibration, reference)
+        found = solve(places, budget, objective=objective, conflicts=conflicts(self.space))  # type: ignore[arg-type]
+        if found is None:
+            return None
+        self.proposed += 1
+        return recipe_of(found.formats(), self.space.spec, f"joint-{self.proposed}")
