@@ -108,7 +108,9 @@ def sample() -> dict[str, Any]:
             "recipe": None,
             "workload": {"batch": 1, "prompt": 512, "output": 64, "objective": "latency"},
             "text": None,
+            "trace": None,
         },
+        "traffic": None,
         "hardware": {
             "name": "AMD EPYC 9B45",
             "cores": 2,

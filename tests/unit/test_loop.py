@@ -521,3 +521,18 @@ def test_a_short_text_is_refused_before_any_work(tmp_path: Path) -> None:
     ):
         optimize("tiny", tmp_path / "out", text=text, open_bench=lambda request: bench)
     assert bench.calls == []
+
+
+def test_a_trace_sets_the_workload_and_names_those_that_would_serve_it(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("ContextTokens,GeneratedTokens\n512,64\n512,64\n600,70\n")
+    result = run(FakeBench(LOSSES, SPEEDS), tmp_path / "out", trace=trace)
+    assert (result["request"]["workload"]["prompt"], result["request"]["workload"]["output"]) == (512, 64)
+    traffic = result["traffic"]
+    assert traffic["requests"] == 3
+    assert sum(variant["share"] for variant in traffic["variants"]) == pytest.approx(1.0)
+    kept = {name for name, status in statuses(result).items() if status in ("passed", "chosen", "original")}
+    assert {variant["name"] for variant in traffic["variants"]} <= kept
+    given = run(FakeBench(LOSSES, SPEEDS), tmp_path / "again", trace=trace, workload="128+8")
+    assert given["request"]["workload"]["prompt"] == 128
+    assert run(FakeBench(LOSSES, SPEEDS), tmp_path / "none")["traffic"] is None

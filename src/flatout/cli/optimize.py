@@ -32,6 +32,10 @@ def optimize(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text or .jsonl to judge by, instead of the shipped one.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="CSV of requests (ContextTokens, GeneratedTokens): the median is the workload."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh/--resume", help="Ignore finished trials of earlier runs, or reuse them.")
@@ -53,6 +57,7 @@ def optimize(
             objective=objective,
             workload=workload,
             text=text,
+            trace=trace,
             threads=threads,
             fresh=fresh,
             listen=listen,
@@ -99,11 +104,23 @@ def summary(result: Mapping[str, Any]) -> str:
         "",
         f"recipe {result['optimized']['recipe']}; against {result['baseline']['name']}: {gains}",
         certificate,
+        *([] if result["traffic"] is None else [traffic(result["traffic"])]),
         result["verdict"],
         f"report: {result['report']}",
         f"next: flatout run {result['artifact']}",
     ]
     return "\n".join(lines)
+
+
+def traffic(found: Mapping[str, Any]) -> str:
+    """Which candidates serve the trace, in a sentence."""
+    parts = [
+        f"{variant['name']} {percent(variant['share'])}"
+        + ("" if variant["low"] == 0 else f" (prompt over {variant['low']:.2g}x the output)")
+        for variant in found["variants"]
+    ]
+    saved = "" if len(parts) == 1 else f"; {percent(found['saving'])} less time than the best one alone"
+    return f"traffic: {found['requests']:,} requests, best served by {', '.join(parts)}{saved}"
 
 
 def _loss(column: Mapping[str, Any]) -> str:

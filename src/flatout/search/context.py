@@ -17,6 +17,7 @@ from flatout.perf.tables import Table
 from flatout.search.request import Request
 from flatout.search.stages import Stages
 from flatout.search.texts import Texts, tokens_of
+from flatout.search.traffic import Trace
 from flatout.search.trials import Run, TrialStore
 from flatout.verify.quality import Cluster, Divergence, Encoder, tokens_sha256
 from flatout.verify.speed import SpeedResult
@@ -142,6 +143,7 @@ class Context:
     stages: Stages
     hardware: Hardware
     note: Callable[[str], None]
+    requests: Trace | None = None
 
     def build(self, recipe: Recipe) -> None:
         """Build a recipe on the bench, with the calibration text if its method asks for it."""

@@ -27,6 +27,7 @@ from flatout.search.result import assemble
 from flatout.search.screen import VALIDATION, Screen
 from flatout.search.stages import Listener, Stages
 from flatout.search.texts import read_texts, tokens_of
+from flatout.search.traffic import read_trace
 from flatout.search.trials import Run, TrialStore
 from flatout.verify.certificate import certificate_to_json
 from flatout.verify.examination import FEWEST_SCORED
@@ -64,6 +65,7 @@ def optimize(
     objective: str = "latency",
     workload: Workload | str | None = None,
     text: str | Path | None = None,
+    trace: str | Path | None = None,
     threads: int | None = None,
     fresh: bool = False,
     render: Callable[[Json], str] | None = None,
@@ -75,21 +77,27 @@ def optimize(
 
     max_loss: largest perplexity increase, "1%" or 0.01. recipe: fixes one (search/recipes.py has the grammar)
     instead of searching. workload: what has to be fast, "512+64x8" or a Workload; its default depends on the
-    objective. text: a file to choose and judge by instead of the shipped passages. fresh: ignore results of
+    objective. text: a file to choose and judge by instead of the shipped passages. trace: a CSV file of
+    requests, whose median is the workload unless one is given; the result says which few candidates would
+    serve them best (`traffic`). fresh: ignore results of
     earlier runs. render turns the result into the page that is written beside the model. Returns the JSON
     object of the command contract.
 
     Raises ConfigError for nonsense, ResourceError when memory or disk will not do, EvidenceError for a text
     that decides nothing, and what reading the model raises.
     """
+    requests = None if trace is None else read_trace(Path(trace))
     request = Request(
         model=str(model),
         out=Path(out),
         max_loss=parse_max_loss(max_loss),
-        workload=workload if isinstance(workload, Workload) else parse_workload(workload, objective),
+        workload=workload
+        if isinstance(workload, Workload)
+        else parse_workload(workload, objective, requests),
         recipe=recipe,
         text=None if text is None else Path(text),
         threads=threads,
+        trace=None if trace is None else Path(trace),
     )
     check_output(request.out, Path(request.model))
     stages = Stages(_STAGES, listen)
@@ -112,6 +120,7 @@ def optimize(
         stages=stages,
         hardware=detect(),
         note=tell,
+        requests=requests,
     )
     stages.planned.update(_plan(context, len(chosen)))
     result = _search(context, chosen, render)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flatout.core.types import Workload
 from flatout.errors import ConfigError
+from flatout.search.traffic import Trace
 
 _WORKLOAD = re.compile(r"(?P<prompt>\d{1,7})\+(?P<output>\d{1,7})(x(?P<batch>\d{1,4}))?")
 _DEFAULT_BATCH = {"latency": 1, "throughput": 8, "memory": 1}
@@ -15,7 +16,8 @@ _DEFAULT_BATCH = {"latency": 1, "throughput": 8, "memory": 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One search. max_loss is a fraction: 0.01 allows the perplexity to grow by one per cent."""
+    """One search. max_loss is a fraction: 0.01 allows the perplexity to grow by one per cent. trace: requests
+    that the workload stands for (search/traffic.py)."""
 
     model: str
     out: Path
@@ -24,6 +26,7 @@ class Request:
     recipe: str | None = None
     text: Path | None = None
     threads: int | None = None
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 1024:
@@ -48,9 +51,13 @@ def parse_max_loss(text: str | float) -> float:
     return value
 
 
-def parse_workload(text: str | None, objective: str) -> Workload:
-    """'512+64x8': 512 prompt tokens, 64 generated, 8 sequences at a time. None is the objective's default."""
+def parse_workload(text: str | None, objective: str, trace: Trace | None = None) -> Workload:
+    """'512+64x8': 512 prompt tokens, 64 generated, 8 sequences at a time. None is the median request of the
+    trace, or the objective's default."""
     batch = _DEFAULT_BATCH.get(objective, 1)
+    if text is None and trace is not None:
+        prompt, output = trace.median()
+        return Workload(prompt=prompt, output=output, batch=batch, objective=objective)
     if text is None:
         return Workload(batch=batch, objective=objective)
     match = _WORKLOAD.fullmatch(text.strip())

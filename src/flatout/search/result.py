@@ -23,6 +23,7 @@ from flatout.search.prove import Proof, Race
 from flatout.search.recipes import ORIGINAL, layer_map
 from flatout.search.rows import Row, memory_bytes
 from flatout.search.screen import Screen
+from flatout.search.traffic import Speed, serve
 from flatout.search.units import percent, times
 from flatout.verify.quality import ClusterLoss, perplexities
 
@@ -67,7 +68,9 @@ def assemble(
             "recipe": request.recipe,
             "workload": to_json(request.workload),
             "text": None if request.text is None else str(request.text),
+            "trace": None if request.trace is None else str(request.trace),
         },
+        "traffic": _traffic(context, screen.rows),
         "hardware": to_json(context.hardware),
         "roofs": _roofs(context, proof.row.recipe),
         **columns,
@@ -233,6 +236,31 @@ def _ops(profiles: Mapping[str, Profile], chosen: str) -> dict[str, Json]:
             for side, name in (("before", ORIGINAL.name), ("after", chosen))
         }
         for phase in PHASES
+    }
+
+
+def _traffic(context: Context, rows: Sequence[Row]) -> Json | None:
+    """Which of the candidates that keep the quality serve the trace best, by their measured times. Only the
+    chosen one has a certificate."""
+    if context.requests is None:
+        return None
+    work = context.request.workload
+    speeds = [
+        Speed(
+            name=row.name,
+            prompt_s=row.times["prefill_s"] / (work.batch * work.prompt),
+            output_s=row.times["decode_s"] / work.batch,
+        )
+        for row in rows
+        if row.times is not None and row.status in ("passed", "chosen", "original")
+    ]
+    service = serve(context.requests, speeds)
+    variants = [to_json(variant) | {"high": _finite(variant.high)} for variant in service.variants]
+    return {
+        "requests": len(context.requests.prompt),
+        "seconds": service.seconds,
+        "saving": service.saving,
+        "variants": variants,
     }
 
 
