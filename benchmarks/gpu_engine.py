@@ -196,7 +196,6 @@ def ceilings(device: torch.device) -> dict[str, float]:
         "read": big.nbytes / median_ms(big.sum) * 1e3,
         "copy": 2 * big.nbytes / median_ms(lambda: other.copy_(big)) * 1e3,
     }
-    del big, other
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     found["bf16"] = 2 * 8192**3 / median_ms(lambda: a @ b.T) * 1e3
     a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
@@ -209,8 +208,11 @@ def ceilings(device: torch.device) -> dict[str, float]:
         )
         * 1e3
     )  # fmt: skip
-    print(f"  read {found['read'] / 1e12:.2f} TB/s, copy {found['copy'] / 1e12:.2f} TB/s, "
-          f"bf16 {found['bf16'] / 1e12:.0f} TFLOP/s, fp8 {found['fp8'] / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
+    rates = {name: rate / 1e12 for name, rate in found.items()}
+    print(
+        "  read {read:.2f}, copy {copy:.2f} TB/s; bf16 {bf16:.0f}, fp8 {fp8:.0f} TFLOP/s".format(**rates),
+        flush=True,
+    )
     return found
 
 
@@ -347,7 +349,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         ms = [1e3 * row["seconds"][key] for key in ("median", "p20", "p80")]
         joules = row["joules_per_token"]
         lines.append(
-            f"| {row['kind']} {row['recipe']}, {row['sequences']} x {row['prompt']} | {row['tokens_per_s']:,.0f} "
+            f"| {row['kind']} {row['recipe']}, {row['sequences']} x {row['prompt']} "
+            f"| {row['tokens_per_s']:,.0f} "
             f"| {ms[0]:.3f} ({ms[1]:.3f}, {ms[2]:.3f}) | {row['floor_fraction']:.0%} "
             f"| {'-' if joules is None else f'{joules:.4f}'} |"
         )
