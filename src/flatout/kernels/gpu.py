@@ -34,6 +34,7 @@ PLAIN, RESIDUAL, SILU, GELU = 0, 1, 2, 3
 FEW_ROWS = {"bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
 """Most rows that the matrix-vector kernel takes: with more, the vendor's product is faster (H100)."""
 ARGMAX_BLOCK = 4096
+MOST_SPLITS = 16
 _NO_LAUNCH: dict[str, Any] = {}
 
 
@@ -103,7 +104,7 @@ _carved: set[int] = set()
 def _carve(card: Card, kernel: Any) -> None:
     """Have a compiled kernel ask for the same split of a multiprocessor's memory into cache and shared memory
     as the others. A multiprocessor changes its split only when it is empty, so kernels that differ in it
-    cannot overlap."""
+    cannot overlap. For steps of a few sequences only: with many, attention wants all the shared memory."""
     if not card.pdl or kernel.function in _carved:
         return
     driver = ctypes.CDLL("libcuda.so.1")
@@ -366,7 +367,7 @@ def attention_plan(card: Card, spec: ModelSpec, sequences: int, device: torch.de
     """Splits so that all multiprocessors have work."""
     groups = sequences * spec.num_kv_heads
     wanted = 2 * card.units / groups
-    splits = 16 if wanted > 8 else 4 if wanted > 2 else 1
+    splits = MOST_SPLITS if wanted > 8 else 4 if wanted > 2 else 1
     repeat = spec.num_heads // spec.num_kv_heads
     return AttentionPlan(
         splits,
@@ -435,7 +436,8 @@ def decode_attention(
         num_stages=3,
         **_launch(card),
     )
-    _carve(card, kernel)
+    if plan.splits == MOST_SPLITS:
+        _carve(card, kernel)
 
 
 def rotate_and_store(
