@@ -35,6 +35,8 @@ def kernels(
     packed = ((words.BF16, 0, False), (words.FP8, 0, False), (words.INT8, 64, True), (words.INT4, 128, False))
     for fmt, group, minima in packed:
         scales = {"scales": "*fp16" if group else F32, "minima": F32}
+        if fmt.value in (words.FP8.value, words.INT8.value):
+            scales |= {"x": I64, "gains": I64}
         for rows, norm, epilogue in ((1, True, gemv.PLAIN), (2, False, gemv.RESIDUAL), (1, True, gemv.SILU)):
             constants = {
                 "K": 4096, "M": rows, "TILE": 128, "ROWS": 4, "FORMAT": fmt, "GROUP": group, "MINIMA": minima,
@@ -56,7 +58,7 @@ def kernels(
         more |= {"page_stride": "i32", "scale": "fp32", "window": "i32"}
         compute = tl.float16 if cache == FP8 else tl.bfloat16
         for splits in (1, 16):
-            split = {"ROWS": 16, "JOINED": 4, "BLOCK": 64, "SPLITS": splits, "COMPUTE": compute, "PDL": pdl}
+            split = {"ROWS": 16, "BLOCK": 64, "SPLITS": splits, "COMPUTE": compute, "PDL": pdl}
             yield (
                 f"attention {cache} {splits}",
                 attention.decode_attention,
@@ -68,19 +70,18 @@ def kernels(
         types |= {"qkv": BF16}
         yield f"rotate {cache}", attention.rotate_and_store, types | {"slots": I64}, scaled, 1
     places = {"x": F32, "linear": BF16, "token_scales": F32, "row_scales": F32, "gains": BF16}
-    places |= {"out_scales": F32, "ahead": I32, "ahead_rows": "i32", "tokens": "i32"}
-    ahead = {"ROW_BYTES": 8192, "AHEAD": 256 if pdl else 0, "PDL": pdl}
+    places |= {"out_scales": F32}
     for eight in (False, True) if fp8 else (False,):
         out = {"out": FP8 if eight else BF16}
-        flags = ahead | {"SCALED": eight, "FP8": eight}
+        flags = {"SCALED": eight, "FP8": eight, "PDL": pdl}
         types = places | out | {"D": "i32", "eps": "fp32"}
-        constants = flags | {"ADD": True, "BLOCK": 4096, "THREADS": 256}
+        constants = flags | {"ADD": True, "BLOCK": 4096}
         yield f"add_norm {eight}", elementwise.add_norm, types, constants, 8
-        constants = flags | {"GELU": False, "BLOCK": 16384, "THREADS": 512}
+        constants = flags | {"GELU": False, "BLOCK": 16384}
         yield f"activate {eight}", elementwise.activate, places | out | {"F": "i32"}, constants, 16
     if fp8:
         types = places | {"x": BF16, "out": FP8, "D": "i32"}
-        yield "quantize", elementwise.quantize, types, ahead | {"BLOCK": 4096, "THREADS": 256}, 8
+        yield "quantize", elementwise.quantize, types, {"BLOCK": 4096, "PDL": pdl}, 8
     types = {"tokens": I32, "table": BF16, "x": F32, "x_bf16": BF16, "D": "i32", "factor": "fp32"}
     yield "embed", elementwise.embed, types, {"BLOCK": 1024, "PDL": pdl}, 4
     types = {"logits": F32, "keys": I64, "V": "i32"}

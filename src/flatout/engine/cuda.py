@@ -141,25 +141,21 @@ class CudaRunner:
         added; so is what it returns."""
         card, eps = self.card, self.spec.rms_norm_eps
         qkv = gpu.multiply_many(
-            gpu.add_norm(card, x, pending, layer.input_norm, eps, self.fp8(layer.qkv), layer.qkv), layer.qkv
+            gpu.add_norm(card, x, pending, layer.input_norm, eps, self.fp8(layer.qkv)), layer.qkv
         )
         read = attend(qkv, layer.heads, cache)
-        o = gpu.multiply_many(
-            gpu.quantize(card, read, layer.o) if self.fp8(layer.o) else Activations(read), layer.o
-        )
+        o = gpu.multiply_many(gpu.quantize(card, read) if self.fp8(layer.o) else Activations(read), layer.o)
         gate_up = gpu.multiply_many(
-            gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up), layer.gate_up),
+            gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up)),
             layer.gate_up,
         )
-        activated = gpu.activate(
-            card, gate_up, self.spec.activation == "gelu_tanh", self.fp8(layer.down), layer.down
-        )
+        activated = gpu.activate(card, gate_up, self.spec.activation == "gelu_tanh", self.fp8(layer.down))
         return gpu.multiply_many(activated, layer.down)
 
     def final_norm(self, x: Tensor, pending: Product | None) -> Activations:
         """What the head multiplies, of rows x (rows, D)."""
         weights, eps = self.weights, self.spec.rms_norm_eps
-        return gpu.add_norm(self.card, x, pending, weights.norm, eps, self.fp8(weights.head), weights.head)
+        return gpu.add_norm(self.card, x, pending, weights.norm, eps, self.fp8(weights.head))
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """float32 (T, D) of token ids int32 (T,), and the same in bfloat16."""
@@ -217,8 +213,7 @@ class _Attend:
         ]
         count = int(one.sum())
         if count:
-            splits = gpu.attention_splits(runner.card, spec, count)
-            self._scratch = gpu.attention_scratch(spec, count, splits, device)
+            self._plan = gpu.attention_plan(runner.card, spec, count, device)
 
     def __call__(self, product: Product, heads: gpu.HeadWeights, cache: LayerCache) -> Tensor:
         """bfloat16 (T, H E)."""
@@ -240,23 +235,22 @@ class _Attend:
         runner = self._runner
         gpu.decode_attention(
             runner.card, runner.spec, product, heads, runner.turns, cache,
-            self._one_pages, self._one_positions, self._scratch, out,
+            self._one_pages, self._one_positions, self._plan, out,
         )  # fmt: skip
 
     def _prefill(self, product: Product, heads: gpu.HeadWeights, cache: LayerCache) -> Tensor:
         runner, spec = self._runner, self._runner.spec
         qkv = gpu.rotate_and_store(spec, product, heads, runner.turns, cache, self._slots, self._positions)
-        out = torch.empty(len(qkv), spec.q_size, dtype=torch.bfloat16, device=runner.device)
-        first = 0
+        found, first = [], 0
         for start, length, pages in self._prompts:
             own = slice(first, first + length)
             rows, queries = qkv[own].view(length, -1, spec.head_dim), spec.num_heads
             q, k, v = rows[:, :queries], rows[:, queries : -spec.num_kv_heads], rows[:, -spec.num_kv_heads :]
             if start:
                 k, v = (_gathered(part, pages, start + length) for part in (cache.keys, cache.values))
-            out[own] = gpu.causal_attention(q, k, v, spec.sliding_window)
+            found.append(gpu.causal_attention(q, k, v, spec.sliding_window))
             first += length
-        return out
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _gathered(cache: Tensor, pages: Tensor, tokens: int) -> Tensor:

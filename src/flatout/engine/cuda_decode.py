@@ -63,7 +63,7 @@ class Decoder:
         self._results = torch.empty(2, rows, dtype=torch.int32, pin_memory=self._on_gpu)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
-        self._scratch: dict[int, gpu.AttentionScratch] = {}
+        self._plans: dict[int, gpu.AttentionPlan] = {}
         # What the device's buffers hold, as the host knows it.
         self._host_pages = np.zeros((rows, self._width), dtype=np.int32)
         self._parameters: tuple[np.ndarray, ...] = ()
@@ -172,11 +172,10 @@ class Decoder:
 
     def _run(self, rows: int, hot: bool) -> None:
         """The kernels of a step of `rows` sequences."""
-        runner, spec = self._runner, self._runner.spec
+        runner = self._runner
         tokens, positions, keys = self._tokens[:rows], self._positions[:rows], self._keys[:rows]
-        if rows not in self._scratch:
-            splits = gpu.attention_splits(runner.card, spec, rows)
-            self._scratch[rows] = gpu.attention_scratch(spec, rows, splits, runner.device)
+        if rows not in self._plans:
+            self._plans[rows] = gpu.attention_plan(runner.card, runner.spec, rows, runner.device)
         logits = self._few(rows) if runner.few(rows) else self._many(rows)
         gpu.argmax_keys(runner.card, logits, keys)
         drawn = None
@@ -192,7 +191,7 @@ class Decoder:
         runner, out = self._runner, self._attended[:rows]
         gpu.decode_attention(
             runner.card, runner.spec, product, heads, runner.turns, cache,
-            self._pages, self._positions, self._scratch[rows], out,
+            self._pages, self._positions, self._plans[rows], out,
         )  # fmt: skip
         return out
 

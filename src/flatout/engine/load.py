@@ -99,8 +99,12 @@ def _load_cuda(
     draft: str | Path | None,
 ) -> Engine:
     """An Engine on the GPU, which guesses nothing unless asked to look up."""
-    from flatout.engine.cuda import open_device, open_runner
-
+    try:
+        from flatout.engine.cuda import open_device, open_runner
+    except ImportError as error:
+        raise BackendError(
+            "the cuda runner needs a GPU and Triton 3.6 or newer", str(error), "pip install 'triton>=3.6'"
+        ) from error
     if draft is not None:
         raise ConfigError("the cuda runner decodes without a draft model", str(draft), "speculate='ngram'")
     open_device()  # the reason why not, before anything is read

@@ -9,6 +9,7 @@ Legend: M rows of x, N outputs, K inputs, T tokens.
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from flatout.core.spec import ModelSpec
+from flatout.errors import BackendError
 from flatout.kernels.packed import PAIRS, PackedWeight
 from flatout.kernels.triton import attention, elementwise, gemv, sample
 
@@ -32,6 +34,7 @@ PLAIN, RESIDUAL, SILU, GELU = 0, 1, 2, 3
 FEW_ROWS = {"bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
 """Most rows that the matrix-vector kernel takes: with more, the vendor's product is faster (H100)."""
 ARGMAX_BLOCK = 4096
+MOST_SPLITS = 16
 _NO_LAUNCH: dict[str, Any] = {}
 
 
@@ -73,10 +76,13 @@ def _routes() -> dict[str, dict[str, list[int]]]:
     return table
 
 
+Route = tuple[int, int, int, int]
+"""Chunks of a tile, rows of a block, warps, and programs a multiprocessor, or 0 for one a block."""
+
+
 @cache
-def gemv_route(name: str, fmt: str, n: int, k: int, m: int) -> tuple[int, int, int, int]:
-    """(chunks of a tile, rows of a block, warps, programs a multiprocessor or 0 for one a block) for an
-    (n, k) weight on the card called `name`."""
+def gemv_route(name: str, fmt: str, n: int, k: int, m: int) -> Route:
+    """How the matrix-vector kernel is launched for an (n, k) weight on the card called `name`."""
     measured = _routes().get(name, {}).get(f"{fmt} {n}x{k} {m}")
     if measured is not None:
         return measured[0], measured[1], measured[2], measured[3]
@@ -90,9 +96,29 @@ def _launch(card: Card) -> dict[str, Any]:
     return {"launch_pdl": True} if card.pdl else _NO_LAUNCH
 
 
-def words(x: Tensor) -> Tensor:
-    """bfloat16 seen as pairs."""
-    return x.view(torch.int32)
+_SHARED_MEMORY_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+_SHARED_PERCENT = 50
+_carved: set[int] = set()
+
+
+def _carve(card: Card, kernel: Any) -> None:
+    """Have a compiled kernel ask for the same split of a multiprocessor's memory into cache and shared memory
+    as the others. A multiprocessor changes its split only when it is empty, so kernels that differ in it
+    cannot overlap. For steps of a few sequences only: with many, attention wants all the shared memory."""
+    if not card.pdl or kernel.function in _carved:
+        return
+    driver = ctypes.CDLL("libcuda.so.1")
+    code = driver.cuFuncSetAttribute(
+        ctypes.c_void_p(kernel.function), ctypes.c_int(_SHARED_MEMORY_CARVEOUT), ctypes.c_int(_SHARED_PERCENT)
+    )
+    if code != 0:
+        raise BackendError("the driver must take a kernel's settings", f"CUDA error {code}", "a newer driver")
+    _carved.add(kernel.function)
+
+
+def words(x: Tensor, weight: PackedWeight) -> Tensor:
+    """bfloat16 as the kernel reads it beside that weight."""
+    return x.view(torch.int64 if PAIRS[weight.format] == 2 else torch.int32)
 
 
 def multiply_few(
@@ -106,15 +132,16 @@ def multiply_few(
     residual: Tensor | None = None,
     out_bf16: Tensor | None = None,
     epilogue: int = PLAIN,
+    route: Route | None = None,
 ) -> None:
     """out = epilogue(norm(x) W^T) for a few rows x bfloat16 (M, K); `triton/gemv.py` says what the arguments
-    mean. With a residual, out (M, N) float32 and out_bf16 both get the sum."""
+    mean. With a residual, out (M, N) float32 and out_bf16 both get the sum. `route` replaces the table's."""
     m = x.shape[0]
-    tile, rows, warps, programs = gemv_route(card.name, weight.format, weight.n, weight.k, m)
+    tile, rows, warps, programs = route or gemv_route(card.name, weight.format, weight.n, weight.k, m)
     blocks = triton.cdiv(weight.n, rows)
-    gemv.gemv[(min(blocks, programs * card.units) if programs else blocks,)](
-        words(x),
-        None if gains is None else words(gains),
+    kernel = gemv.gemv[(min(blocks, programs * card.units) if programs else blocks,)](
+        words(x, weight),
+        None if gains is None else words(gains, weight),
         weight.words,
         weight.scales,
         weight.minima,
@@ -137,6 +164,7 @@ def multiply_few(
         num_warps=warps,
         **_launch(card),
     )
+    _carve(card, kernel)
 
 
 def unpacked(weight: PackedWeight) -> Tensor:
@@ -221,31 +249,6 @@ def embed(card: Card, tokens: Tensor, table: Tensor, factor: float, x: Tensor, x
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ahead:
-    """How a small kernel brings the next weight nearer: arguments and programs."""
-
-    words: Tensor | None = None
-    rows: int = 0
-    programs: int = 0
-    row_bytes: int = 0
-    bytes: int = 0
-
-
-AHEAD_BYTES = 8 << 20
-"""About what memory gives while a small kernel runs, 3 microseconds."""
-AHEAD_TOKENS = 128
-"""Steps of more tokens are bound by arithmetic, and their small kernels by memory."""
-
-
-def _ahead(card: Card, weight: PackedWeight | None, tokens: int, warps: int) -> _Ahead:
-    if weight is None or not card.pdl or tokens > AHEAD_TOKENS:
-        return _Ahead()
-    row_bytes = 4 * weight.words.shape[1]
-    wanted = min(row_bytes, max(128, AHEAD_BYTES // weight.n // 128 * 128))
-    return _Ahead(weight.words, weight.n, triton.cdiv(weight.n, 32 * warps), row_bytes, wanted)
-
-
 def add_norm(
     card: Card,
     x: Tensor,
@@ -253,14 +256,11 @@ def add_norm(
     gains: Tensor,
     eps: float,
     fp8: bool,
-    following: PackedWeight | None = None,
 ) -> Activations:
-    """x += product; then x / rms(x) * gains, in e4m3 if asked for. `following` is the weight that comes
-    next."""
+    """x += product; then x / rms(x) * gains, in e4m3 if asked for."""
     tokens, size = x.shape
     out, scales = _outputs(x, tokens, size, fp8)
-    ahead = _ahead(card, following, tokens, _warps(size))
-    elementwise.add_norm[(tokens + ahead.programs,)](
+    elementwise.add_norm[(tokens,)](
         x,
         None if product is None else product.values,
         None if product is None else product.token_scales,
@@ -268,18 +268,12 @@ def add_norm(
         gains,
         out,
         scales,
-        ahead.words,
-        ahead.rows,
-        tokens,
         size,
         eps,
         ADD=product is not None,
         SCALED=product is not None and product.token_scales is not None,
         FP8=fp8,
         BLOCK=triton.next_power_of_2(size),
-        ROW_BYTES=ahead.row_bytes,
-        AHEAD=ahead.bytes,
-        THREADS=32 * _warps(size),
         PDL=card.pdl,
         num_warps=_warps(size),
         **_launch(card),
@@ -287,32 +281,23 @@ def add_norm(
     return Activations(out, scales)
 
 
-def activate(
-    card: Card, product: Product, gelu: bool, fp8: bool, following: PackedWeight | None = None
-) -> Activations:
+def activate(card: Card, product: Product, gelu: bool, fp8: bool) -> Activations:
     """silu(gate) * up of a product whose columns are gate and up in turn."""
     tokens, size = product.values.shape[0], product.values.shape[1] // 2
     out, scales = _outputs(product.values, tokens, size, fp8)
     block = triton.next_power_of_2(size) if fp8 else 2048
     warps = _warps(2 * block)
-    ahead = _ahead(card, following, tokens, warps)
-    elementwise.activate[(tokens + ahead.programs, triton.cdiv(size, block))](
+    elementwise.activate[(tokens, triton.cdiv(size, block))](
         product.values,
         product.token_scales,
         product.row_scales,
         out,
         scales,
-        ahead.words,
-        ahead.rows,
-        tokens,
         size,
         GELU=gelu,
         SCALED=product.token_scales is not None,
         FP8=fp8,
         BLOCK=block,
-        ROW_BYTES=ahead.row_bytes,
-        AHEAD=ahead.bytes,
-        THREADS=32 * warps,
         PDL=card.pdl,
         num_warps=warps,
         **_launch(card),
@@ -320,23 +305,16 @@ def activate(
     return Activations(out, scales)
 
 
-def quantize(card: Card, x: Tensor, following: PackedWeight | None = None) -> Activations:
+def quantize(card: Card, x: Tensor) -> Activations:
     """x bfloat16 (T, K) in e4m3."""
     tokens, size = x.shape
     out, scales = _outputs(x, tokens, size, True)
-    ahead = _ahead(card, following, tokens, _warps(size))
-    elementwise.quantize[(tokens + ahead.programs,)](
+    elementwise.quantize[(tokens,)](
         x,
         out,
         scales,
-        ahead.words,
-        ahead.rows,
-        tokens,
         size,
         BLOCK=triton.next_power_of_2(size),
-        ROW_BYTES=ahead.row_bytes,
-        AHEAD=ahead.bytes,
-        THREADS=32 * _warps(size),
         PDL=card.pdl,
         num_warps=_warps(size),
         **_launch(card),
@@ -376,8 +354,8 @@ Attend = Callable[[Product, HeadWeights, LayerCache], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AttentionScratch:
-    """Room for `splits` parts of each sequence; counters are zero between launches."""
+class AttentionPlan:
+    """How attention of a batch is cut up, and room for its parts; counters are zero between launches."""
 
     splits: int
     parts: Tensor
@@ -385,16 +363,13 @@ class AttentionScratch:
     counters: Tensor
 
 
-def attention_splits(card: Card, spec: ModelSpec, sequences: int) -> int:
-    """Into how many parts a sequence is cut so that all multiprocessors have work."""
-    wanted = 2 * card.units / (sequences * spec.num_kv_heads)
-    return 16 if wanted > 8 else 4 if wanted > 2 else 1
-
-
-def attention_scratch(spec: ModelSpec, sequences: int, splits: int, device: torch.device) -> AttentionScratch:
-    repeat = spec.num_heads // spec.num_kv_heads
+def attention_plan(card: Card, spec: ModelSpec, sequences: int, device: torch.device) -> AttentionPlan:
+    """Splits so that all multiprocessors have work."""
     groups = sequences * spec.num_kv_heads
-    return AttentionScratch(
+    wanted = 2 * card.units / groups
+    splits = MOST_SPLITS if wanted > 8 else 4 if wanted > 2 else 1
+    repeat = spec.num_heads // spec.num_kv_heads
+    return AttentionPlan(
         splits,
         torch.empty(groups * splits * repeat * spec.head_dim, device=device),
         torch.empty(groups * splits * 2 * repeat, device=device),
@@ -418,14 +393,14 @@ def decode_attention(
     cache: LayerCache,
     pages: Tensor,
     positions: Tensor,
-    scratch: AttentionScratch,
+    plan: AttentionPlan,
     out: Tensor,
 ) -> None:
     """out bfloat16 (S, H E) of one new token a sequence; writes its key and value. Rows with position -1 are
     left alone."""
     sequences, page = product.values.shape[0], cache.keys.shape[2]
     repeat = spec.num_heads // spec.num_kv_heads
-    attention.decode_attention[(scratch.splits, spec.num_kv_heads, sequences)](
+    kernel = attention.decode_attention[(plan.splits, spec.num_kv_heads, sequences)](
         product.values,
         product.token_scales,
         product.row_scales,
@@ -438,9 +413,9 @@ def decode_attention(
         pages,
         positions,
         out,
-        scratch.parts,
-        scratch.peaks,
-        scratch.counters,
+        plan.parts,
+        plan.peaks,
+        plan.counters,
         pages.stride(0),
         spec.head_dim**-0.5,
         spec.rms_norm_eps,
@@ -448,11 +423,10 @@ def decode_attention(
         G=spec.num_kv_heads,
         R=repeat,
         ROWS=max(16, triton.next_power_of_2(repeat)),
-        JOINED=triton.next_power_of_2(repeat),
         E=spec.head_dim,
         PAGE=page,
         BLOCK=min(page, 64),
-        SPLITS=scratch.splits,
+        SPLITS=plan.splits,
         COMPUTE=_compute(cache.keys),
         SCALED=product.token_scales is not None,
         BIAS=heads.bias is not None,
@@ -462,6 +436,8 @@ def decode_attention(
         num_stages=3,
         **_launch(card),
     )
+    if plan.splits == MOST_SPLITS:
+        _carve(card, kernel)
 
 
 def rotate_and_store(

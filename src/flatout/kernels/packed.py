@@ -55,17 +55,13 @@ def pack_fp8(weight: Tensor) -> PackedWeight:
 
 
 def pack_8bit(codes: Tensor) -> Tensor:
-    """Bytes (N, K) -> int32 words (N, K / 4)."""
-    n, k = codes.shape
-    in_order = codes.reshape(n, k // 16, 2, 4, 2).transpose(2, 3)
-    return in_order.reshape(n, k).view(torch.int32)
+    """Bytes (N, K) -> int32 words (N, K / 4), in order."""
+    return codes.contiguous().view(torch.int32)
 
 
 def unpack_8bit(words: Tensor) -> Tensor:
     """The inverse of `pack_8bit`: uint8 (N, K)."""
-    n = words.shape[0]
-    codes = words.contiguous().view(torch.uint8).reshape(n, -1, 4, 2, 2)
-    return codes.transpose(2, 3).reshape(n, -1)
+    return words.view(torch.uint8)
 
 
 def pack_4bit(codes: Tensor) -> Tensor:

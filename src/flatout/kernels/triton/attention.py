@@ -17,6 +17,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _turns(cos, sin, position, E: tl.constexpr):
+    """cos and sin (E,) of a position, the first half of the sines negative."""
+    columns = tl.arange(0, E)
+    at = position.to(tl.int64) * (E // 2) + columns % (E // 2)
+    return tl.load(cos + at), tl.where(columns < E // 2, -1.0, 1.0) * tl.load(sin + at)
+
+
+@triton.jit
 def _heads(
     qkv,
     token,
@@ -36,8 +44,8 @@ def _heads(
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """float32 (rows, E): some heads of a token after bias, norm and RoPE. cos and sin: (E / 2,) of its
-    position. Pairs e with e + E / 2, which is read again as the partner. Rows outside are read as head 0."""
+    """float32 (rows, E): some heads of a token after bias, norm and RoPE. cos and sin: (E,), of its position
+    as `_turns` gives them. Pairs e with e + E / 2, which is read again. Rows outside are read as head 0."""
     columns = tl.arange(0, E)
     own = tl.where(heads < HEADS, heads, 0)[:, None] * E + columns[None, :]
     other = tl.where(heads < HEADS, heads, 0)[:, None] * E + (columns ^ (E // 2))[None, :]
@@ -59,9 +67,7 @@ def _heads(
             y += tl.load(bias + other)
         if NORM:
             y *= rms[:, None] * tl.load(gains + (columns ^ (E // 2))).to(tl.float32)[None, :]
-        angle = columns % (E // 2)
-        turn = tl.where(columns < E // 2, -1.0, 1.0) * tl.load(sin + angle)
-        x = x * tl.load(cos + angle)[None, :] + y * turn[None, :]
+        x = x * cos[None, :] + y * sin[None, :]
     return x
 
 
@@ -113,7 +119,6 @@ def decode_attention(
     G: tl.constexpr,
     R: tl.constexpr,
     ROWS: tl.constexpr,  # R padded to what the tensor cores take
-    JOINED: tl.constexpr,  # R padded to a power of two
     E: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens read at a time, at most PAGE
@@ -129,37 +134,22 @@ def decode_attention(
     and value, which it attends to from registers."""
     if PDL:
         gdc_launch_dependents()
+        gdc_wait()
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + sequence)
+    if position < 0:
+        return
     WIDTH: tl.constexpr = (G * R + 2 * G) * E
     HEADS: tl.constexpr = G * R + 2 * G
     FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, E)
     tokens = tl.arange(0, BLOCK)
+    turn_cos, turn_sin = _turns(cos, sin, position, E)
     table = pages + sequence.to(tl.int64) * page_stride
-    begin = tl.maximum(position + 1 - window, 0)
-    first = begin // BLOCK
-    blocks = tl.maximum((position + BLOCK - 1) // BLOCK - first, 0)
-    share = (blocks + SPLITS - 1) // SPLITS
-    start = first + split * share
-    stop = tl.minimum(start + share, first + blocks)
-    # Earlier tokens' keys and values, and where they are, do not come from the kernel before this one: the
-    # first of them are on their way before the queries are there.
-    page = tl.load(table + start * BLOCK // PAGE, mask=start < stop, other=0).to(tl.int64)
-    at = ((page * G + head) * PAGE + start * BLOCK % PAGE + tokens[:, None]) * E + columns[None, :]
-    there = (start < stop) & (columns >= 0)[None, :]
-    k = tl.load(keys + at, mask=there, other=0.0)
-    v = tl.load(values + at, mask=there, other=0.0)
-    if PDL:
-        gdc_wait()
-    if position < 0:
-        return
-
-    turn = position.to(tl.int64) * (E // 2)
     q = _heads(
         qkv, sequence, tl.where(rows < R, head * R + rows, HEADS), token_scales, row_scales, bias, q_gains,
-        cos + turn, sin + turn, eps, WIDTH, E, HEADS, SCALED, BIAS, NORM, True,
+        turn_cos, turn_sin, eps, WIDTH, E, HEADS, SCALED, BIAS, NORM, True,
     )  # fmt: skip
     q = q * (scale * LOG2E)
     peak = tl.full((ROWS,), -1e30, tl.float32)
@@ -169,11 +159,11 @@ def decode_attention(
         one = tl.zeros((1,), tl.int32)
         new_k = _heads(
             qkv, sequence, G * R + head + one, token_scales, row_scales, bias, k_gains,
-            cos + turn, sin + turn, eps, WIDTH, E, HEADS, SCALED, BIAS, NORM, True,
+            turn_cos, turn_sin, eps, WIDTH, E, HEADS, SCALED, BIAS, NORM, True,
         )  # fmt: skip
         new_v = _heads(
             qkv, sequence, G * R + G + head + one, token_scales, row_scales, bias, k_gains,
-            cos + turn, sin + turn, eps, WIDTH, E, HEADS, SCALED, BIAS, False, False,
+            turn_cos, turn_sin, eps, WIDTH, E, HEADS, SCALED, BIAS, False, False,
         )  # fmt: skip
         new_k, new_v = _stored(new_k, FP8), _stored(new_v, FP8)
         new_page = tl.load(table + position // PAGE).to(tl.int64)
@@ -185,52 +175,51 @@ def decode_attention(
         acc += new_v.to(tl.float32)
 
     q = q.to(COMPUTE)
-    if start < stop:
-        peak, weight, acc = _block(
-            q, k, v, start * BLOCK + tokens, begin, position, peak, weight, acc, COMPUTE
-        )
-    for block in tl.range(start + 1, stop):
+    begin = tl.maximum(position + 1 - window, 0)
+    first = begin // BLOCK
+    blocks = tl.cdiv(position, BLOCK) - first
+    share = tl.cdiv(blocks, SPLITS)
+    start = first + split * share
+    for block in tl.range(start, tl.minimum(start + share, first + blocks)):
         page = tl.load(table + block * BLOCK // PAGE).to(tl.int64)
         at = ((page * G + head) * PAGE + block * BLOCK % PAGE + tokens[:, None]) * E + columns[None, :]
-        k = tl.load(keys + at)
-        v = tl.load(values + at)
+        k, v = tl.load(keys + at), tl.load(values + at)
         peak, weight, acc = _block(
             q, k, v, block * BLOCK + tokens, begin, position, peak, weight, acc, COMPUTE
         )
 
-    place = sequence.to(tl.int64) * (G * R) + head * R
+    inside = rows < R
+    place = (sequence.to(tl.int64) * (G * R) + head * R + rows)[:, None] * E + columns[None, :]
     if SPLITS == 1:
-        result = acc / weight[:, None]
-        tl.store(
-            out + (place + rows)[:, None] * E + columns[None, :],
-            result.to(tl.bfloat16),
-            mask=(rows < R)[:, None],
-        )
+        tl.store(out + place, (acc / weight[:, None]).to(tl.bfloat16), mask=inside[:, None])
     else:
-        inside = rows < R
         group = sequence.to(tl.int64) * G + head
         part = (group * SPLITS + split) * R + rows
+        peak_at = (group * SPLITS + split) * 2 * R + rows
         tl.store(parts + part[:, None] * E + columns[None, :], acc, mask=inside[:, None])
-        tl.store(peaks + (group * SPLITS + split) * 2 * R + rows, peak, mask=inside)
-        tl.store(peaks + (group * SPLITS + split) * 2 * R + R + rows, weight, mask=inside)
+        tl.store(peaks + peak_at, peak, mask=inside)
+        tl.store(peaks + peak_at + R, weight, mask=inside)
         tl.debug_barrier()
+        # What others wrote is read past the first-level cache below.
         done = tl.atomic_add(counters + group, 1, sem="acq_rel")
         if done == SPLITS - 1:
             tl.store(counters + group, 0)
-            splits = tl.arange(0, SPLITS)
-            few = tl.arange(0, JOINED)
-            peak_at = (group * SPLITS + splits)[:, None] * 2 * R + few[None, :]
-            valid = (few < R)[None, :] & (splits >= 0)[:, None]
-            its_peak = tl.load(peaks + peak_at, mask=valid, other=-1e30, cache_modifier=".cg")
-            its_weight = tl.load(peaks + peak_at + R, mask=valid, other=0.0, cache_modifier=".cg")
-            part_at = ((group * SPLITS + splits)[:, None, None] * R + few[None, :, None]) * E + columns[
-                None, None, :
-            ]
-            its_acc = tl.load(parts + part_at, mask=valid[:, :, None], other=0.0, cache_modifier=".cg")
-            factor = tl.exp2(its_peak - tl.max(its_peak, 0)[None, :])
-            total = tl.sum(its_acc * factor[:, :, None], 0) / tl.sum(its_weight * factor, 0)[:, None]
-            out_at = (place + few)[:, None] * E + columns[None, :]
-            tl.store(out + out_at, total.to(tl.bfloat16), mask=(few < R)[:, None])
+            joined_peak = tl.full((ROWS,), -1e30, tl.float32)
+            joined_weight = tl.zeros((ROWS,), tl.float32)
+            joined = tl.zeros((ROWS, E), tl.float32)
+            for i in tl.static_range(SPLITS):
+                its_at = (group * SPLITS + i) * 2 * R + rows
+                its_peak = tl.load(peaks + its_at, mask=inside, other=-1e30, cache_modifier=".cg")
+                its_weight = tl.load(peaks + its_at + R, mask=inside, other=0.0, cache_modifier=".cg")
+                its_part = ((group * SPLITS + i) * R + rows)[:, None] * E + columns[None, :]
+                its_acc = tl.load(parts + its_part, mask=inside[:, None], other=0.0, cache_modifier=".cg")
+                higher = tl.maximum(joined_peak, its_peak)
+                old, new = tl.exp2(joined_peak - higher), tl.exp2(its_peak - higher)
+                joined_weight = joined_weight * old + its_weight * new
+                joined = joined * old[:, None] + its_acc * new[:, None]
+                joined_peak = higher
+            joined = joined / joined_weight[:, None]
+            tl.store(out + place, joined.to(tl.bfloat16), mask=inside[:, None])
 
 
 @triton.jit
@@ -263,21 +252,21 @@ def rotate_and_store(
     HEADS: tl.constexpr = G * R + 2 * G
     columns = tl.arange(0, E)
     position = tl.load(positions + token)
-    turn = position.to(tl.int64) * (E // 2)
+    turn_cos, turn_sin = _turns(cos, sin, position, E)
     one = tl.zeros((1,), tl.int32)
     base = token.to(tl.int64) * (HEADS * E)
     for r in tl.static_range(R):
         q = _heads(
-            qkv, token, head * R + r + one, token_scales, row_scales, bias, q_gains, cos + turn, sin + turn,
+            qkv, token, head * R + r + one, token_scales, row_scales, bias, q_gains, turn_cos, turn_sin,
             eps, HEADS * E, E, HEADS, SCALED, BIAS, NORM, True,
         )  # fmt: skip
         tl.store(out + base + (head * R + r) * E + columns[None, :], q.to(tl.bfloat16))
     k = _heads(
-        qkv, token, G * R + head + one, token_scales, row_scales, bias, k_gains, cos + turn, sin + turn,
+        qkv, token, G * R + head + one, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin,
         eps, HEADS * E, E, HEADS, SCALED, BIAS, NORM, True,
     )  # fmt: skip
     v = _heads(
-        qkv, token, G * R + G + head + one, token_scales, row_scales, bias, k_gains, cos + turn, sin + turn,
+        qkv, token, G * R + G + head + one, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin,
         eps, HEADS * E, E, HEADS, SCALED, BIAS, False, False,
     )  # fmt: skip
     FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv

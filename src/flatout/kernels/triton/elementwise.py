@@ -2,10 +2,7 @@
 
 Inputs named `linear` are what a linear left, bfloat16 (T, N); where it multiplied in fp8, SCALED, its numbers
 still lack the scales of its activations, `token_scales` (T,), and of its weight's rows, `row_scales` (N,).
-Outputs go on in bfloat16 or, with FP8, in e4m3 with a scale a token, their columns in the order of packed
-8-bit weights (`words.py`), since the next linear multiplies them by such.
-
-With AHEAD, programs beyond the `tokens` first have the next weight, `ahead`, brought nearer: `fetch_ahead`.
+Outputs go on in bfloat16 or, with FP8, in e4m3 with a scale a token.
 
 Legend: T tokens, D hidden size, F intermediate size, V vocabulary.
 """
@@ -20,35 +17,12 @@ FP8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
-def column(position):
-    """The column that packed 8-bit weights hold at `position` of a row."""
-    return (position & -16) | ((position & 2) << 2) | ((position & 12) >> 1) | (position & 1)
-
-
-@triton.jit
-def fetch_ahead(weight, program, N, ROW_BYTES: tl.constexpr, BYTES: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for the first BYTES of THREADS rows of a weight to be brought into the second-level cache, where
-    the product that comes next finds them: memory has nothing else to do meanwhile. Of every row, because
-    that is where the product's programs all begin."""
-    rows = program * THREADS + tl.arange(0, THREADS)
-    rows = tl.where(rows < N, rows, N - 1).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [weight.to(tl.int64) + rows * ROW_BYTES, BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _emit(out, out_scales, token, values, places, inside, D, FP8: tl.constexpr):
-    """Store a token's values, given in the order that `places` counts."""
+    """Store a token's values."""
     if FP8:
-        scale = tl.maximum(tl.max(tl.abs(values), 0), 1e-12) / FP8_MAX
-        tl.store(out_scales + token, scale)
-        values = tl.clamp(values / scale, -FP8_MAX, FP8_MAX)
+        most = tl.maximum(tl.max(tl.abs(values), 0), 1e-12)
+        tl.store(out_scales + token, most / FP8_MAX)
+        values = tl.clamp(values * (FP8_MAX / most), -FP8_MAX, FP8_MAX)
     tl.store(out + token.to(tl.int64) * D + places, values.to(out.dtype.element_ty), mask=inside)
 
 
@@ -66,7 +40,7 @@ def embed(tokens, table, x, x_bf16, D, factor, BLOCK: tl.constexpr, PDL: tl.cons
     tl.store(x_bf16 + token.to(tl.int64) * D + places, values.to(tl.bfloat16), mask=places < D)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def add_norm(
     x,  # float32 (T, D): the residual stream, overwritten if ADD
     linear,  # bfloat16 (T, D), if ADD
@@ -75,81 +49,57 @@ def add_norm(
     gains,  # bfloat16 (D,)
     out,  # bfloat16 or e4m3 (T, D)
     out_scales,  # float32 (T,), if FP8
-    ahead,
-    ahead_rows,
-    tokens,
     D,
     eps,
     ADD: tl.constexpr,
     SCALED: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x += linear; out = x / rms(x) * gains."""
     if PDL:
         gdc_launch_dependents()
-    token = tl.program_id(0)
-    if AHEAD:
-        if token >= tokens:
-            fetch_ahead(ahead, token - tokens, ahead_rows, ROW_BYTES, AHEAD, THREADS)
-            return
-    if PDL:
         gdc_wait()
+    token = tl.program_id(0)
     row = token.to(tl.int64) * D
     places = tl.arange(0, BLOCK)
     inside = places < D
-    columns = column(places) if FP8 else places
-    values = tl.load(x + row + columns, mask=inside, other=0.0)
+    values = tl.load(x + row + places, mask=inside, other=0.0)
     if ADD:
-        more = tl.load(linear + row + columns, mask=inside, other=0.0).to(tl.float32)
+        more = tl.load(linear + row + places, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
-            more *= tl.load(token_scales + token) * tl.load(row_scales + columns, mask=inside, other=0.0)
+            more *= tl.load(token_scales + token) * tl.load(row_scales + places, mask=inside, other=0.0)
         values += more
-        tl.store(x + row + columns, values, mask=inside)
+        tl.store(x + row + places, values, mask=inside)
     rms = tl.rsqrt(tl.sum(values * values, 0) / D + eps)
-    values = values * rms * tl.load(gains + columns, mask=inside, other=0.0).to(tl.float32)
+    values = values * rms * tl.load(gains + places, mask=inside, other=0.0).to(tl.float32)
     _emit(out, out_scales, token, values, places, inside, D, FP8)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def activate(
     linear,  # bfloat16 (T, 2 F): gate and up in turn
     token_scales,
     row_scales,
     out,  # bfloat16 or e4m3 (T, F)
     out_scales,
-    ahead,
-    ahead_rows,
-    tokens,
     F,
     GELU: tl.constexpr,
     SCALED: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out = silu(gate) * up, or with GELU gelu_tanh(gate) * up."""
     if PDL:
         gdc_launch_dependents()
-    token = tl.program_id(0)
-    if AHEAD:
-        if token >= tokens:
-            fetch_ahead(ahead, token - tokens, ahead_rows, ROW_BYTES, AHEAD, THREADS)
-            return
-    if PDL:
         gdc_wait()
+    token = tl.program_id(0)
     row = token.to(tl.int64) * (2 * F)
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = places < F
-    columns = column(places) if FP8 else places
-    both = 2 * columns[:, None] + tl.arange(0, 2)[None, :]
+    both = 2 * places[:, None] + tl.arange(0, 2)[None, :]
     values = tl.load(linear + row + both, mask=inside[:, None], other=0.0).to(tl.float32)
     if SCALED:
         values *= tl.load(token_scales + token) * tl.load(row_scales + both, mask=inside[:, None], other=0.0)
@@ -162,32 +112,21 @@ def activate(
     _emit(out, out_scales, token, values, places, inside, F, FP8)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def quantize(
     x,
     out,
     out_scales,
-    ahead,
-    ahead_rows,
-    tokens,
     D,
     BLOCK: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x bfloat16 (T, D) as e4m3 with a scale a token."""
     if PDL:
         gdc_launch_dependents()
-    token = tl.program_id(0)
-    if AHEAD:
-        if token >= tokens:
-            fetch_ahead(ahead, token - tokens, ahead_rows, ROW_BYTES, AHEAD, THREADS)
-            return
-    if PDL:
         gdc_wait()
+    token = tl.program_id(0)
     places = tl.arange(0, BLOCK)
     inside = places < D
-    values = tl.load(x + token.to(tl.int64) * D + column(places), mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + token.to(tl.int64) * D + places, mask=inside, other=0.0).to(tl.float32)
     _emit(out, out_scales, token, values, places, inside, D, True)

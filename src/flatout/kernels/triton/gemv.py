@@ -41,10 +41,18 @@ def _load_weights(w, rows, t, N, K_CHUNKS: tl.constexpr, EVEN: tl.constexpr):
 def _load_pairs(x, tokens, t, j, P: tl.constexpr, K_CHUNKS: tl.constexpr, EVEN: tl.constexpr):
     """int32 (TILE, tokens, 4): the pairs of bfloat16 that meet pair j of each word of chunks t."""
     words = tl.arange(0, 4)[None, None, :]
-    offsets = tokens[None, :, None] * (4 * P * K_CHUNKS) + (4 * P) * t[:, None, None] + 4 * j + words
+    if P == 2:  # x is read two pairs at a time
+        offsets = tokens[None, :, None] * (4 * K_CHUNKS) + 4 * t[:, None, None] + words
+    else:
+        offsets = tokens[None, :, None] * (4 * P * K_CHUNKS) + (4 * P) * t[:, None, None] + 4 * j + words
     if EVEN:
-        return tl.load(x + offsets)
-    return tl.load(x + offsets, mask=(t < K_CHUNKS)[:, None, None] & (words < 4), other=0)
+        found = tl.load(x + offsets)
+    else:
+        found = tl.load(x + offsets, mask=(t < K_CHUNKS)[:, None, None] & (words < 4), other=0)
+    if P == 2:
+        return (found >> (32 * j)).to(tl.int32)
+    else:
+        return found
 
 
 @triton.jit
@@ -99,8 +107,8 @@ def _sums(firsts, seconds, P: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def gemv(
-    x,  # int32 view of bfloat16 (M, K), in the order of columns
-    gains,  # int32 view of bfloat16 (K,), if NORM
+    x,  # bfloat16 (M, K) seen as int32, for 8-bit weights as int64
+    gains,  # bfloat16 (K,) in the same way, if NORM
     w,  # int32 (N, K / (2 P))
     scales,  # float (N,) or (N, K / GROUP)
     minima,  # like scales, if MINIMA
@@ -242,4 +250,5 @@ def unpack(
             x = value(packed, 2 * j + e, FORMAT) * scale
             if MINIMA:
                 x += least
-            tl.store(out + row * K + 8 * P * chunk + 8 * j + 2 * c + e, x.to(tl.bfloat16), mask=inside)
+            place = 4 * words + 2 * j + e if P == 2 else 32 * chunk + 8 * j + 2 * c + e
+            tl.store(out + row * K + place, x.to(tl.bfloat16), mask=inside)

@@ -1,9 +1,9 @@
 """How packed weights are unpacked in registers: 16-byte chunks of four 32-bit words.
 
-A word holds P pairs of weights: P = 1 for bf16, 2 for 8 bits, 4 for 4 bits. Chunk t of a row holds columns
-8 P t to 8 P t + 8 P - 1; the pair j of its word c holds columns 8 P t + 8 j + 2 c and the next. So the
-activations that meet pair j of the four words of a chunk lie in 16 consecutive bytes, and both sides are
-read in the widest accesses there are. `kernels/packed.py` packs.
+A word holds P pairs of weights: P = 1 for bf16, 2 for 8 bits, 4 for 4 bits; chunk t of a row holds columns
+8 P t to 8 P t + 8 P - 1. Weights of 16 and 8 bits lie in the order of their columns, as the vendor's products
+want them. Of 4 bits, pair j of word c of a chunk holds columns 32 t + 8 j + 2 c and the next, so that the
+activations that meet pair j of the four words lie in 16 consecutive bytes. `kernels/packed.py` packs.
 
 Two ways of unpacking, chosen by the constant ASM: pairs of float16 by PTX (Nvidia), 1 to 2 instructions a
 weight; and plain Triton in float32, which runs everywhere, the interpreter included.

@@ -1,0 +1,159 @@
+"""The cuda runner's own logic on the processor: its kernels interpreted, its steps launched one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.tiny import tiny_model, tiny_spec
+
+from flatout.core.formats import Recipe
+from flatout.core.model import Model
+from flatout.engine.cuda import CudaRunner, check_formats, pages_that_fit
+from flatout.engine.cuda_weights import check_shapes, load_weights
+from flatout.engine.load import load
+from flatout.engine.reference import ReferenceRunner
+from flatout.engine.runner import StepInput
+from flatout.errors import BackendError, ConfigError, ResourceError, UnsupportedModelError
+from flatout.kernels import gpu
+from flatout.kernels.gpu import Card
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, inside the interpreter
+SMALL = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2,
+         "num_kv_heads": 1}  # fmt: skip
+PAGES = [[3, 1], [0, 2]]
+
+
+@pytest.fixture(autouse=True)
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes its time for each program, however small."""
+    monkeypatch.setattr(gpu, "gemv_route", lambda name, fmt, n, k, m: (4, 64, 4, 0))
+
+
+def step(tokens: Any, starts: Any, lengths: Any, pages: Any) -> StepInput:
+    parts = (tokens, starts, lengths, pages)
+    return StepInput(*(np.ascontiguousarray(np.asarray(part, dtype=np.int32)) for part in parts))
+
+
+def greedy(count: int) -> tuple[np.ndarray, ...]:
+    zeros = np.zeros(count, np.float32)
+    return zeros, np.zeros(count, np.int32), np.ones(count, np.float32), np.zeros(count, np.uint64)
+
+
+def runners(model: Model, kv_cache: str = "bf16") -> tuple[CudaRunner, ReferenceRunner]:
+    weights = load_weights(model, torch.device("cpu"))
+    fast = CudaRunner(model.spec, weights, 4, 16, kv_cache, max_batch=2)
+    return fast, ReferenceRunner(model, num_pages=4, page_size=16, as_served=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "head"),
+    [("llama", "bf16", "bf16"), ("qwen3", "bf16", "fp8"), ("qwen2", "w4a16-g32-asym", "bf16")],
+)
+def test_prompts_chunks_and_single_tokens(family: str, layers: str, head: str) -> None:
+    """Against the reference on the same weights. bf16 is cut, not rounded, before seven products: 4e-2."""
+    recipe = Recipe(name="t", layers=layers, embedding="bf16", head=head)
+    fast, reference = runners(tiny_model(tiny_spec(family, **SMALL), recipe))
+    batches = [
+        (step([5, 9, 7, 8, 6, 4, 11], [0, 0], [4, 3], PAGES), "all"),
+        (step([12, 3, 40], [4, 3], [1, 2], PAGES), "last"),
+        (step([31, 32], [5, 5], [1, 1], PAGES), "last"),
+    ]
+    bound = 1.5e-1 if head == "fp8" else 4e-2  # the head's own three bits of mantissa
+    few = batches if layers == "bf16" else batches[:1]  # unpacking takes the interpreter seconds
+    for batch, rows in few:
+        found = fast.forward(batch, rows)  # type: ignore[arg-type]
+        wanted = reference.forward(batch, rows)  # type: ignore[arg-type]
+        assert np.linalg.norm(found - wanted) < bound * np.linalg.norm(wanted)
+    if layers != "bf16":
+        return
+    targets = np.array([1, 2], dtype=np.int32)
+    np.testing.assert_allclose(
+        fast.score(batches[2][0], targets), reference.score(batches[2][0], targets), atol=0.4
+    )
+
+
+def test_going_ahead_changes_no_token() -> None:
+    """A step started ahead is taken when it was the right one, and leaves no trace when it was not."""
+    model = tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t"))
+    fast, _ = runners(model)
+    plain, _ = runners(model)
+    launched = []
+    original = fast._decoder._launch
+    fast._decoder._launch = lambda size, hot: launched.append(size) or original(size, hot)  # type: ignore[method-assign,func-returns-value]
+    for runner in (fast, plain):
+        runner.forward(step([5, 9, 7, 8, 6], [0, 0], [3, 2], PAGES), "last")
+    tokens, starts, used = np.array([4, 11]), np.array([3, 2]), []
+    script = ["same"] * 3 + ["swap"] + ["same"] * 2 + ["one"]
+    pages = [list(row) for row in PAGES]
+    for what in script:
+        if what == "swap":
+            tokens, starts, pages = tokens[::-1], starts[::-1], pages[::-1]
+        if what == "one":
+            tokens, starts, pages = tokens[:1], starts[:1], pages[:1]
+        batch = step(tokens, starts, [1] * len(tokens), pages)
+        found = fast.sample(batch, *greedy(len(tokens)))
+        plain._decoder.forget()  # never goes ahead
+        assert found.tolist() == plain.sample(batch, *greedy(len(tokens))).tolist(), what
+        used.append(len(launched))
+        tokens, starts = found, starts + 1
+    assert np.diff(used).max() == 2  # what was started ahead was thrown away
+    assert len(launched) == len(script) + 2  # once for each break
+
+
+def test_a_page_that_is_missing_is_waited_for() -> None:
+    fast, reference = runners(tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t")))
+    tokens = list(range(3, 17))
+    for runner in (fast, reference):
+        runner.forward(step(tokens, [0], [14], [[3, -1]]), "last")
+    current, pages = np.array([7]), [[3, -1]]
+    for start in range(14, 18):
+        if start == 16:
+            pages = [[3, 1]]
+        batch = step(current, [start], [1], pages)
+        logits = reference.forward(batch, "last")[0]
+        current = fast.sample(batch, *greedy(1))
+        assert logits.max() - logits[current[0]] < 0.1 * logits.std()
+
+
+def test_bad_logits_are_reported() -> None:
+    model = tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t"))
+    fast, _ = runners(model)
+    fast.weights.norm.fill_(torch.nan)
+    with pytest.raises(BackendError, match="without NaN"):
+        fast.sample(step([5], [0], [1], [[0]]), *greedy(1))
+
+
+def test_a_prompt_too_long_is_refused() -> None:
+    fast, _ = runners(tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t")))
+    with pytest.raises(ConfigError, match="positions must lie below"):
+        fast.forward(step([5], [40], [1], [[0, 1]]), "last")
+
+
+def test_memory_is_predicted() -> None:
+    spec, recipe = tiny_spec("llama"), Recipe(name="t")
+    with pytest.raises(ResourceError, match=r"the GPU must hold about 2\d\.\d GB: weights 20\.0"):
+        pages_that_fit(spec, recipe, 20e9, None, 64, 16e9)
+    assert pages_that_fit(spec, recipe, 1e9, 1000, 64, 16e9) == 16
+    with pytest.raises(ResourceError, match="fewer max_tokens"):
+        pages_that_fit(spec, recipe, 1e9, 1 << 40, 64, 16e9)
+
+
+def test_what_a_card_cannot_do() -> None:
+    old = Card("Old", units=1, asm=False, pdl=False, fp8=False)
+    with pytest.raises(UnsupportedModelError, match="fp8 needs a GPU with e4m3"):
+        check_formats(Recipe(name="t", head="fp8"), old)
+    check_formats(Recipe(name="t"), old)
+    with pytest.raises(UnsupportedModelError, match="heads of 48"):
+        check_shapes(tiny_spec("llama", head_dim=48), Recipe(name="t"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_before_anything_is_read() -> None:
+    with pytest.raises(BackendError, match="needs a GPU, its driver and a PyTorch built for it"):
+        load("no-such-model", runner="cuda")

@@ -1,0 +1,224 @@
+"""Triton's kernels, interpreted on the processor, against plain PyTorch.
+
+The interpreter cuts a float32 to bfloat16 where hardware rounds, so results stored in bfloat16 may be off by
+2^-7 of their value; what is stored in float32 differs only by the order of sums.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.tiny import native_blocks, tiny_spec
+
+from flatout.core.quantized import QuantizedTensor
+from flatout.engine.cuda_weights import pack_codes
+from flatout.engine.sampler import sample, uniform
+from flatout.kernels import gpu
+from flatout.kernels.gpu import AttentionPlan, HeadWeights, LayerCache, Product
+from flatout.kernels.packed import PackedWeight, dequantize, pack_4bit, pack_bf16, pack_fp8, unpack_4bit
+from flatout.kernels.sample import draw
+from flatout.kernels.sample import uniform as uniform_of_tensors
+from flatout.kernels.triton import elementwise
+from flatout.models.llama import attention, rotate
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, inside the interpreter
+BF16 = 2.0**-7
+CPU = gpu.card(torch.device("cpu"))
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> bool:
+    return bool((found.double() - wanted.double()).norm() <= bound * wanted.double().norm())
+
+
+def weight(fmt: str, n: int, k: int, group: int, minima: bool) -> PackedWeight:
+    if fmt == "bf16":
+        return pack_bf16(torch.randn(n, k).bfloat16())
+    if fmt == "fp8":
+        return pack_fp8(torch.randn(n, k))
+    shape = (n, k // group) if group else (n,)
+    words = torch.randint(-(1 << 31), 1 << 31, (n, k * (4 if fmt == "int4" else 8) // 32), dtype=torch.int32)
+    least = torch.randn(shape) if minima else None
+    return PackedWeight(fmt, n, k, words, torch.rand(shape) + 0.5, least, group)
+
+
+@pytest.mark.parametrize("route", [(4, 2, 4, 0), (32, 4, 4, 1)], ids=["tiles", "whole rows"])
+@pytest.mark.parametrize(
+    ("fmt", "n", "k", "group", "minima", "tokens"),
+    [
+        ("bf16", 7, 72, 0, False, 1),
+        ("fp8", 6, 112, 0, False, 2),
+        ("int8", 5, 64, 0, False, 1),
+        ("int8", 6, 96, 32, True, 1),
+        ("int4", 10, 192, 64, False, 4),
+        ("int4", 6, 576, 32, True, 1),
+    ],
+)
+def test_few_rows(fmt: str, n: int, k: int, group: int, minima: bool, tokens: int, route: gpu.Route) -> None:
+    torch.manual_seed(n)
+    w, x = weight(fmt, n, k, group, minima), torch.randn(tokens, k).bfloat16()
+    gains, before = (1 + 0.1 * torch.randn(k)).bfloat16(), torch.randn(tokens, n)
+    y, y_bf16 = torch.full((tokens, n), torch.nan), torch.full((tokens, n), torch.nan).bfloat16()
+    product = x.double() @ dequantize(w).double().T
+    gpu.multiply_few(CPU, x, w, y, residual=before, out_bf16=y_bf16, route=route)
+    assert close(y, product + before, 1e-5)
+    assert close(y_bf16, product + before, BF16)
+
+    normal = x.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-5) * gains.double()
+    product = normal @ dequantize(w).double().T
+    y.fill_(torch.nan)
+    gpu.multiply_few(CPU, x, w, y, gains=gains, eps=1e-5, route=route)
+    assert close(y, product, 1e-5)
+    if n % 2 == 0:
+        activated = torch.full((tokens, n // 2), torch.nan).bfloat16()
+        gpu.multiply_few(CPU, x, w, activated, gains=gains, eps=1e-5, epilogue=gpu.SILU, route=route)
+        wanted = torch.nn.functional.silu(product[:, 0::2]) * product[:, 1::2]
+        assert close(activated, wanted, BF16)
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "int8", "int4"])
+def test_unpacked(fmt: str) -> None:
+    w = weight(fmt, 5, 96, 0 if fmt == "fp8" else 32, fmt != "fp8")
+    assert close(gpu.unpacked(w), dequantize(w), BF16)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0"])
+def test_packed_codes_mean_the_same(name: str) -> None:
+    blocks = native_blocks(name, 6, 64, seed=1)
+    packed = pack_codes(blocks, torch.device("cpu"))
+    np.testing.assert_allclose(dequantize(packed).numpy(), blocks.dequantize(), rtol=1e-6, atol=1e-7)
+
+
+def test_packed_zeros_mean_the_same() -> None:
+    from flatout.core.formats import parse_format
+
+    draws = np.random.default_rng(0)
+    for name, top in (("w4a16-g32-asym", 16), ("w8a16-g32-asym", 256)):
+        tensor = QuantizedTensor(
+            format=parse_format(name),
+            codes=draws.integers(0, top, (3, 64)).astype(np.uint8),
+            scales=draws.uniform(0.5, 1, (3, 2)).astype(np.float32),
+            zeros=draws.integers(0, top, (3, 2)).astype(np.uint8),
+        )
+        packed = pack_codes(tensor, torch.device("cpu"))
+        np.testing.assert_allclose(dequantize(packed).numpy(), tensor.dequantize(), rtol=1e-5, atol=1e-4)
+
+
+def test_four_bits_come_back() -> None:
+    codes = torch.randint(0, 16, (3, 96)).to(torch.uint8)
+    assert torch.equal(unpack_4bit(pack_4bit(codes)), codes)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("window", [None, 20])
+def test_decode_attention(splits: int, window: int | None) -> None:
+    torch.manual_seed(splits)
+    spec = tiny_spec("llama", sliding_window=window)
+    heads, kv_heads, size, page = 4, 2, 16, 16
+    cache = LayerCache(*(torch.zeros(8, kv_heads, page, size).bfloat16() for _ in range(2)))
+    pages = torch.tensor([[3, 1, 4], [0, 0, 0], [6, 7, 0], [2, 0, 0]], dtype=torch.int32)
+    positions = torch.tensor([40, -1, 17, 0], dtype=torch.int32)
+    angles = torch.arange(64).float()[:, None] * torch.rand(8)[None, :]
+    qkv = torch.randn(4, (heads + 2 * kv_heads) * size)
+    keys, values = (torch.randn(4, 64, kv_heads, size).bfloat16() for _ in range(2))
+    for s, position in enumerate(positions.tolist()):
+        for p in range(max(0, position)):
+            cache.keys[pages[s, p // page], :, p % page] = keys[s, p]
+            cache.values[pages[s, p // page], :, p % page] = values[s, p]
+    out = torch.full((4, heads * size), torch.nan).bfloat16()
+    count = 4 * kv_heads * splits * 2
+    plan = AttentionPlan(
+        splits,
+        torch.full((count * size,), torch.nan),
+        torch.full((count * 2,), torch.nan),
+        torch.zeros(4 * kv_heads, dtype=torch.int32),
+    )
+    turns = angles.cos(), angles.sin()
+    gpu.decode_attention(CPU, spec, Product(qkv), HeadWeights(), turns, cache, pages, positions, plan, out)
+    assert not plan.counters.any()
+    assert out[1].isnan().all()  # a row that is not used
+    for s in (0, 2, 3):
+        p = int(positions[s])
+        q, k, v = qkv[s].view(1, -1, size).split([heads, kv_heads, kv_heads], 1)
+        turn = angles[p].cos()[None, None], angles[p].sin()[None, None]
+        q, k = rotate(q, turn), rotate(k, turn)
+        slot = pages[s, p // page], slice(None), p % page
+        assert close(cache.keys[slot], k[0], BF16)
+        assert close(cache.values[slot], v[0], BF16)
+        k, v = torch.cat([keys[s, :p].float(), k]), torch.cat([values[s, :p].float(), v])
+        assert close(out[s], attention(q, k, v, torch.tensor([p]), window)[0], 2 * BF16)
+
+
+def test_norms_and_activations() -> None:
+    torch.manual_seed(0)
+    x, more, gains = torch.randn(3, 96), torch.randn(3, 96).bfloat16(), torch.randn(96).bfloat16()
+    wanted = x + more.float()
+    stream = x.clone()
+    out = gpu.add_norm(CPU, stream, Product(more), gains, 1e-5, fp8=False).values
+    assert close(stream, wanted, 1e-6)
+    normal = wanted * torch.rsqrt(wanted.square().mean(1, keepdim=True) + 1e-5) * gains.float()
+    assert close(out, normal, BF16)
+    token_scales, row_scales = torch.rand(3), torch.rand(96)
+    gate_up = more.float() * token_scales[:, None] * row_scales[None, :]
+    for gelu in (False, True):
+        found = gpu.activate(CPU, Product(more, token_scales, row_scales), gelu, fp8=False).values
+        gate = gate_up[:, 0::2]
+        activated = (
+            torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
+        )
+        assert close(found, activated * gate_up[:, 1::2], BF16)
+    eight = gpu.quantize(CPU, more)
+    assert eight.scales is not None
+    assert close(eight.values.float() * eight.scales[:, None], more, 2.0**-3)  # three bits of mantissa, cut
+
+
+def test_embedding_of_a_token_that_could_not_be_chosen() -> None:
+    table = torch.randn(5, 8).bfloat16()
+    x, x_bf16 = torch.empty(3, 8), torch.empty(3, 8).bfloat16()
+    gpu.embed(CPU, torch.tensor([4, -1, 2], dtype=torch.int32), table, 2.0, x, x_bf16)
+    assert torch.equal(x, 2.0 * table[[4, 0, 2]].float())
+    assert elementwise.embed is not None
+
+
+def test_greedy_choice() -> None:
+    logits = torch.randn(6, 70)
+    logits[1, 3] = logits[1, 60] = 9.0  # the lower id of equals
+    logits[2] = -torch.inf
+    logits[3, 5] = torch.nan
+    logits[4, 7] = torch.inf
+    logits[5] = -logits[5].abs()
+    keys = torch.full((6,), -(1 << 63), dtype=torch.int64)
+    tokens, positions = (
+        torch.zeros(6, dtype=torch.int32),
+        torch.tensor([4, 0, 1, -1, 7, 8], dtype=torch.int32),
+    )
+    gpu.argmax_keys(CPU, logits, keys)
+    gpu.advance(CPU, keys, None, torch.zeros(6), tokens, positions)
+    assert tokens.tolist() == [int(logits[0].argmax()), 3, -1, -1, -1, int(logits[5].argmax())]
+    assert positions.tolist() == [5, 1, 2, -1, 8, 9]
+    assert (keys == -(1 << 63)).all()
+
+
+def test_random_numbers_are_the_samplers() -> None:
+    seeds, positions = [0, 1, (1 << 64) - 1, 1 << 63], [0, 5, 131071, 17]
+    bits = torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64))
+    found = uniform_of_tensors(bits, torch.tensor(positions)).tolist()
+    assert found == [uniform(s, p) for s, p in zip(seeds, positions, strict=True)]
+
+
+def test_draws_are_the_samplers() -> None:
+    draws = np.random.default_rng(3)
+    rows, size = 64, 90
+    logits = np.round(draws.standard_normal((rows, size)) * 3, 1).astype(np.float32)  # with ties
+    temperature = draws.choice([0.3, 1.0, 2.0], rows).astype(np.float32)
+    top_k = draws.choice([0, 1, 5, size, size + 9], rows).astype(np.int32)
+    top_p = draws.choice([0.05, 0.5, 0.9, 1.0], rows).astype(np.float32)
+    seeds = draws.integers(0, 1 << 63, rows, dtype=np.uint64)
+    positions = draws.integers(0, 4096, rows)
+    wanted = sample(logits, positions, temperature, top_k, top_p, seeds)
+    parts = (logits, positions, temperature, top_k, top_p, seeds.view(np.int64))
+    found = draw(*(torch.from_numpy(part) for part in parts))
+    assert found.tolist() == wanted.tolist()
