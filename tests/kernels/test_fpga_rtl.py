@@ -14,6 +14,7 @@ from flatout.core.formats import Recipe, uniform
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError, ResourceError
 from flatout.fpga.compile import Compiled, Shape, cache_region, compile_model, vector_rows
+from flatout.fpga.cycles import predict_cycles
 from flatout.fpga.model import KeyValues, forward, integer_model
 from flatout.fpga.simulate import Accelerator, MemoryModel
 from flatout.hardware.verilator import find_verilator
@@ -140,6 +141,21 @@ def test_a_pass_goes_on_from_a_given_cache() -> None:
         accelerator.resume(kept)
         found = accelerator.run(text[21:].tolist())
     np.testing.assert_array_equal(found.logits, forward(design.model, text[21:], kept))
+
+
+@pytest.mark.fpga
+@simulated
+@pytest.mark.parametrize(("latency", "refresh"), [(4, 0), (4, 20), (12, 10)])
+def test_cycles_are_predicted(latency: int, refresh: int) -> None:
+    """Within 2 % on a model where nothing is long; a memory that the small FIFO can hide."""
+    design, text = compiled(), tokens(30)
+    memory = MemoryModel(latency=latency, refresh_interval=500 if refresh else 0, refresh_cycles=refresh)
+    with Accelerator(design, memory) as accelerator:
+        for at in range(0, 30, 2):
+            count = 2 - at // 2 % 2
+            predicted = predict_cycles(design, accelerator.length, count, memory)
+            cycles = accelerator.run(text[at : at + count].tolist()).cycles
+            assert abs(predicted / cycles - 1) < 0.02, (at, predicted, cycles)
 
 
 @pytest.mark.fpga

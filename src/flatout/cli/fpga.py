@@ -67,6 +67,7 @@ def fpga(
             ["simulated", f"{found.tokens} tokens and one after {found.decode.context}: {verdict}"],
             ["perplexity", f"{found.perplexity:.3f} on these tokens"],
             ["cycles", f"{found.cycles_per_token:,} a token, {found.mbu:.1%} of what the memory could carry"],
+            ["cycle model", f"{found.decode.predicted_cycles / found.decode.cycles - 1:+.2%}"],
             ["together", f"{found.together.cycles:,} for {found.together.tokens} tokens"],
         ]
         rows += [

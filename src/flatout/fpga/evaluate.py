@@ -16,6 +16,7 @@ from flatout.core.model import Model
 from flatout.errors import ConfigError
 from flatout.fpga.boards import Board
 from flatout.fpga.compile import Shape, cache_region, compile_model, store_cache
+from flatout.fpga.cycles import predict_cycles
 from flatout.fpga.fit import Fit, fit
 from flatout.fpga.model import KeyValues, forward, integer_model
 from flatout.fpga.simulate import Accelerator, MemoryModel, Pass
@@ -27,12 +28,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One simulated pass. mbu: bytes of weights, scales, keys and values read, over what the bus could have
-    carried in these cycles (memory bandwidth utilisation)."""
+    """One simulated pass. predicted_cycles: what the model of cycles says without simulating. mbu: bytes of
+    weights, scales, keys and values read, over what the bus could have carried in these cycles (memory
+    bandwidth utilisation)."""
 
     context: int
     tokens: int
     cycles: int
+    predicted_cycles: int
     bytes_read: int
     mbu: float
     cycles_by_kind: dict[str, int]
@@ -140,11 +143,15 @@ def evaluate(
         for name, cycles in run.cycles_by_name.items():
             kind = name.rpartition(".")[2]
             kinds[kind] = kinds.get(kind, 0) + cycles
-        cycles = run.cycles
         return Step(
-            context=at, tokens=count, cycles=cycles, bytes_read=read, mbu=read / (cycles * bus),
+            context=at,
+            tokens=count,
+            cycles=run.cycles,
+            predicted_cycles=predict_cycles(design, at, count, memory),
+            bytes_read=read,
+            mbu=read / (run.cycles * bus),
             cycles_by_kind=kinds,
-        )  # fmt: skip
+        )
 
     decode = step(context, 1, last)
     speed = []
