@@ -13,8 +13,10 @@ from tests.tiny import tiny_model, tiny_spec
 from flatout.core.formats import Recipe, uniform
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError, ResourceError
+from flatout.fpga.boards import BOARDS
 from flatout.fpga.compile import Compiled, Shape, cache_region, compile_model, vector_rows
 from flatout.fpga.cycles import predict_cycles
+from flatout.fpga.evaluate import evaluate
 from flatout.fpga.model import KeyValues, forward, integer_model
 from flatout.fpga.simulate import Accelerator, MemoryModel
 from flatout.hardware.verilator import find_verilator
@@ -156,6 +158,20 @@ def test_cycles_are_predicted(latency: int, refresh: int) -> None:
             predicted = predict_cycles(design, accelerator.length, count, memory)
             cycles = accelerator.run(text[at : at + count].tolist()).cycles
             assert abs(predicted / cycles - 1) < 0.02, (at, predicted, cycles)
+
+
+@pytest.mark.fpga
+@simulated
+def test_the_whole_path_reports_what_it_found() -> None:
+    model = tiny_model(tiny_spec(), uniform("w4a8-g32"))
+    found = evaluate(model, BOARDS["kv260"], tokens(30), shape=SHAPE, tokens=7, context=20)
+    assert found.bit_exact
+    assert found.fit.fits
+    assert found.cycles_per_token == found.decode.cycles
+    assert (found.decode.context, found.together.tokens) == (20, 2)
+    assert 0 < found.mbu < 1
+    with pytest.raises(ConfigError, match="within a text of 30"):
+        evaluate(model, BOARDS["kv260"], tokens(30), shape=SHAPE, tokens=7, context=30)
 
 
 @pytest.mark.fpga

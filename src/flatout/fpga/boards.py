@@ -19,11 +19,8 @@ class Board:
     """Counts of what a design may use. power_w: least and most in use."""
 
     name: str
-    luts: int
-    registers: int
     dsps: int
     bram36: int
-    uram: int
     memory_bytes: int
     bandwidth_bytes_s: float
     power_w: tuple[float, float]
@@ -37,11 +34,8 @@ class Board:
 BOARDS = {
     "kv260": Board(
         name="kv260",
-        luts=117_120,
-        registers=234_240,
         dsps=1_248,
         bram36=144,
-        uram=64,
         memory_bytes=4 << 30,
         bandwidth_bytes_s=19.2e9,
         power_w=(5.0, 8.0),
