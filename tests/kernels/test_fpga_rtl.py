@@ -189,3 +189,5 @@ def test_a_model_that_does_not_fit_is_told_every_limit() -> None:
         compiled(shape=Shape(lanes=128, columns=2))
     with pytest.raises(ResourceError, match=r"query heads a key head: 2 > 1"):
         compiled(shape=dataclasses.replace(SHAPE, columns=1))
+    with pytest.raises(ConfigError, match="one of 256 rows"):
+        compiled(shape=dataclasses.replace(SHAPE, rows_log2=9))

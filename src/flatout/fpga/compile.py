@@ -67,6 +67,10 @@ def check_shape(model: IntegerModel, shape: Shape, context: int) -> None:
         raise ConfigError(
             "a beat holds 16, 32, 64 or 128 bytes, and chunks are as long", f"{lanes}", "lanes=64"
         )
+    if shape.rows_log2 > 8:
+        raise ConfigError(
+            "an instruction names one of 256 rows", f"rows_log2={shape.rows_log2}", "rows_log2=8"
+        )
     wrong = []
     for name, width in (
         ("hidden size", spec.hidden_size), ("head size", spec.head_dim), ("query width", spec.q_size),

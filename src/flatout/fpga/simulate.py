@@ -22,6 +22,7 @@ from flatout.errors import BackendError, ConfigError
 from flatout.fpga.compile import Compiled, Shape, store_cache
 from flatout.fpga.model import KeyValues
 from flatout.fpga.program import includes
+from flatout.hardware.detect import detect
 from flatout.hardware.verilator import REMEDY, find_verilator
 
 BUILD_SECONDS = 900
@@ -97,7 +98,7 @@ def build(shape: Shape, primitives: Path | None = None) -> Path:
         texts[primitives.name] = primitives.read_text()
     else:
         del texts["mac_chain.sv"]
-    made_from = (sorted(texts.items()), options, str(verilator.command), os.uname().machine)
+    made_from = (sorted(texts.items()), options, str(verilator.command), detect().name)
     digest = hashlib.sha256(repr(made_from).encode())
     folder = cache_dir() / "fpga" / digest.hexdigest()[:24]
     library = folder / "obj_dir" / "Vaccelerator"
@@ -105,14 +106,15 @@ def build(shape: Shape, primitives: Path | None = None) -> Path:
     with lock(folder.parent / f"{folder.name}.lock"):
         if library.is_file():
             return library
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        building = folder.with_name(f"{folder.name}.building")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
         for name, text in texts.items():
-            (folder / name).write_text(text)
+            (building / name).write_text(text)
         inputs = [name for name in texts if name.endswith((".sv", ".cpp"))]
         try:
             done = subprocess.run(
-                [str(verilator.command), *options, *inputs], cwd=folder,
+                [str(verilator.command), *options, *inputs], cwd=building,
                 env={**os.environ, **verilator.environment},
                 capture_output=True, text=True, timeout=BUILD_SECONDS, check=False,
             )  # fmt: skip
@@ -120,8 +122,8 @@ def build(shape: Shape, primitives: Path | None = None) -> Path:
             raise BackendError("Verilator must build the simulation", str(error), REMEDY) from error
         if done.returncode:
             lines = [line for line in (done.stderr + done.stdout).splitlines() if "rror" in line]
-            library.unlink(missing_ok=True)
             raise BackendError("Verilator must build the simulation", " ".join(lines[:3]), REMEDY)
+        building.rename(folder)
     return library
 
 
