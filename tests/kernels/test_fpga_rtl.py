@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ from tests.tiny import tiny_model, tiny_spec
 from flatout.core.formats import Recipe, uniform
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError, ResourceError
-from flatout.fpga.compile import Compiled, Shape, compile_model, vector_rows
+from flatout.fpga.boards import BOARDS
+from flatout.fpga.compile import Compiled, Shape, cache_region, compile_model, vector_rows
+from flatout.fpga.cycles import predict_cycles
+from flatout.fpga.evaluate import evaluate
 from flatout.fpga.model import KeyValues, forward, integer_model
-from flatout.fpga.simulate import Accelerator, MemoryModel, find_verilator
+from flatout.fpga.simulate import Accelerator, MemoryModel
+from flatout.hardware.verilator import find_verilator
 
 SHAPE = Shape(
     lanes=16, columns=2, program_log2=7, rows_log2=7, codes_log2=5, context_log2=6, fifo_log2=6, burst_log2=4,
@@ -36,14 +41,16 @@ def tokens(count: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, 320, count)
 
 
-def run(design: Compiled, steps: Sequence[int], memory: MemoryModel, seed: int = 1) -> None:
+def run(
+    design: Compiled, steps: Sequence[int], memory: MemoryModel, seed: int = 1, primitives: Path | None = None
+) -> None:
     """Run passes of `steps` tokens and compare all they leave behind."""
     spec, text = design.model.spec, tokens(sum(steps))
     rows, words = vector_rows(design.model, design.shape), design.shape.words
     places = {name: pc for pc, name in design.names.items()}
     kept = KeyValues(spec, CONTEXT)
     at = 0
-    with Accelerator(design, memory, seed) as accelerator:
+    with Accelerator(design, memory, seed, primitives) as accelerator:
         for count in steps:
             expected: dict[str, np.ndarray] = {}
             found = accelerator.run(text[at : at + count].tolist(), limit=10**6, trace=True)
@@ -79,13 +86,10 @@ def beats_of_vectors(design: Compiled, count: int) -> int:
 
 def keys_and_values(design: Compiled, image: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes (L, 2, S, G, E) and scales (L, 2, S, G) as they lie in the memory."""
-    spec, lanes, per_block = design.model.spec, design.shape.lanes, design.block_tokens
-    blocks = -(-design.context // per_block)
-    chunks = design.head_chunks
-    shape = (spec.num_layers, 2, spec.num_kv_heads, blocks, per_block * chunks + 1, lanes)
-    cache = image[len(image) - int(np.prod(shape[:-1])) :].reshape(shape)
-    codes = cache[..., 1:, :].view(np.int8).reshape(*shape[:3], blocks * per_block, spec.head_dim)
-    scales = cache[..., 0, :].copy().view("<u2")[..., : per_block * chunks : chunks].reshape(*shape[:3], -1)
+    region, chunks = cache_region(design, image), design.head_chunks
+    codes = region[..., 1:, :].copy().view(np.int8).reshape(*region.shape[:3], -1, design.model.spec.head_dim)
+    used = design.block_tokens * chunks
+    scales = region[..., 0, :].copy().view("<u2")[..., :used:chunks].reshape(*region.shape[:3], -1)
     return codes.transpose(0, 1, 3, 2, 4)[:, :, :length], scales.transpose(0, 1, 3, 2)[:, :, :length]
 
 
@@ -104,7 +108,7 @@ def test_stalls_change_nothing(seed: int) -> None:
     memory = MemoryModel(
         latency=int(rng.integers(1, 200)), outstanding=int(rng.integers(1, 9)),
         stall_percent=int(rng.integers(5, 70)),
-        refresh_interval=200, refresh_cycles=30, row_cycles=9, turn_cycles=5, row_beats=64,
+        refresh_interval=200, refresh_cycles=30, row_cycles=9, turn_cycles=5,
     )  # fmt: skip
     run(compiled(), [2, 1, 2], memory, seed)
 
@@ -122,6 +126,56 @@ def test_heads_of_two_beats_and_unequal_sizes() -> None:
 
 @pytest.mark.fpga
 @simulated
+def test_cascades_of_dsp_blocks_are_the_plain_sums() -> None:
+    """rtl/mac_chain.sv with our model of a DSP48E2; AMD's own is not in this repository."""
+    run(compiled(), [2, 1], MemoryModel(), primitives=Path(__file__).parents[1] / "rtl" / "DSP48E2.sv")
+
+
+@pytest.mark.fpga
+@simulated
+def test_a_pass_goes_on_from_a_given_cache() -> None:
+    """Two chunks a head, so that scales are stored twice; the cache ends inside a block."""
+    spec = tiny_spec(head_dim=32, num_heads=4, num_kv_heads=2)
+    design, text = compiled_as(uniform("w4a8-g32"), spec), tokens(23)
+    kept = KeyValues(spec, CONTEXT)
+    forward(design.model, text[:21], kept)
+    with Accelerator(design) as accelerator:
+        accelerator.resume(kept)
+        found = accelerator.run(text[21:].tolist())
+    np.testing.assert_array_equal(found.logits, forward(design.model, text[21:], kept))
+
+
+@pytest.mark.fpga
+@simulated
+@pytest.mark.parametrize(("latency", "refresh"), [(4, 0), (4, 20), (12, 10)])
+def test_cycles_are_predicted(latency: int, refresh: int) -> None:
+    """Within 2 % on a model where nothing is long; a memory that the small FIFO can hide."""
+    design, text = compiled(), tokens(30)
+    memory = MemoryModel(latency=latency, refresh_interval=500 if refresh else 0, refresh_cycles=refresh)
+    with Accelerator(design, memory) as accelerator:
+        for at in range(0, 30, 2):
+            count = 2 - at // 2 % 2
+            predicted = predict_cycles(design, accelerator.length, count, memory)
+            cycles = accelerator.run(text[at : at + count].tolist()).cycles
+            assert abs(predicted / cycles - 1) < 0.02, (at, predicted, cycles)
+
+
+@pytest.mark.fpga
+@simulated
+def test_the_whole_path_reports_what_it_found() -> None:
+    model = tiny_model(tiny_spec(), uniform("w4a8-g32"))
+    found = evaluate(model, BOARDS["kv260"], tokens(30), shape=SHAPE, tokens=7, context=20)
+    assert found.bit_exact
+    assert found.fit.fits
+    assert found.cycles_per_token == found.decode.cycles
+    assert (found.decode.context, found.together.tokens) == (20, 2)
+    assert 0 < found.mbu < 1
+    with pytest.raises(ConfigError, match="within a text of 30"):
+        evaluate(model, BOARDS["kv260"], tokens(30), shape=SHAPE, tokens=7, context=30)
+
+
+@pytest.mark.fpga
+@simulated
 def test_a_pass_refuses_what_it_cannot_hold() -> None:
     with Accelerator(compiled()) as accelerator:
         with pytest.raises(ConfigError, match="a pass takes 1 to 2 tokens"):
@@ -135,3 +189,5 @@ def test_a_model_that_does_not_fit_is_told_every_limit() -> None:
         compiled(shape=Shape(lanes=128, columns=2))
     with pytest.raises(ResourceError, match=r"query heads a key head: 2 > 1"):
         compiled(shape=dataclasses.replace(SHAPE, columns=1))
+    with pytest.raises(ConfigError, match="one of 256 rows"):
+        compiled(shape=dataclasses.replace(SHAPE, rows_log2=9))

@@ -27,6 +27,7 @@ FLAGS = {
     },
     "verify": {"--against", "--margin", "--text", "--speed-seconds", "--rerun", "--json"},
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
+    "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--json"},
     "run": {
         "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner",
         "--speculate", "--draft", "--json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -124,6 +125,18 @@ def test_weights_keep_the_scales_of_the_file() -> None:
     assert linear.products() == pytest.approx(weight.dequantize() * 2.0**linear.binary_point, rel=0, abs=0)
     bound = np.abs(linear.products()).sum(axis=1).max() * 127 * 8
     assert bound < 2**46
+
+
+def test_weights_of_no_common_size_are_refused_by_name() -> None:
+    model = tiny_model(tiny_spec(), uniform("w4a8-g32"))
+    down = model.weights["layers.1.down"]
+    tiny = dataclasses.replace(down, scales=(down.scales.astype(np.float32) * np.float32(2.0**-40)))
+    changed = dataclasses.replace(model, weights={**model.weights, "layers.1.down": tiny})
+    with pytest.raises(UnsupportedModelError, match=r"found: layers\.1\.down: \d\d;"):
+        integer_model(changed, chunk=16)
+    loud = dataclasses.replace(model, weights={**model.weights, "norm": np.full(64, 1e4, np.float32)})
+    with pytest.raises(UnsupportedModelError, match="found: norm: -3;"):
+        integer_model(loud, chunk=16)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "mistral"])

@@ -14,7 +14,7 @@ import numpy as np
 
 from flatout.errors import ConfigError, ResourceError
 from flatout.fpga import model as integers
-from flatout.fpga.model import IntegerLinear, IntegerModel
+from flatout.fpga.model import IntegerLinear, IntegerModel, KeyValues
 from flatout.fpga.program import mode, op, setting
 from flatout.fpga.spec import FRACTIONS
 
@@ -66,6 +66,10 @@ def check_shape(model: IntegerModel, shape: Shape, context: int) -> None:
     if lanes not in (16, 32, 64, 128) or model.chunk != lanes:
         raise ConfigError(
             "a beat holds 16, 32, 64 or 128 bytes, and chunks are as long", f"{lanes}", "lanes=64"
+        )
+    if shape.rows_log2 > 8:
+        raise ConfigError(
+            "an instruction names one of 256 rows", f"rows_log2={shape.rows_log2}", "rows_log2=8"
         )
     wrong = []
     for name, width in (
@@ -253,3 +257,28 @@ def linear_stream(linear: IntegerLinear, lanes: int, paired: bool) -> np.ndarray
     full[: len(data)] = data
     out[:, 1:] = full.reshape(blocks, period, lanes)
     return out.reshape(-1, lanes)[: len(data) + blocks]
+
+
+def cache_region(compiled: Compiled, image: np.ndarray) -> np.ndarray:
+    """Keys and values in `image`, uint8 (L, 2, G, blocks, beats of a block, lanes): a beat of scales, then
+    codes."""
+    spec, shape = compiled.model.spec, compiled.shape
+    blocks = -(-compiled.context // compiled.block_tokens)
+    beats = compiled.block_tokens * compiled.head_chunks + 1
+    size = (spec.num_layers, 2, spec.num_kv_heads, blocks, beats, shape.lanes)
+    return image[len(image) - int(np.prod(size[:-1])) :].reshape(size)
+
+
+def store_cache(compiled: Compiled, image: np.ndarray, cache: KeyValues) -> None:
+    """Write the tokens of `cache` into `image`."""
+    region = cache_region(compiled, image)
+    chunks, lanes = compiled.head_chunks, compiled.shape.lanes
+    scales = (cache.exponents << 12 | cache.mantissas).astype("<u2")
+    for token in range(cache.length):
+        block, place = divmod(token, compiled.block_tokens)
+        codes = cache.codes[:, :, token].astype(np.uint8)  # (L, 2, G, E)
+        at = 1 + place * chunks
+        region[:, :, :, block, at : at + chunks] = codes.reshape(*codes.shape[:3], chunks, lanes)
+        repeated = np.repeat(scales[:, :, token, :, None], chunks, axis=-1)
+        place *= 2 * chunks
+        region[:, :, :, block, 0, place : place + 2 * chunks] = repeated.view(np.uint8)

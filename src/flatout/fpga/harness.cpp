@@ -1,8 +1,9 @@
 // Runs the simulated accelerator against a model of its memory; Python calls it through a plain C interface.
 //
 // The memory serves bursts in order, one beat a cycle, `latency` cycles after the request at the earliest, and at most
-// `outstanding` at a time. Every `refresh_interval` cycles it stops for `refresh_cycles`; a burst of another row than
-// the last costs `row_cycles`, a write between reads `turn_cycles`. stall_percent adds random pauses everywhere.
+// `outstanding` at a time. Every `refresh_interval` cycles it stops for `refresh_cycles`; a burst that
+// does not follow the last costs `row_cycles` (rows in sequence lie in different banks, which hides their opening), a
+// write between reads `turn_cycles`. stall_percent adds random pauses everywhere.
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -15,7 +16,7 @@
 namespace {
 
 struct Memory {
-  uint32_t latency, outstanding, refresh_interval, refresh_cycles, row_cycles, turn_cycles, row_beats, stall_percent;
+  uint32_t latency, outstanding, refresh_interval, refresh_cycles, row_cycles, turn_cycles, stall_percent;
 };
 
 struct Burst {
@@ -32,7 +33,8 @@ struct Simulation {
   std::deque<Burst> bursts;
   std::deque<uint64_t> acknowledgements;
   uint64_t cycle = 0, busy_until = 0, next_refresh = 0, seed = 1;
-  uint32_t open_row = ~0u;
+  uint32_t follows = ~0u;
+  bool opened = false;
   uint64_t beats_read = 0, beats_written = 0, consumed = 0;
 
   bool stalled() {
@@ -100,19 +102,19 @@ int64_t simulation_run(void* handle, uint32_t count, const uint32_t* tokens, uin
     if (m.refresh_interval && now >= s->next_refresh) {
       s->busy_until = (s->busy_until > now ? s->busy_until : now) + m.refresh_cycles;
       s->next_refresh += m.refresh_interval;
-      s->open_row = ~0u;
     }
     top->beat_valid = 0;
     if (!s->bursts.empty()) {
       Burst& b = s->bursts.front();
-      if (b.address / m.row_beats != s->open_row) {
-        s->open_row = b.address / m.row_beats;
+      if (b.address != s->follows && !s->opened) {
+        s->opened = true;
         s->busy_until = (s->busy_until > now ? s->busy_until : now) + m.row_cycles;
       }
       if (now >= b.ready && now >= s->busy_until && !s->stalled()) {
         std::memcpy(&top->beat_data, s->image + static_cast<size_t>(b.address) * lanes, lanes);
         top->beat_valid = 1;
-        s->beats_read++, b.address++;
+        s->opened = false;
+        s->beats_read++, s->follows = ++b.address;
         if (--b.beats == 0) s->bursts.pop_front();
       }
     }

@@ -22,6 +22,8 @@ from flatout.fpga.spec import FRACTIONS, Constant, Integers, Multiplier, constan
 
 ACCUMULATOR = 47
 """Bits of a sum without its sign; every row of every weight is checked against it."""
+SHIFTS = (21, 52)
+"""Of a linear. A token's own shift lies within -20..11, the sum must lie within 1..63."""
 Listen = Callable[[str, Integers], None]
 """Called with the name and value of each intermediate tensor."""
 
@@ -99,7 +101,7 @@ def integer_model(model: Model, chunk: int = 64) -> IntegerModel:
     values = table.dequantize() if isinstance(table, QuantizedTensor) else np.asarray(table)
     bits = min(FRACTIONS.residual, 15 - math.frexp(float(np.abs(values).max()))[1])
     words = np.clip(np.rint(values * np.float32(2.0**bits)), -32767, 32767).astype(np.int16)
-    return IntegerModel(
+    integers = IntegerModel(
         spec=spec,
         chunk=chunk,
         linears=linears,
@@ -107,6 +109,25 @@ def integer_model(model: Model, chunk: int = 64) -> IntegerModel:
         embedding=words,
         embedding_shift=FRACTIONS.residual - bits,
     )
+    check_shifts(integers)
+    return integers
+
+
+def check_shifts(model: IntegerModel) -> None:
+    """Raise UnsupportedModelError for weights whose size leaves the shifters of the hardware no room."""
+    wrong = [f"{name}: {norm.shift}" for name, norm in model.norms.items() if not 1 <= norm.shift < 64]
+    low, high = SHIFTS
+    wrong += [
+        f"{name}: {linear_shift(model, name)}"
+        for name in model.linears
+        if not low <= linear_shift(model, name) <= high
+    ]
+    if wrong:
+        raise UnsupportedModelError(
+            f"shifts of norms lie within 1..63, of linears within {low}..{high}",
+            "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""),
+            "weights of common size: largest scales of 1e-5 to 1, norms below 1,000",
+        )
 
 
 def check_supported(spec: ModelSpec) -> None:

