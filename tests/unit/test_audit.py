@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flatout.core.artifact import load_artifact, save_artifact, update_manifest
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.formats import uniform
 from flatout.core.types import Workload
-from flatout.errors import EvidenceError
+from flatout.errors import ConfigError, EvidenceError
 from flatout.verify.audit import again, audit
 from flatout.verify.certificate import certificate_from_json
 
@@ -146,6 +147,47 @@ def test_command_prints_quality_and_speed(place: Path, capsys: pytest.CaptureFix
     assert shown["speed"] is None
     assert certificate_from_json(shown["quality"]).passed
     assert certificate_from_json(shown).passed, "the command's own output is a certificate file"
+
+
+def test_tasks_are_judged_beside_the_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(3)
+    rows = [
+        {
+            "query": " ".join(rng.choice(WORDS, 4)),
+            "choices": list(rng.choice(WORDS, 2, replace=False)),
+            "gold": 0,
+        }
+        for _ in range(120)
+    ]
+    pairs = [
+        {"sentence_good": w + " " + v, "sentence_bad": v + " " + w} for w in WORDS for v in WORDS if w != v
+    ]
+    for name, items in (("choices.jsonl", rows), ("pairs.jsonl", pairs)):
+        (place / name).write_text("\n".join(map(json.dumps, items)))
+    seen: list[str] = []
+    files = [place / "choices.jsonl", place / "pairs.jsonl"]
+    listen = {"listen": lambda stage, done, total: seen.append(stage)}
+    found = run(place, "artifact", "original", margin=0.2, tasks=files, task_margin=0.2, limit=100, **listen)
+    assert [(task.task, task.form, task.n) for task in found.tasks] == [
+        ("choices", "choice", 100),
+        ("pairs", "pair", 100),
+    ]
+    assert found.passed, [task.reason for task in found.tasks]
+    assert seen[-1] == "pairs: optimised"
+    names = ["--against", str(place / "original"), "--text", str(place / "text.jsonl")]
+    command = ["verify", str(place / "artifact"), *names, "--margin", "20%", "--speed-seconds", "0"]
+    code = main([*command, "--task", str(files[0]), "--task-margin", "0.001%"])
+    assert code == 3, "the text passes, the task does not"
+    table = capsys.readouterr().out
+    assert re.search("verdict +passed", table)
+    assert "choices: cannot decide, accuracy falls by at most" in table
+    assert "(by plain log-probability" in table
+
+
+def test_broken_tasks_are_refused_before_the_models_are_opened(place: Path) -> None:
+    (place / "broken.jsonl").write_text('{"text": "no form"}')
+    with pytest.raises(ConfigError, match="an item has the keys"):
+        audit(place / "nowhere", place / "original", tasks=[place / "broken.jsonl"])
 
 
 def test_speed_is_measured_on_both(place: Path) -> None:
