@@ -90,6 +90,7 @@ class _Pair:
     served: Runner
     tokenizer: Tokenizer
     tokenizer_sha256: str
+    notes: tuple[str, ...]
 
 
 def texts(source: str) -> dict[str, list[Passage]]:
@@ -157,7 +158,7 @@ def audit(
         ledger=ledger,
         hardware=detect().name,
         divergence=divergence(pair.reference, pair.served, validation),
-        notes=_provenance_notes(pair),
+        notes=_notes(pair),
     )
     results = examine_tasks(items, pair.reference, pair.served, margin=task_margin, listen=listen)
     speed = (
@@ -235,6 +236,7 @@ def _open(
         served=engine.runner,
         tokenizer=tokenizer,
         tokenizer_sha256=tokenizer.sha256,
+        notes=() if is_artifact(optimised) else open_checkpoint(optimised).notes,
     )
 
 
@@ -277,11 +279,12 @@ def _side(model: str, recipe: str, runner: str) -> Side:
     )
 
 
-def _provenance_notes(pair: _Pair) -> list[str]:
+def _notes(pair: _Pair) -> list[str]:
+    """What the certificate must say: weights that run otherwise than stored, another original."""
     parent = pair.optimised.derived_from
     if parent and parent != pair.original.sha256:
-        return ["the optimised model says that it was made from another original"]
-    return []
+        return [*pair.notes, "the optimised model says that it was made from another original"]
+    return list(pair.notes)
 
 
 def _race(
