@@ -78,6 +78,8 @@ def test_an_eight_bit_artifact_passes(place: Path) -> None:
     assert certificate.optimised.recipe == load_artifact(place / "artifact")[0].recipe.name
     assert certificate.original.sha256 == open_checkpoint(place / "original").sha256
     assert found.speed is None
+    assert [block.name for block in found.blocks][-2:] == ["layers.1 mlp", "head"]
+    assert all(0 < block.output_error < 0.05 for block in found.blocks)
     plan = next(i for i, stage in enumerate(seen) if stage.startswith("plan: needs"))
     assert "scoring the original model" in seen[:plan], "the plan comes from validation text"
     assert "scoring the original model" in seen[plan:]
@@ -182,6 +184,7 @@ def test_tasks_are_judged_beside_the_text(place: Path, capsys: pytest.CaptureFix
     assert re.search("verdict +passed", table)
     assert "choices: cannot decide, accuracy falls by at most" in table
     assert "(by plain log-probability" in table
+    assert re.search(r"layers\.\d mlp +\d.* %.* w8a8-g32, w8a8-g32", table)
 
 
 def test_broken_tasks_are_refused_before_the_models_are_opened(place: Path) -> None:

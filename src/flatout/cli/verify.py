@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +15,11 @@ from flatout.errors import ConfigError
 from flatout.search.request import parse_max_loss
 from flatout.search.units import percent, rate, seconds, times
 
+if TYPE_CHECKING:
+    from flatout.verify.layers import BlockLoss
+
 _REDRAW_S = 0.1
+_SHOWN_BLOCKS = 5
 
 
 def verify(
@@ -39,7 +44,7 @@ def verify(
     ] = 60.0,
     rerun: Annotated[bool, typer.Option("--rerun", help="Score a certificate's text again.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: quality, tasks, speed.")
+        bool, typer.Option("--json", help="Print one JSON object: quality, blocks, tasks, speed.")
     ] = False,
 ) -> int:
     """Prove or refute that MODEL is as good as --against and faster; without --against, check a certificate.
@@ -66,6 +71,7 @@ def verify(
             print_json(found)
         else:
             print(_quality_table(to_json(found.quality)))
+            print("\n" + _block_table(found.blocks))
             if found.tasks:
                 print("\n" + _task_table(to_json(found.tasks)))
             if found.speed is not None:
@@ -176,6 +182,21 @@ def _quality_table(quality: dict[str, Any]) -> str:
         rows.append(["predictions", f"KL {divergence['mean_kl']:.2e} nats a token, {flips}"])
     rows += [["note", note] for note in quality["notes"]]
     return aligned(rows, right=False)
+
+
+def _block_table(blocks: Sequence[BlockLoss]) -> str:
+    """The blocks that lose most by themselves, and what to do about those that stand out."""
+    from flatout.verify.layers import conspicuous
+
+    rows = [["block by itself", "output error", "weight error", "runs as"]]
+    worst = sorted(blocks, key=lambda block: -block.output_error)[:_SHOWN_BLOCKS]
+    for block in worst:
+        weights = "moved" if block.weight_error is None else percent(block.weight_error)
+        rows.append([block.name, percent(block.output_error), weights, ", ".join(block.formats)])
+    bad = conspicuous(blocks)
+    names = ", ".join(block.name for block in bad[:_SHOWN_BLOCKS])
+    advice = f"more than twice the median of {len(blocks)} blocks: {names}; give those more bits first"
+    return aligned(rows) + (f"\n{advice}" if bad else "")
 
 
 def _task_table(tasks: list[dict[str, Any]]) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 from flatout.core.artifact import is_artifact, load_artifact
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.files import read_json_object, sha256_of
-from flatout.core.fuse import float_recipe
+from flatout.core.fuse import assemble, float_recipe, native_recipe
+from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import Workload
@@ -30,6 +31,7 @@ from flatout.verify.certificate import Certificate, Side, check_levels, recomput
 from flatout.verify.drivers import RunnerDriver
 from flatout.verify.examination import Plan, examine, plan_opening, rerun, seal
 from flatout.verify.examine_tasks import TaskResult, encode_tasks, examine_tasks
+from flatout.verify.layers import BlockLoss, block_losses
 from flatout.verify.quality import (
     Cluster,
     divergence,
@@ -45,6 +47,7 @@ from flatout.verify.tasks import read_task
 
 _VALIDATION_CLUSTERS = 32
 _PAGE = 64
+_BLOCK_TOKENS = 128
 _TASK_PAGES = 32
 """Sequences of tasks that may share a step: short ones still take a page each."""
 _SPLITS = ("calibration", "validation", "holdout")
@@ -67,10 +70,11 @@ class Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """What an audit found; `speed` is None when it was left out."""
+    """What an audit found; blocks: what each loses by itself; `speed` is None when it was left out."""
 
     quality: Certificate
     plan: Plan
+    blocks: tuple[BlockLoss, ...]
     tasks: tuple[TaskResult, ...]
     speed: Speed | None
 
@@ -88,6 +92,7 @@ class _Pair:
     optimised: Side
     reference: Runner
     served: Runner
+    before: Any
     tokenizer: Tokenizer
     tokenizer_sha256: str
     notes: tuple[str, ...]
@@ -160,11 +165,14 @@ def audit(
         divergence=divergence(pair.reference, pair.served, validation),
         notes=_notes(pair),
     )
+    listen("comparing blocks", 0, 1)
+    blocks = block_losses(pair.before, _model(str(optimised)), validation[0].tokens[:_BLOCK_TOKENS])
+    listen("comparing blocks", 1, 1)
     results = examine_tasks(items, pair.reference, pair.served, margin=task_margin, listen=listen)
     speed = (
         _race(pair, str(original), workload, speed_seconds, threads, listen) if speed_seconds > 0 else None
     )
-    return Audit(quality=certificate, plan=plan, tasks=results, speed=speed)
+    return Audit(quality=certificate, plan=plan, blocks=blocks, tasks=results, speed=speed)
 
 
 def again(
@@ -234,10 +242,19 @@ def _open(
         optimised=replace(candidate, runner=engine.runner.name),
         reference=ReferenceRunner(before, fits(before.spec) // _PAGE + 1, _PAGE, as_served=False),
         served=engine.runner,
+        before=before,
         tokenizer=tokenizer,
         tokenizer_sha256=tokenizer.sha256,
         notes=() if is_artifact(optimised) else open_checkpoint(optimised).notes,
     )
+
+
+def _model(optimised: str) -> Model:
+    """The candidate's weights as the engine loads them, read when asked for."""
+    if is_artifact(optimised):
+        return load_artifact(optimised)[0]
+    checkpoint = open_checkpoint(optimised)
+    return assemble(checkpoint, native_recipe(checkpoint, kv_cache="bf16"), True, checkpoint.forget)
 
 
 def _cache_tokens(spec: ModelSpec, workload: Workload) -> int:
