@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flatout.core.artifact import load_artifact, save_artifact, update_manifest
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.formats import uniform
 from flatout.core.types import Workload
-from flatout.errors import EvidenceError
+from flatout.errors import ConfigError, EvidenceError
 from flatout.verify.audit import again, audit
 from flatout.verify.certificate import certificate_from_json
 
@@ -77,6 +78,8 @@ def test_an_eight_bit_artifact_passes(place: Path) -> None:
     assert certificate.optimised.recipe == load_artifact(place / "artifact")[0].recipe.name
     assert certificate.original.sha256 == open_checkpoint(place / "original").sha256
     assert found.speed is None
+    assert [block.name for block in found.blocks][-2:] == ["layers.1 mlp", "head"]
+    assert all(0 < block.output_error < 0.05 for block in found.blocks)
     plan = next(i for i, stage in enumerate(seen) if stage.startswith("plan: needs"))
     assert "scoring the original model" in seen[:plan], "the plan comes from validation text"
     assert "scoring the original model" in seen[plan:]
@@ -146,6 +149,48 @@ def test_command_prints_quality_and_speed(place: Path, capsys: pytest.CaptureFix
     assert shown["speed"] is None
     assert certificate_from_json(shown["quality"]).passed
     assert certificate_from_json(shown).passed, "the command's own output is a certificate file"
+
+
+def test_tasks_are_judged_beside_the_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(3)
+    rows = [
+        {
+            "query": " ".join(rng.choice(WORDS, 4)),
+            "choices": list(rng.choice(WORDS, 2, replace=False)),
+            "gold": 0,
+        }
+        for _ in range(120)
+    ]
+    pairs = [
+        {"sentence_good": w + " " + v, "sentence_bad": v + " " + w} for w in WORDS for v in WORDS if w != v
+    ]
+    for name, items in (("choices.jsonl", rows), ("pairs.jsonl", pairs)):
+        (place / name).write_text("\n".join(map(json.dumps, items)))
+    seen: list[str] = []
+    files = [place / "choices.jsonl", place / "pairs.jsonl"]
+    listen = {"listen": lambda stage, done, total: seen.append(stage)}
+    found = run(place, "artifact", "original", margin=0.2, tasks=files, task_margin=0.2, limit=100, **listen)
+    assert [(task.task, task.form, task.n) for task in found.tasks] == [
+        ("choices", "choice", 100),
+        ("pairs", "pair", 100),
+    ]
+    assert found.passed, [task.reason for task in found.tasks]
+    assert seen[-1] == "pairs: optimised"
+    names = ["--against", str(place / "original"), "--text", str(place / "text.jsonl")]
+    command = ["verify", str(place / "artifact"), *names, "--margin", "20%", "--speed-seconds", "0"]
+    code = main([*command, "--task", str(files[0]), "--task-margin", "0.001%"])
+    assert code == 3, "the text passes, the task does not"
+    table = capsys.readouterr().out
+    assert re.search("verdict +passed", table)
+    assert "choices: cannot decide, accuracy falls by at most" in table
+    assert "(by plain log-probability" in table
+    assert re.search(r"layers\.\d mlp +\d.* %.* w8a8-g32, w8a8-g32", table)
+
+
+def test_broken_tasks_are_refused_before_the_models_are_opened(place: Path) -> None:
+    (place / "broken.jsonl").write_text('{"text": "no form"}')
+    with pytest.raises(ConfigError, match="an item has the keys"):
+        audit(place / "nowhere", place / "original", tasks=[place / "broken.jsonl"])
 
 
 def test_speed_is_measured_on_both(place: Path) -> None:

@@ -169,7 +169,7 @@ def cut(folder: Path) -> None:
         (edit(num_hidden_layers=1), UnsupportedModelError, r"model\.layers\.1"),
         (edit(quantization_config=3), ModelFileError, "must be an object"),
         (
-            edit(quantization_config={"quant_method": "gptq"}),
+            edit(quantization_config={"quant_method": "bitsandbytes"}),
             UnsupportedModelError,
             "quant_method",
         ),

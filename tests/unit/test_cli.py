@@ -25,7 +25,10 @@ FLAGS = {
         "--out", "--max-loss", "--recipe", "--objective", "--workload", "--text", "--threads", "--fresh",
         "--resume", "--json",
     },
-    "verify": {"--against", "--margin", "--text", "--speed-seconds", "--rerun", "--json"},
+    "verify": {
+        "--against", "--margin", "--text", "--task", "--task-margin", "--limit", "--speed-seconds", "--rerun",
+        "--json",
+    },
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
     "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--json"},
     "run": {

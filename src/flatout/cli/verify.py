@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flatout.cli.output import aligned, log, print_json
 from flatout.errors import ConfigError
 from flatout.search.request import parse_max_loss
-from flatout.search.units import percent, rate, times
+from flatout.search.units import percent, rate, seconds, times
+
+if TYPE_CHECKING:
+    from flatout.verify.layers import BlockLoss
+
+_REDRAW_S = 0.1
+_SHOWN_BLOCKS = 5
 
 
 def verify(
@@ -23,17 +31,27 @@ def verify(
     text: Annotated[
         str, typer.Option(help="UTF-8 text or .jsonl to judge by, instead of the shipped one.")
     ] = "",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Items to answer: .jsonl or .jsonl.gz (cloze, choices, schemas, pairs). Repeatable."
+        ),
+    ] = None,
+    task_margin: Annotated[str, typer.Option(help="Largest loss of a task's accuracy, in points.")] = "1%",
+    limit: Annotated[int | None, typer.Option(help="Items of each task, chosen by hash.", min=1)] = None,
     speed_seconds: Annotated[
         float, typer.Option(help="Time for each of prefill and decode; 0 leaves speed out.", min=0)
     ] = 60.0,
     rerun: Annotated[bool, typer.Option("--rerun", help="Score a certificate's text again.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: quality, speed.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: quality, blocks, tasks, speed.")
+    ] = False,
 ) -> int:
     """Prove or refute that MODEL is as good as --against and faster; without --against, check a certificate.
 
-    Exit code 0: passed. 3: failed, or the text cannot decide.
+    Exit code 0: all passed. 3: one failed, or text or items cannot decide.
     """
-    show = None if as_json else _show
+    show = None if as_json else _Progress()
     if against and not rerun:
         from flatout.core.types import to_json
         from flatout.verify.audit import audit
@@ -43,6 +61,9 @@ def verify(
             against,
             margin=parse_margin(margin),
             text=text or None,
+            tasks=task or (),
+            task_margin=parse_margin(task_margin, "--task-margin", "a loss of accuracy"),
+            limit=limit,
             speed_seconds=speed_seconds,
             listen=show,
         )
@@ -50,23 +71,28 @@ def verify(
             print_json(found)
         else:
             print(_quality_table(to_json(found.quality)))
+            print("\n" + _block_table(found.blocks))
+            if found.tasks:
+                print("\n" + _task_table(to_json(found.tasks)))
             if found.speed is not None:
                 print("\n" + _speed_table(to_json(found.speed)))
-        return 0 if found.quality.passed else 3
-    if margin != "1%" or text:
+        return 0 if found.passed else 3
+    if margin != "1%" or text or task:
         raise ConfigError(
-            "a certificate fixes margin and text", "--margin or --text", "flatout verify A --against B"
+            "a certificate fixes margin and text",
+            "--margin, --text or --task",
+            "flatout verify A --against B",
         )
     return _certificate(model, against or None, rerun, show, as_json)
 
 
-def parse_margin(text: str) -> float:
+def parse_margin(text: str, flag: str = "--margin", what: str = "a perplexity increase") -> float:
     """ "1%" or "0.01" as a fraction. Raises ConfigError."""
     try:
         return parse_max_loss(text)
     except ConfigError as error:
-        rule = "--margin is a perplexity increase above 0% and below 100%"
-        raise ConfigError(rule, repr(text), "--margin 1%") from error
+        rule = f"{flag} is {what} above 0% and below 100%"
+        raise ConfigError(rule, repr(text), f"{flag} 1%") from error
 
 
 def _certificate(path: str, original: str | None, rerun: bool, show: Any, as_json: bool) -> int:
@@ -102,14 +128,27 @@ def _certificate(path: str, original: str | None, rerun: bool, show: Any, as_jso
     return 0 if certificate.passed and result.get("verdict_stands", True) else 3
 
 
-def _show(stage: str, done: int, total: int) -> None:
-    """Stages on stderr, one line each; a terminal sees the count move."""
-    last = done >= total
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{stage} {done}/{total}" + ("\n" if last else ""))
+class _Progress:
+    """Stages on stderr, one line each; a terminal sees the count move, with the time left."""
+
+    def __init__(self) -> None:
+        self._stage, self._start, self._shown = "", 0.0, 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now, last = time.monotonic(), done >= total
+        if stage != self._stage:
+            self._stage, self._start, self._shown = stage, now, 0.0
+        if not sys.stderr.isatty():
+            if last:
+                log(stage)
+            return
+        if not last and now - self._shown < _REDRAW_S:
+            return
+        self._shown = now
+        left = (now - self._start) / done * (total - done) if done else 0.0
+        ending = "\n" if last else f", {seconds(left)} left" if left >= 1 else ""
+        sys.stderr.write(f"\r\x1b[K{stage} {done:,}/{total:,}{ending}")
         sys.stderr.flush()
-    elif last:
-        log(stage)
 
 
 def _loss(value: float | None) -> str:
@@ -143,6 +182,55 @@ def _quality_table(quality: dict[str, Any]) -> str:
         rows.append(["predictions", f"KL {divergence['mean_kl']:.2e} nats a token, {flips}"])
     rows += [["note", note] for note in quality["notes"]]
     return aligned(rows, right=False)
+
+
+def _block_table(blocks: Sequence[BlockLoss]) -> str:
+    """The blocks that lose most by themselves, and what to do about those that stand out."""
+    from flatout.verify.layers import conspicuous
+
+    rows = [["block by itself", "output error", "weight error", "runs as"]]
+    worst = sorted(blocks, key=lambda block: -block.output_error)[:_SHOWN_BLOCKS]
+    for block in worst:
+        weights = "moved" if block.weight_error is None else percent(block.weight_error)
+        rows.append([block.name, percent(block.output_error), weights, ", ".join(block.formats)])
+    bad = conspicuous(blocks)
+    names = ", ".join(block.name for block in bad[:_SHOWN_BLOCKS])
+    advice = f"more than twice the median of {len(blocks)} blocks: {names}; give those more bits first"
+    return aligned(rows) + (f"\n{advice}" if bad else "")
+
+
+def _task_table(tasks: list[dict[str, Any]]) -> str:
+    """A row a task, then what counts as right in each."""
+    rows = [["task", "items", "original", "optimised", "change", "interval", "lost", "gained", "p"]]
+    notes = []
+    for task in tasks:
+        rows.append(
+            [
+                task["task"],
+                f"{task['n']:,}",
+                f"{task['accuracy_original']:.2%}",
+                f"{task['accuracy_optimised']:.2%}",
+                f"{task['change']:+.2%}",
+                f"{task['low']:+.2%} to {task['high']:+.2%}",
+                str(task["lost"]),
+                str(task["gained"]),
+                f"{task['mcnemar_p']:.3f}",
+            ]
+        )
+        verdict = task["verdict"].replace("_", " ")
+        notes.append(f"{task['task']}: {verdict}, {task['reason']}; right if {task['rule']}{_second(task)}")
+    return aligned(rows) + "\n" + "\n".join(notes)
+
+
+def _second(task: dict[str, Any]) -> str:
+    """The figures beside the accuracy that decides."""
+    if task["accuracy_original_plain"] is not None:
+        plain = [f"{task[f'accuracy_{side}_plain']:.2%}" for side in ("original", "optimised")]
+        return f" (by plain log-probability {plain[0]} -> {plain[1]})"
+    if task["form"] == "cloze":
+        found = [_number(task[f"perplexity_{side}"]) for side in ("original", "optimised")]
+        return f" (perplexity {found[0]} -> {found[1]})"
+    return ""
 
 
 def _number(value: Any) -> str:

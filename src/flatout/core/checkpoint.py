@@ -42,7 +42,8 @@ class WeightReader(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """An opened model. files: the weight files that `sha256` covers; load_tokenizer: called on first use."""
+    """An opened model. files: the weight files that `sha256` covers; load_tokenizer: called on first use;
+    notes: which weights cannot run as they are stored, and why."""
 
     spec: ModelSpec
     name: str
@@ -50,6 +51,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     reader: WeightReader
     load_tokenizer: Callable[[], Tokenizer]
+    notes: tuple[str, ...] = ()
     _blocks: dict[str, BlockTensor] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
@@ -153,6 +155,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
             files=folder.files,
             reader=folder,
             load_tokenizer=lambda: Tokenizer.from_folder(path),
+            notes=folder.notes,
         )
     if path.suffix == ".safetensors":
         raise ModelFileError(

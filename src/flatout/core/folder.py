@@ -1,12 +1,14 @@
 """A Hugging Face folder: config.json and one or several safetensors files, with float or quantised weights.
 
-Quantised folders are read in compressed-tensors form (core/compressed_tensors.py). Every tensor's name and
+Quantised folders are read in compressed-tensors form (core/compressed_tensors.py), and in those of GPTQ and
+AWQ (core/gptq_awq.py). Every tensor's name and
 shape is checked against config.json when the folder is opened; nothing of the model may go unused.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,15 @@ import numpy as np
 from flatout.core.compressed_tensors import from_tensors
 from flatout.core.config import spec_from_config, spec_to_config
 from flatout.core.files import corrupt, read_json_object, shown, write_bytes
+from flatout.core.gptq_awq import (
+    METHODS,
+    PARTS,
+    PackedModule,
+    packed_module,
+    packed_tensor,
+    packed_values,
+    read_packing,
+)
 from flatout.core.quantization_config import Scheme, read_schemes
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.safetensors import SafetensorsFile, open_safetensors, write_safetensors
@@ -61,26 +72,45 @@ class Shards:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Folder:
-    """An opened folder. files: its weight files; schemes: how each quantised module (no ".weight") is
-    stored."""
+    """An opened folder. files: its weight files; schemes, packed: how each quantised module (no ".weight") is
+    stored, in compressed-tensors form or as GPTQ or AWQ."""
 
     spec: ModelSpec
     files: tuple[Path, ...]
     tensors: Shards
     schemes: Mapping[str, Scheme]
+    packed: Mapping[str, PackedModule]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What cannot run as it is stored, a line for each reason."""
+        counts = Counter(module.reason for module in self.packed.values() if module.reason)
+        return tuple(
+            f"{count} of {len(self.packed)} quantised weights are dequantised and run in bf16, because no "
+            f"integer format here holds {reason}"
+            for reason, count in counts.items()
+        )
 
     def array(self, name: str) -> np.ndarray:
         """Weight `name` of the spec as float32."""
+        module = self.packed.get(name.removesuffix(".weight"))
+        if module is not None:
+            try:
+                return packed_values(self.tensors, module)
+            except FlatoutError as error:
+                raise _located(error, self.tensors.folder) from error
         quantised = self.native(name)
         return self.tensors.float32(name) if quantised is None else quantised.dequantize()
 
     def native(self, name: str) -> QuantizedTensor | None:
         """Weight `name` as the integer codes it is stored in; None for float weights."""
         module = name.removesuffix(".weight")
-        scheme = self.schemes.get(module)
-        if scheme is None:
-            return None
+        scheme, packed = self.schemes.get(module), self.packed.get(module)
         try:
+            if packed is not None:
+                return packed_tensor(self.tensors, packed)
+            if scheme is None:
+                return None
             return from_tensors(self.tensors, module, scheme, weight_names(self.spec)[name])
         except FlatoutError as error:
             raise _located(error, self.tensors.folder) from error
@@ -109,9 +139,11 @@ def open_folder(path: Path) -> Folder:
         shown(str(config_path), 300),
     )
     tensors = open_shards(path)
-    schemes = _schemes(config, spec, config_path)
-    _check_tensors(path, spec, tensors, schemes)
-    return Folder(spec=spec, files=tensors.files, tensors=tensors, schemes=schemes)
+    quantization = _quantization(config, config_path)
+    packed = _packed(quantization, spec, tensors, path)
+    schemes = {} if packed else _schemes(quantization, spec, config_path)
+    _check_tensors(path, spec, tensors, schemes, packed)
+    return Folder(spec=spec, files=tensors.files, tensors=tensors, schemes=schemes, packed=packed)
 
 
 def open_shards(path: Path) -> Shards:
@@ -160,13 +192,41 @@ def _weight_files(path: Path) -> list[SafetensorsFile]:
     )
 
 
-def _schemes(config: dict[str, Any], spec: ModelSpec, config_path: Path) -> dict[str, Scheme]:
-    """The scheme of every quantised module; none for a float model."""
+def _quantization(config: dict[str, Any], config_path: Path) -> dict[str, Any] | None:
+    """What quantised the weights: by config.json, or by the file that older GPTQ folders have beside it."""
     quantization = config.get("quantization_config")
+    older = config_path.parent / "quantize_config.json"
+    if quantization is None and older.exists():
+        quantization = {"quant_method": "gptq"} | read_json_object(older)
+    if quantization is not None and not isinstance(quantization, dict):
+        raise corrupt(config_path, "quantization_config must be an object", quantization)
+    return quantization
+
+
+def _packed(
+    quantization: dict[str, Any] | None, spec: ModelSpec, tensors: Shards, path: Path
+) -> dict[str, PackedModule]:
+    """The modules of a GPTQ or AWQ folder that are quantised: those that have packed codes."""
+    if quantization is None or quantization.get("quant_method") not in METHODS:
+        return {}
+    found = {}
+    try:
+        packing = read_packing(quantization)
+        for name, shape in weight_names(spec).items():
+            module = name.removesuffix(".weight")
+            if len(shape) == 2 and f"{module}.qweight" in tensors.owner:
+                found[module] = packed_module(tensors, module, packing, shape)
+    except FlatoutError as error:
+        raise _located(error, path) from error
+    if not found:
+        raise corrupt(path, "a quantised folder must hold quantised weights", "no qweight")
+    return found
+
+
+def _schemes(quantization: dict[str, Any] | None, spec: ModelSpec, config_path: Path) -> dict[str, Scheme]:
+    """The scheme of every quantised module; none for a float model."""
     if quantization is None:
         return {}
-    if not isinstance(quantization, dict):
-        raise corrupt(config_path, "quantization_config must be an object", quantization)
     matrices = [name for name, shape in weight_names(spec).items() if len(shape) == 2]
     try:
         schemes = read_schemes(quantization, [name.removesuffix(".weight") for name in matrices])
@@ -184,10 +244,18 @@ def _located(error: FlatoutError, path: Path) -> FlatoutError:
     return type(error)(error.rule, value, error.remedy)
 
 
-def _check_tensors(path: Path, spec: ModelSpec, tensors: Shards, schemes: Mapping[str, Scheme]) -> None:
-    """Float weights by name and shape, quantised modules by name; quantised shapes are checked when read."""
+def _check_tensors(
+    path: Path,
+    spec: ModelSpec,
+    tensors: Shards,
+    schemes: Mapping[str, Scheme],
+    packed: Mapping[str, PackedModule],
+) -> None:
+    """Float weights by name and shape, quantised modules by name; shapes in compressed-tensors form are
+    checked when read."""
     expected = weight_names(spec)
-    floats = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in schemes}
+    stored = {*schemes, *packed}
+    floats = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in stored}
     names = tensors.owner
     for module in schemes:
         has_codes = f"{module}.weight" in names or f"{module}.weight_packed" in names
@@ -198,6 +266,10 @@ def _check_tensors(path: Path, spec: ModelSpec, tensors: Shards, schemes: Mappin
                 "a full copy",
             )
     quantised = {f"{module}.{part}" for module in schemes for part in _QUANTISED_PARTS}
+    quantised |= {f"{module}.{part}" for module in packed for part in PARTS}
+    # AutoGPTQ wrote a bias beside every weight, of zeros where the model has none.
+    biases = [f"{module}.bias" for module in packed if f"{module}.bias" not in expected]
+    quantised |= {name for name in biases if name in names and not tensors.float32(name).any()}
     found = {n: tensors.shape(n) for n in tensors.names if n not in quantised}
     if spec.tie_embeddings and _HEAD in found and _EMBEDDING in floats:
         _check_tied(path, tensors)

@@ -142,7 +142,7 @@ def read_schemes(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str,
     method = config.get("quant_method")
     if method != "compressed-tensors":
         raise UnsupportedModelError(
-            "quantised folders are read in compressed-tensors form",
+            "quantised folders are read in compressed-tensors form, as GPTQ or as AWQ",
             f"quant_method {method!r}",
             "the float model",
         )

@@ -178,7 +178,10 @@ def _open(
         check_memory(loaded.spec, loaded.recipe, tokens if cached else 0, read=True, taken=taken)
         return loaded, tokenizer, tokens
     checkpoint = open_checkpoint(model)
-    recipe = recipe or native_recipe(checkpoint, kv_cache="bf16")
+    if recipe is None:
+        recipe = native_recipe(checkpoint, kv_cache="bf16")
+        for note in checkpoint.notes:
+            print(f"flatout: {note}", file=sys.stderr)
     tokens = max_tokens or cache_tokens(checkpoint.spec, recipe.kv_cache)
     tokenizer = checkpoint.tokenizer  # read first: it is small, and a model without one cannot be served
     if cached:  # a GPU gets weights one after another

@@ -4,6 +4,7 @@ of."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,6 +27,39 @@ def score_documents(
     counts documents. Raises ConfigError, before any work, for a document that does not fit or holds ids
     outside the vocabulary.
     """
+    return _score(runner, docs, [len(doc) for doc in docs], step_tokens, progress)[0]
+
+
+def score_continuations(
+    runner: Runner,
+    docs: Sequence[Sequence[int]],
+    firsts: Sequence[int],
+    step_tokens: int = MAX_STEP_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What `score_documents` gives, and for each document int32 (n - first,): the greedy token at positions
+    first to n - 1, each after the document's own tokens before it.
+
+    firsts: where each document's continuation begins, 1 to n. Only the continuation is run a second time,
+    from the pages that the scores left behind.
+    """
+    for i, (doc, first) in enumerate(zip(docs, firsts, strict=True)):
+        if not 1 <= first <= len(doc):
+            raise ConfigError(
+                "a continuation begins after the first token",
+                f"{first} in document {i} of {len(doc)} tokens",
+                "a context before it",
+            )
+    return _score(runner, docs, firsts, step_tokens, progress)
+
+
+def _score(
+    runner: Runner,
+    docs: Sequence[Sequence[int]],
+    firsts: Sequence[int],
+    step_tokens: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     if not 1 <= step_tokens <= MAX_STEP_TOKENS:
         raise ConfigError(
             f"a step holds 1 to {MAX_STEP_TOKENS} tokens", str(step_tokens), f"step_tokens={MAX_STEP_TOKENS}"
@@ -34,6 +68,7 @@ def score_documents(
     for i, doc in enumerate(tokens):
         _check(runner, i, doc)
     scores = [np.empty(max(len(doc) - 1, 0), dtype=np.float32) for doc in tokens]
+    greedy = [np.empty(len(doc) - first, dtype=np.int32) for doc, first in zip(tokens, firsts, strict=True)]
     step = _ScoreStep(runner, step_tokens)
     for i, doc in enumerate(tokens):
         inputs, targets = doc[:-1].astype(np.int32), doc[1:].astype(np.int32)
@@ -41,11 +76,14 @@ def score_documents(
             stop = min(start + step_tokens, len(inputs))
             if not step.fits(len(inputs), start, stop):
                 step.run()
-            step.add(inputs, targets, start, stop, scores[i])
+            # Inputs first - 1 to n - 2 predict the continuation.
+            drawn = max(start, firsts[i] - 1), max(stop, firsts[i] - 1)
+            out = greedy[i][drawn[0] - firsts[i] + 1 : drawn[1] - firsts[i] + 1]
+            step.add(inputs, targets, start, stop, scores[i], out)
         if progress is not None:
             progress(i + 1, len(tokens))
     step.run()
-    return scores
+    return scores, greedy
 
 
 def _check(runner: Runner, number: int, doc: np.ndarray) -> None:
@@ -64,6 +102,19 @@ def _check(runner: Runner, number: int, doc: np.ndarray) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunk:
+    """A stretch of a document: its inputs from position `start` on, what follows each, its document's pages,
+    where the scores go, and where the greedy tokens of its last len(greedy) positions go."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    start: int
+    pages: list[int]
+    scores: np.ndarray
+    greedy: np.ndarray
+
+
 class _ScoreStep:
     """Collects chunks of documents into one step and writes their scores back. A document's pages are kept
     until its last chunk has run; chunks of one document are in different steps, because all but the last fill
@@ -75,7 +126,7 @@ class _ScoreStep:
         self._free = list(range(runner.num_pages - 1, -1, -1))
         self._open: list[int] = []  # pages of the document being added
         self._done: list[int] = []  # pages of documents whose last chunk is in this step
-        self._chunks: list[tuple[np.ndarray, np.ndarray, int, list[int], np.ndarray]] = []
+        self._chunks: list[_Chunk] = []
         self._count = 0
 
     def _pages(self, length: int) -> int:
@@ -86,33 +137,71 @@ class _ScoreStep:
         needed = self._pages(length) if start == 0 else 0
         return self._count + stop - start <= self._step_tokens and needed <= len(self._free)
 
-    def add(self, inputs: np.ndarray, targets: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
+    def add(
+        self,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        start: int,
+        stop: int,
+        scores: np.ndarray,
+        greedy: np.ndarray,
+    ) -> None:
         if start == 0:
             self._open = [self._free.pop() for _ in range(self._pages(len(inputs)))]
-        self._chunks.append((inputs[start:stop], targets[start:stop], start, self._open, out[start:stop]))
+        self._chunks.append(
+            _Chunk(inputs[start:stop], targets[start:stop], start, self._open, scores[start:stop], greedy)
+        )
         self._count += stop - start
         if stop == len(inputs):
             self._done += self._open
             self._open = []
 
     def run(self) -> None:
-        """Score what was collected, if anything."""
+        """Score what was collected, if anything, then draw where greedy tokens are wanted."""
         if not self._chunks:
             return
-        width = max(len(pages) for _, _, _, pages, _ in self._chunks)
-        table = np.full((len(self._chunks), width), -1, dtype=np.int32)
-        for row, (_, _, _, pages, _) in zip(table, self._chunks, strict=True):
-            row[: len(pages)] = pages
-        batch = StepInput(
-            np.concatenate([chunk[0] for chunk in self._chunks]),
-            np.array([chunk[2] for chunk in self._chunks], dtype=np.int32),
-            np.array([len(chunk[0]) for chunk in self._chunks], dtype=np.int32),
-            table,
-        )
-        scored = self._runner.score(batch, np.concatenate([chunk[1] for chunk in self._chunks]))
-        at = 0
-        for chunk in self._chunks:
-            chunk[4][:] = scored[at : at + len(chunk[0])]
-            at += len(chunk[0])
+        batch = _step_of([(chunk.inputs, chunk.start, chunk.pages) for chunk in self._chunks])
+        found = self._runner.score(batch, np.concatenate([chunk.targets for chunk in self._chunks]))
+        _deal(found, [chunk.scores for chunk in self._chunks])
+        drawing = [chunk for chunk in self._chunks if len(chunk.greedy)]
+        if drawing:
+            self._draw(drawing)
         self._free += reversed(self._done)
         self._done, self._chunks, self._count = [], [], 0
+
+    def _draw(self, chunks: list[_Chunk]) -> None:
+        tails = [
+            (c.inputs[-len(c.greedy) :], c.start + len(c.inputs) - len(c.greedy), c.pages) for c in chunks
+        ]
+        count = len(chunks)
+        drawn = self._runner.sample(
+            _step_of(tails),
+            temperature=np.zeros(count, dtype=np.float32),
+            top_k=np.zeros(count, dtype=np.int32),
+            top_p=np.ones(count, dtype=np.float32),
+            seeds=np.zeros(count, dtype=np.uint64),
+            rows="all",
+        )
+        _deal(drawn, [chunk.greedy for chunk in chunks])
+
+
+def _step_of(parts: Sequence[tuple[np.ndarray, int, list[int]]]) -> StepInput:
+    """One step of (new tokens, position of the first, pages) for each sequence."""
+    width = max(len(pages) for _, _, pages in parts)
+    table = np.full((len(parts), width), -1, dtype=np.int32)
+    for row, (_, _, pages) in zip(table, parts, strict=True):
+        row[: len(pages)] = pages
+    return StepInput(
+        np.concatenate([tokens for tokens, _, _ in parts]),
+        np.array([start for _, start, _ in parts], dtype=np.int32),
+        np.array([len(tokens) for tokens, _, _ in parts], dtype=np.int32),
+        table,
+    )
+
+
+def _deal(values: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+    """Write consecutive stretches of `values` into `outs`."""
+    at = 0
+    for out in outs:
+        out[:] = values[at : at + len(out)]
+        at += len(out)

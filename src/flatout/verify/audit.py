@@ -1,8 +1,8 @@
 """Audit anyone's checkpoint against its original: the certificate, and the speed of both on our engine.
 
 The original is scored by the float32 reference, the candidate by the runner that would serve it. Quality
-comes first: it opens the hold-out once and needs no quiet machine. `again` scores an existing certificate's
-clusters once more.
+comes first: it opens the hold-out once and needs no quiet machine; tasks besides perplexity follow. `again`
+scores an existing certificate's clusters once more.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import numpy as np
 from flatout.core.artifact import is_artifact, load_artifact
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.files import read_json_object, sha256_of
-from flatout.core.fuse import float_recipe
+from flatout.core.fuse import assemble, float_recipe, native_recipe
+from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
+from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import Workload
 from flatout.data.passages import Passage, load_passages, load_text, split_text
 from flatout.engine.load import load
@@ -28,9 +30,10 @@ from flatout.hardware.detect import detect
 from flatout.verify.certificate import Certificate, Side, check_levels, recompute, refuse_swapped
 from flatout.verify.drivers import RunnerDriver
 from flatout.verify.examination import Plan, examine, plan_opening, rerun, seal
+from flatout.verify.examine_tasks import TaskResult, encode_tasks, examine_tasks
+from flatout.verify.layers import BlockLoss, block_losses
 from flatout.verify.quality import (
     Cluster,
-    Encoder,
     divergence,
     fits,
     pair_scores,
@@ -40,9 +43,13 @@ from flatout.verify.quality import (
 )
 from flatout.verify.race import race_workload
 from flatout.verify.speed import SpeedResult
+from flatout.verify.tasks import read_task
 
 _VALIDATION_CLUSTERS = 32
 _PAGE = 64
+_BLOCK_TOKENS = 128
+_TASK_PAGES = 32
+"""Sequences of tasks that may share a step: short ones still take a page each."""
 _SPLITS = ("calibration", "validation", "holdout")
 
 Listener = Callable[[str, int, int], None]
@@ -63,11 +70,18 @@ class Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """What an audit found; `speed` is None when it was left out."""
+    """What an audit found; blocks: what each loses by itself; `speed` is None when it was left out."""
 
     quality: Certificate
     plan: Plan
+    blocks: tuple[BlockLoss, ...]
+    tasks: tuple[TaskResult, ...]
     speed: Speed | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the certificate and every task passed."""
+        return self.quality.passed and all(task.passed for task in self.tasks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +92,10 @@ class _Pair:
     optimised: Side
     reference: Runner
     served: Runner
-    tokenizer: Encoder
+    before: Any
+    tokenizer: Tokenizer
     tokenizer_sha256: str
+    notes: tuple[str, ...]
 
 
 def texts(source: str) -> dict[str, list[Passage]]:
@@ -97,6 +113,9 @@ def audit(
     *,
     margin: float = 0.01,
     text: str | Path | None = None,
+    tasks: Sequence[str | Path] = (),
+    task_margin: float = 0.01,
+    limit: int | None = None,
     workload: Workload | None = None,
     speed_seconds: float = 60.0,
     threads: int | None = None,
@@ -105,16 +124,20 @@ def audit(
 ) -> Audit:
     """Certificate and A/B speed of `optimised` against `original`: artifacts, checkpoints or built-in names.
 
-    text: a user's file instead of the shipped passages; half of it is the hold-out. speed_seconds: for each
-    of prefill and decode; 0 leaves speed out. Raises FlatoutErrors for models or text that cannot be
-    judged.
+    text: a user's file instead of the shipped passages; half of it is the hold-out. tasks: files of items
+    (`verify.tasks`), `limit` of each; task_margin: the loss of accuracy allowed, in points. speed_seconds:
+    for each of prefill and decode; 0 leaves speed out. Raises FlatoutErrors for models or text that cannot
+    be judged.
     """
     listen = listen or _silent
     workload = workload or Workload()
     source = "shipped" if text is None else str(text)
     splits = texts(source)
     check_levels(margin, 0.05)
+    check_levels(task_margin, 0.05)
+    read = [read_task(path) for path in tasks]
     pair = _open(str(optimised), str(original), splits, threads, workload)
+    items = encode_tasks(read, pair.tokenizer, pair.reference, pair.served, limit)
     block = fits(pair.served.spec)
     holdout = seal(
         splits["holdout"],
@@ -140,12 +163,16 @@ def audit(
         ledger=ledger,
         hardware=detect().name,
         divergence=divergence(pair.reference, pair.served, validation),
-        notes=_provenance_notes(pair),
+        notes=_notes(pair),
     )
+    listen("comparing blocks", 0, 1)
+    blocks = block_losses(pair.before, _model(str(optimised)), validation[0].tokens[:_BLOCK_TOKENS])
+    listen("comparing blocks", 1, 1)
+    results = examine_tasks(items, pair.reference, pair.served, margin=task_margin, listen=listen)
     speed = (
         _race(pair, str(original), workload, speed_seconds, threads, listen) if speed_seconds > 0 else None
     )
-    return Audit(quality=certificate, plan=plan, speed=speed)
+    return Audit(quality=certificate, plan=plan, blocks=blocks, tasks=results, speed=speed)
 
 
 def again(
@@ -215,15 +242,25 @@ def _open(
         optimised=replace(candidate, runner=engine.runner.name),
         reference=ReferenceRunner(before, fits(before.spec) // _PAGE + 1, _PAGE, as_served=False),
         served=engine.runner,
+        before=before,
         tokenizer=tokenizer,
         tokenizer_sha256=tokenizer.sha256,
+        notes=() if is_artifact(optimised) else open_checkpoint(optimised).notes,
     )
+
+
+def _model(optimised: str) -> Model:
+    """The candidate's weights as the engine loads them, read when asked for."""
+    if is_artifact(optimised):
+        return load_artifact(optimised)[0]
+    checkpoint = open_checkpoint(optimised)
+    return assemble(checkpoint, native_recipe(checkpoint, kv_cache="bf16"), True, checkpoint.forget)
 
 
 def _cache_tokens(spec: ModelSpec, workload: Workload) -> int:
     """Tokens the KV cache must hold for scoring and for the workload, whole pages for every sequence."""
     pages = -(-(workload.prompt + workload.output) // _PAGE)
-    return max(fits(spec), workload.batch * pages * _PAGE)
+    return max(fits(spec), workload.batch * pages * _PAGE, _TASK_PAGES * _PAGE)
 
 
 def _refuse_other_tokens(
@@ -259,11 +296,12 @@ def _side(model: str, recipe: str, runner: str) -> Side:
     )
 
 
-def _provenance_notes(pair: _Pair) -> list[str]:
+def _notes(pair: _Pair) -> list[str]:
+    """What the certificate must say: weights that run otherwise than stored, another original."""
     parent = pair.optimised.derived_from
     if parent and parent != pair.original.sha256:
-        return ["the optimised model says that it was made from another original"]
-    return []
+        return [*pair.notes, "the optimised model says that it was made from another original"]
+    return list(pair.notes)
 
 
 def _race(

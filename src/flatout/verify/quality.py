@@ -204,10 +204,10 @@ def perplexities(losses: Sequence[ClusterLoss]) -> tuple[float, float]:
         raise EvidenceError("a perplexity needs scored tokens", "none", "a longer text")
     nll = sum(cluster.nll_original for cluster in losses)
     after = nll + sum(cluster.loss for cluster in losses)
-    return _exp(nll / tokens), _exp(after / tokens)
+    return exp_or_inf(nll / tokens), exp_or_inf(after / tokens)
 
 
-def _exp(value: float) -> float:
+def exp_or_inf(value: float) -> float:
     """exp(value), infinite where that overflows."""
     return math.exp(value) if value < 700 else math.inf
 
