@@ -114,4 +114,5 @@ $(VENV)/package: $(VENV)/tools pyproject.toml CMakeLists.txt $(SOURCES)
 $(VENV)/dev: $(VENV)/package
 	$(INSTALL) $(call requirements,["project"]["optional-dependencies"]["dev"])
 	-$(INSTALL) $(call requirements,["project"]["optional-dependencies"]["fpga"])  # x86-64 only: its tests skip
+	-$(INSTALL) triton  # the GPU kernels under its interpreter; a PyTorch for GPUs brings its own
 	touch $@
