@@ -188,7 +188,7 @@ def trade_off(result: Json, width: float) -> str:
 def _times(candidate: Json) -> list[float]:
     found = [candidate["measured"]["workload_s"]] if candidate["measured"] else []
     if candidate["predicted"] is not None:
-        found += [candidate["predicted"]["workload_s"][edge] for edge in ("low", "high")]
+        found.append(candidate["predicted"]["workload_s"]["mid"])  # wide intervals may leave the axis
     return found
 
 
