@@ -150,7 +150,7 @@ def test_what_is_asked_for_by_name_and_not_there_is_an_error() -> None:
 
 def test_load_refuses_before_it_reads(tmp_path: Path) -> None:
     folder = tiny_checkpoint_folder(tmp_path / "model", tiny_spec())
-    with pytest.raises(ConfigError, match="one of auto, cpu, reference; found: 'gpu'"):
+    with pytest.raises(ConfigError, match="one of auto, cpu, cuda, reference; found: 'gpu'"):
         flatout.load(folder, runner="gpu")
     with pytest.raises(ConfigError, match="at least one token; found: 0"):
         flatout.load(folder, max_tokens=0)
