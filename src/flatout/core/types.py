@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from flatout.errors import ConfigError
@@ -146,13 +147,15 @@ def measurement(name: str, unit: str, samples: list[float]) -> Measurement:
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, tuples and numpy scalars as plain JSON values; NaN and infinity become None."""
+    """Dataclasses, tuples, paths and numpy scalars as plain JSON values; NaN and infinity become None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [to_json(v) for v in value]
+    if isinstance(value, PurePath):
+        return str(value)
     if hasattr(value, "item") and not isinstance(value, str | bytes):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

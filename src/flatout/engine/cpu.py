@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flatout.core.formats import Format
+from flatout.core.formats import Format, Recipe
 from flatout.core.gguf_blocks import BlockTensor
 from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
 from flatout.core.quantized import QuantizedTensor
@@ -46,6 +46,21 @@ def choose(cpu: ModuleType, isa: str | None, threads: int | None) -> tuple[str, 
     return isa or usable[0], threads
 
 
+def check_formats(recipe: Recipe) -> None:
+    """Raise ConfigError for a recipe with formats that only GPUs have."""
+    places = {
+        "layers": recipe.layers,
+        "embedding": recipe.embedding,
+        "head": recipe.head,
+        **dict(recipe.overrides),
+    }
+    for place, name in [*places.items(), ("the KV cache", recipe.kv_cache)]:
+        if name == "fp8":
+            raise ConfigError(
+                "the cpu runner has no fp8", f"{place} in {recipe.name}", "bf16 or w8a16, --runner cuda"
+            )
+
+
 class CpuRunner:
     """A Model packed for this machine's instructions, with its own threads and KV cache.
 
@@ -60,6 +75,7 @@ class CpuRunner:
     ) -> None:
         cpu = extension()
         isa, threads = choose(cpu, isa, threads)
+        check_formats(model.recipe)
         self.spec = model.spec
         self.recipe = model.recipe
         try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from flatout.core.formats import METHODS, Recipe, parse_format
 from flatout.core.fuse import Source, float_recipe, native_format, native_recipe
 from flatout.core.spec import ModelSpec
+from flatout.engine.cpu import check_formats
 from flatout.errors import ConfigError
 
 ORIGINAL = float_recipe("bf16")
@@ -64,6 +65,7 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
     for change in changes:
         recipe = _changed(recipe, change)
     recipe.check(source.spec)
+    check_formats(recipe)
     return recipe.renamed(name)
 
 
