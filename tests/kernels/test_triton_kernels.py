@@ -17,8 +17,9 @@ from tests.tiny import native_blocks, tiny_spec
 from flatout.core.quantized import QuantizedTensor
 from flatout.engine.cuda_weights import pack_codes
 from flatout.engine.sampler import sample, uniform
-from flatout.kernels import gpu
-from flatout.kernels.gpu import AttentionPlan, HeadWeights, LayerCache, Product
+from flatout.kernels import gpu, gpu_attention
+from flatout.kernels.gpu import Product
+from flatout.kernels.gpu_attention import AttentionPlan, HeadWeights, LayerCache
 from flatout.kernels.packed import PackedWeight, dequantize, pack_4bit, pack_bf16, pack_fp8, unpack_4bit
 from flatout.kernels.sample import draw
 from flatout.kernels.sample import uniform as uniform_of_tensors
@@ -137,7 +138,9 @@ def test_decode_attention(splits: int, window: int | None) -> None:
         torch.zeros(4 * kv_heads, dtype=torch.int32),
     )
     turns = angles.cos(), angles.sin()
-    gpu.decode_attention(CPU, spec, Product(qkv), HeadWeights(), turns, cache, pages, positions, plan, out)
+    gpu_attention.decode_attention(
+        CPU, spec, Product(qkv), HeadWeights(), turns, cache, pages, positions, plan, out
+    )
     assert not plan.counters.any()
     assert out[1].isnan().all()  # a row that is not used
     for s in (0, 2, 3):

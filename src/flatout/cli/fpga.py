@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from flatout.cli.output import aligned, log, print_json
+from flatout.cli.output import Progress, aligned, log, print_json
 from flatout.errors import BackendError
 
 
@@ -57,7 +56,7 @@ def fpga(
             break
     found = evaluate(
         loaded, target, np.array(text), shape=Shape(columns=columns), tokens=tokens, context=context,
-        progress=None if as_json else _show,
+        progress=None if as_json else Progress(),
     )  # fmt: skip
     if as_json:
         print_json(found)
@@ -80,10 +79,3 @@ def fpga(
         rows += [["not done", "synthesis, timing, any FPGA"]]
         print(aligned(rows, right=False))
     return 0 if found.bit_exact and found.fit.fits else 3
-
-
-def _show(stage: str, done: int, total: int) -> None:
-    """The count on a terminal."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{stage} {done}/{total}" + ("\n" if done >= total else ""))
-        sys.stderr.flush()

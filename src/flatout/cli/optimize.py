@@ -104,7 +104,7 @@ def summary(result: Mapping[str, Any]) -> str:
         "",
         f"recipe {result['optimized']['recipe']}; against {result['baseline']['name']}: {gains}",
         certificate,
-        *([] if result["traffic"] is None else [traffic(result["traffic"])]),
+        *([] if result["traffic"] is None else [_traffic(result["traffic"])]),
         result["verdict"],
         f"report: {result['report']}",
         f"next: flatout run {result['artifact']}",
@@ -112,7 +112,7 @@ def summary(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def traffic(found: Mapping[str, Any]) -> str:
+def _traffic(found: Mapping[str, Any]) -> str:
     """Which candidates serve the trace, in a sentence."""
     parts = [
         f"{variant['name']} {percent(variant['share'])}"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any
 
 from flatout.core.types import to_json
+from flatout.search.units import seconds
+
+_REDRAW_S = 0.1
 
 
 def print_json(value: Any) -> None:
@@ -18,6 +22,29 @@ def print_json(value: Any) -> None:
 def log(message: str) -> None:
     """One line on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Stages on stderr, one line each; a terminal sees the count move, with the time left."""
+
+    def __init__(self) -> None:
+        self._stage, self._start, self._shown = "", 0.0, 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now, last = time.monotonic(), done >= total
+        if stage != self._stage:
+            self._stage, self._start, self._shown = stage, now, 0.0
+        if not sys.stderr.isatty():
+            if last:
+                log(stage)
+            return
+        if not last and now - self._shown < _REDRAW_S:
+            return
+        self._shown = now
+        left = (now - self._start) / done * (total - done) if done else 0.0
+        ending = "\n" if last else f", {seconds(left)} left" if left >= 1 else ""
+        sys.stderr.write(f"\r\x1b[K{stage} {done:,}/{total:,}{ending}")
+        sys.stderr.flush()
 
 
 def aligned(rows: list[list[str]], right: bool = True) -> str:

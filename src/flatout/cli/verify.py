@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flatout.cli.output import aligned, log, print_json
+from flatout.cli.output import Progress, aligned, print_json
 from flatout.errors import ConfigError
 from flatout.search.request import parse_max_loss
-from flatout.search.units import percent, rate, seconds, times
+from flatout.search.units import percent, rate, times
 
 if TYPE_CHECKING:
     from flatout.verify.layers import BlockLoss
 
-_REDRAW_S = 0.1
 _SHOWN_BLOCKS = 5
 
 
@@ -51,7 +48,7 @@ def verify(
 
     Exit code 0: all passed. 3: one failed, or text or items cannot decide.
     """
-    show = None if as_json else _Progress()
+    show = None if as_json else Progress()
     if against and not rerun:
         from flatout.core.types import to_json
         from flatout.verify.audit import audit
@@ -126,29 +123,6 @@ def _certificate(path: str, original: str | None, rerun: bool, show: Any, as_jso
                 f"\nrerun: losses differ by at most {result['largest_difference']:.2e} nats a token; {kept}"
             )
     return 0 if certificate.passed and result.get("verdict_stands", True) else 3
-
-
-class _Progress:
-    """Stages on stderr, one line each; a terminal sees the count move, with the time left."""
-
-    def __init__(self) -> None:
-        self._stage, self._start, self._shown = "", 0.0, 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now, last = time.monotonic(), done >= total
-        if stage != self._stage:
-            self._stage, self._start, self._shown = stage, now, 0.0
-        if not sys.stderr.isatty():
-            if last:
-                log(stage)
-            return
-        if not last and now - self._shown < _REDRAW_S:
-            return
-        self._shown = now
-        left = (now - self._start) / done * (total - done) if done else 0.0
-        ending = "\n" if last else f", {seconds(left)} left" if left >= 1 else ""
-        sys.stderr.write(f"\r\x1b[K{stage} {done:,}/{total:,}{ending}")
-        sys.stderr.flush()
 
 
 def _loss(value: float | None) -> str:

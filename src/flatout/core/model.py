@@ -71,6 +71,11 @@ class Model:
             _check_weight(name, weight, shape, fmt)
 
 
+def dense(weight: Weight) -> np.ndarray:
+    """The weight as floats, (N, K) or (N,)."""
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+
 def equal(a: Weight, b: Weight) -> bool:
     """Whether both hold the same numbers, which is quick for views of the same memory."""
     if a is b:

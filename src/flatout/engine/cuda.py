@@ -29,8 +29,9 @@ from flatout.engine.cuda_weights import GpuWeights, LayerWeights, load_weights
 from flatout.engine.runner import StepInput, check_step, sampled_rows
 from flatout.engine.sampler import sample
 from flatout.errors import BackendError, ResourceError, UnsupportedModelError
-from flatout.kernels import gpu
-from flatout.kernels.gpu import Activations, Card, LayerCache, Product
+from flatout.kernels import gpu, gpu_attention
+from flatout.kernels.gpu import Activations, Card, Product
+from flatout.kernels.gpu_attention import LayerCache
 from flatout.kernels.packed import PackedWeight
 from flatout.models.llama import rope_frequencies
 
@@ -135,7 +136,12 @@ class CudaRunner:
         return gpu.logits_many(hidden, self.weights.head)
 
     def layer(
-        self, layer: LayerWeights, x: Tensor, pending: Product | None, attend: gpu.Attend, cache: LayerCache
+        self,
+        layer: LayerWeights,
+        x: Tensor,
+        pending: Product | None,
+        attend: gpu_attention.Attend,
+        cache: LayerCache,
     ) -> Product:
         """One layer of many tokens on the residual stream x (T, D) float32, to which `pending` is still to be
         added; so is what it returns."""
@@ -213,9 +219,9 @@ class _Attend:
         ]
         count = int(one.sum())
         if count:
-            self._plan = gpu.attention_plan(runner.card, spec, count, device)
+            self._plan = gpu_attention.attention_plan(runner.card, spec, count, device)
 
-    def __call__(self, product: Product, heads: gpu.HeadWeights, cache: LayerCache) -> Tensor:
+    def __call__(self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache) -> Tensor:
         """bfloat16 (T, H E)."""
         runner, spec = self._runner, self._runner.spec
         if not self._prompts:
@@ -231,16 +237,20 @@ class _Attend:
         out[self._one] = some
         return out
 
-    def _decode(self, product: Product, heads: gpu.HeadWeights, cache: LayerCache, out: Tensor) -> None:
+    def _decode(
+        self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache, out: Tensor
+    ) -> None:
         runner = self._runner
-        gpu.decode_attention(
+        gpu_attention.decode_attention(
             runner.card, runner.spec, product, heads, runner.turns, cache,
             self._one_pages, self._one_positions, self._plan, out,
         )  # fmt: skip
 
-    def _prefill(self, product: Product, heads: gpu.HeadWeights, cache: LayerCache) -> Tensor:
+    def _prefill(self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache) -> Tensor:
         runner, spec = self._runner, self._runner.spec
-        qkv = gpu.rotate_and_store(spec, product, heads, runner.turns, cache, self._slots, self._positions)
+        qkv = gpu_attention.rotate_and_store(
+            spec, product, heads, runner.turns, cache, self._slots, self._positions
+        )
         found, first = [], 0
         for start, length, pages in self._prompts:
             own = slice(first, first + length)
@@ -248,7 +258,7 @@ class _Attend:
             q, k, v = rows[:, :queries], rows[:, queries : -spec.num_kv_heads], rows[:, -spec.num_kv_heads :]
             if start:
                 k, v = (_gathered(part, pages, start + length) for part in (cache.keys, cache.values))
-            found.append(gpu.causal_attention(q, k, v, spec.sliding_window))
+            found.append(gpu_attention.causal_attention(q, k, v, spec.sliding_window))
             first += length
         return found[0] if len(found) == 1 else torch.cat(found)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flatout.engine.runner import StepInput
-from flatout.kernels import gpu
+from flatout.kernels import gpu, gpu_attention
 from flatout.kernels.gpu import Product
 from flatout.kernels.sample import draw
 
@@ -63,7 +63,7 @@ class Decoder:
         self._results = torch.empty(2, rows, dtype=torch.int32, pin_memory=self._on_gpu)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
-        self._plans: dict[int, gpu.AttentionPlan] = {}
+        self._plans: dict[int, gpu_attention.AttentionPlan] = {}
         # What the device's buffers hold, as the host knows it.
         self._host_pages = np.zeros((rows, self._width), dtype=np.int32)
         self._parameters: tuple[np.ndarray, ...] = ()
@@ -175,7 +175,7 @@ class Decoder:
         runner = self._runner
         tokens, positions, keys = self._tokens[:rows], self._positions[:rows], self._keys[:rows]
         if rows not in self._plans:
-            self._plans[rows] = gpu.attention_plan(runner.card, runner.spec, rows, runner.device)
+            self._plans[rows] = gpu_attention.attention_plan(runner.card, runner.spec, rows, runner.device)
         logits = self._few(rows) if runner.few(rows) else self._many(rows)
         gpu.argmax_keys(runner.card, logits, keys)
         drawn = None
@@ -186,10 +186,12 @@ class Decoder:
             )  # fmt: skip
         gpu.advance(runner.card, keys, drawn, self._temperature[:rows], tokens, positions)
 
-    def _attend(self, product: Product, heads: gpu.HeadWeights, cache: gpu.LayerCache) -> Tensor:
+    def _attend(
+        self, product: Product, heads: gpu_attention.HeadWeights, cache: gpu_attention.LayerCache
+    ) -> Tensor:
         rows = product.values.shape[0]
         runner, out = self._runner, self._attended[:rows]
-        gpu.decode_attention(
+        gpu_attention.decode_attention(
             runner.card, runner.spec, product, heads, runner.turns, cache,
             self._pages, self._positions, self._plans[rows], out,
         )  # fmt: skip

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flatout.core.formats import Format, Recipe, parse_format
-from flatout.core.model import Model
+from flatout.core.model import Model, dense
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
 from flatout.errors import UnsupportedModelError
-from flatout.kernels.gpu import HeadWeights
+from flatout.kernels.gpu_attention import HeadWeights
 from flatout.kernels.linear import as_tensor
 from flatout.kernels.packed import PackedWeight, pack_4bit, pack_8bit, pack_bf16, pack_fp8
 
@@ -78,7 +77,7 @@ def load_weights(model: Model, device: torch.device) -> GpuWeights:
     check_shapes(spec, recipe)
 
     def vector(name: str) -> Tensor:
-        return _floats(model, name).to(device, torch.float32)
+        return as_tensor(dense(model.weights[name])).to(device, torch.float32)
 
     def gains(name: str, offset: float = 0.0) -> Tensor:
         return (vector(name) + offset).bfloat16()
@@ -105,7 +104,7 @@ def load_weights(model: Model, device: torch.device) -> GpuWeights:
             linear("down"),
         )
 
-    embedding = _floats(model, "embedding").to(device, torch.bfloat16)
+    embedding = as_tensor(dense(model.weights["embedding"])).to(device, torch.bfloat16)
     head = parse_format(recipe.head)
     tied = spec.tie_embeddings and not head.is_integer and head.bits > 8
     return GpuWeights(
@@ -155,11 +154,6 @@ def random_weights(spec: ModelSpec, recipe: Recipe, device: torch.device, seed: 
     table = torch.randn(spec.vocab_size, D, generator=draws, device=device, dtype=torch.bfloat16)
     head = matrix(spec.vocab_size, D, parse_format(recipe.head))
     return GpuWeights(table, tuple(layers), gains(D), head)
-
-
-def _floats(model: Model, name: str) -> Tensor:
-    weight = model.weights[name]
-    return as_tensor(weight.dequantize() if isinstance(weight, QuantizedTensor) else np.asarray(weight))
 
 
 def _pack(model: Model, name: str, fmt: Format, device: torch.device) -> PackedWeight:

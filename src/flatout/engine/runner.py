@@ -85,6 +85,19 @@ class Runner(Protocol):
         ...
 
 
+def greedy_tokens(runner: Runner, batch: StepInput, rows: Literal["last", "all"] = "last") -> np.ndarray:
+    """int32 (S,) or (T,): the likeliest token after each sequence's last new token, or after every one."""
+    count = len(batch.lengths)
+    return runner.sample(
+        batch,
+        temperature=np.zeros(count, dtype=np.float32),
+        top_k=np.zeros(count, dtype=np.int32),
+        top_p=np.ones(count, dtype=np.float32),
+        seeds=np.zeros(count, dtype=np.uint64),
+        rows=rows,
+    )
+
+
 def sampled_rows(batch: StepInput, rows: Literal["last", "all"]) -> tuple[np.ndarray, np.ndarray]:
     """Of each row that `Runner.sample` draws for: its sequence (R,), and the drawn token's position (R,)."""
     if rows == "last":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flatout.engine.runner import MAX_STEP_TOKENS, Runner, StepInput
+from flatout.engine.runner import MAX_STEP_TOKENS, Runner, StepInput, greedy_tokens
 from flatout.errors import ConfigError
 
 
@@ -173,15 +173,7 @@ class _ScoreStep:
         tails = [
             (c.inputs[-len(c.greedy) :], c.start + len(c.inputs) - len(c.greedy), c.pages) for c in chunks
         ]
-        count = len(chunks)
-        drawn = self._runner.sample(
-            _step_of(tails),
-            temperature=np.zeros(count, dtype=np.float32),
-            top_k=np.zeros(count, dtype=np.int32),
-            top_p=np.ones(count, dtype=np.float32),
-            seeds=np.zeros(count, dtype=np.uint64),
-            rows="all",
-        )
+        drawn = greedy_tokens(self._runner, _step_of(tails), "all")
         _deal(drawn, [chunk.greedy for chunk in chunks])
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flatout.core.model import Model
+from flatout.core.model import Model, dense
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
 from flatout.errors import UnsupportedModelError
@@ -97,8 +97,7 @@ def integer_model(model: Model, chunk: int = 64) -> IntegerModel:
         f"layers.{i}.{norm}" for i in range(spec.num_layers) for norm in ("input_norm", "post_norm")
     ]
     norms = {name: integer_norm(np.asarray(model.weights[name]), spec) for name in (*norm_names, "norm")}
-    table = model.weights["embedding"]
-    values = table.dequantize() if isinstance(table, QuantizedTensor) else np.asarray(table)
+    values = dense(model.weights["embedding"])
     bits = min(FRACTIONS.residual, 15 - math.frexp(float(np.abs(values).max()))[1])
     words = np.clip(np.rint(values * np.float32(2.0**bits)), -32767, 32767).astype(np.int16)
     integers = IntegerModel(

@@ -18,16 +18,15 @@ one boot, and `fresh=True` renews them.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Protocol
 
-from flatout.core.files import write_atomic
 from flatout.core.types import Ceiling, Hardware, to_json
 from flatout.errors import BackendError, ResourceError
+from flatout.hardware import kept
 from flatout.hardware.detect import detect, free_memory
 
 Progress = Callable[[str, int, int], None]
@@ -75,7 +74,7 @@ def measure_ceilings(
             f"measuring memory needs {needed >> 20} MB free", f"{free >> 20} MB", "close other programs"
         )
     ceilings = _measure(hardware, native or _extension(), progress or (lambda what, done, of: None))
-    _store(path, ceilings)
+    kept.store(path, _VERSION, {"ceilings": to_json(ceilings)})
     return replace(hardware, ceilings=ceilings)
 
 
@@ -153,35 +152,10 @@ def _cache_dir() -> Path:
     return cache_dir()
 
 
-def boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _store(path: Path, ceilings: tuple[Ceiling, ...]) -> None:
-    record = {
-        "version": _VERSION,
-        "boot_id": boot_id(),
-        "measured_at": time.time(),
-        "ceilings": to_json(ceilings),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(file: BinaryIO) -> None:
-        file.write(json.dumps(record, indent=1).encode())
-
-    write_atomic(path, write)
-
-
 def _load(path: Path) -> tuple[Ceiling, ...]:
-    """The ceilings on file; empty (so measure again) if missing, old, from another boot, or unreadable."""
+    """The ceilings on file; empty (so measure again) if there are none that hold."""
+    record = kept.read(path, _VERSION, _MAX_AGE_S)
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        current = record["version"] == _VERSION and record["boot_id"] == boot_id()
-        if not current or not 0 <= time.time() - record["measured_at"] <= _MAX_AGE_S:
-            return ()
-        return tuple(Ceiling(**fields) for fields in record["ceilings"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return () if record is None else tuple(Ceiling(**fields) for fields in record["ceilings"])
+    except (KeyError, TypeError):
         return ()

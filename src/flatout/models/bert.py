@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flatout.core.encoder import EncoderModel, EncoderSpec
-from flatout.core.quantized import QuantizedTensor
+from flatout.core.model import dense
 from flatout.kernels.linear import as_tensor, linear_reference
 from flatout.models.llama import round_keys_or_values
 
@@ -37,9 +37,7 @@ class Bert:
     def _vector(self, name: str) -> Tensor:
         """Weight `name` as float32; kept, since a dequantised one is made anew each time."""
         if name not in self._floats:
-            weight = self._model.weights[name]
-            dense = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-            self._floats[name] = as_tensor(dense)
+            self._floats[name] = as_tensor(dense(self._model.weights[name]))
         return self._floats[name]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:

@@ -21,16 +21,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flatout.core.costs import step_costs, total
-from flatout.core.files import sha256_of, write_atomic
+from flatout.core.files import sha256_of, write_bytes
 from flatout.core.formats import Format, Recipe
 from flatout.core.model import Model, Weight, expected_weights
 from flatout.core.quantized import QuantizedTensor
@@ -38,7 +36,7 @@ from flatout.core.sources import cache_dir
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Hardware, Workload, to_json
 from flatout.engine.cpu import CpuRunner, extension
-from flatout.hardware.ceilings import boot_id
+from flatout.hardware import kept
 from flatout.perf.predict import Calibration, calibrate, transfer_residuals
 from flatout.perf.profile import Profile, profile_model
 
@@ -209,29 +207,21 @@ def _key(spec: ModelSpec, recipes: Sequence[Recipe], workload: Workload, threads
 
 
 def _store(path: Path, table: Table) -> None:
-    record = {
-        "version": _VERSION,
-        "boot_id": boot_id(),
-        "measured_at": time.time(),
-        "interactions": table.interactions,
-        "entries": [asdict(entry) for entry in table.entries],
-    }
-    _write(path, record)
+    entries = [asdict(entry) for entry in table.entries]
+    kept.store(path, _VERSION, {"interactions": table.interactions, "entries": entries})
 
 
 def _load(path: Path) -> Table | None:
-    """The table on file; None (so measure again) if missing, old, from another boot, or unreadable."""
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        current = record["version"] == _VERSION and record["boot_id"] == boot_id()
-        if not current or not 0 <= time.time() - record["measured_at"] <= _MAX_AGE_S:
-            return None
-        entries = tuple(Entry(**fields) for fields in record["entries"])
-        return Table(
-            entries=entries, interactions={str(k): float(v) for k, v in record["interactions"].items()}
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    """The table on file; None (so measure again) if there is none that holds."""
+    record = kept.read(path, _VERSION, _MAX_AGE_S)
+    if record is None:
         return None
+    try:
+        entries = tuple(Entry(**fields) for fields in record["entries"])
+        interactions = {str(k): float(v) for k, v in record["interactions"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return Table(entries=entries, interactions=interactions)
 
 
 def residuals(hardware: Hardware, directory: Path | None = None) -> list[float]:
@@ -245,14 +235,11 @@ def residuals(hardware: Hardware, directory: Path | None = None) -> list[float]:
 
 def add_residuals(hardware: Hardware, new: Sequence[float], directory: Path | None = None) -> None:
     """Append to the file, which keeps the latest."""
-    kept = [*residuals(hardware, directory), *new][-_MOST_RESIDUALS:]
-    _write(_residual_path(hardware, directory), kept)
+    path = _residual_path(hardware, directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    latest = [*residuals(hardware, directory), *new][-_MOST_RESIDUALS:]
+    write_bytes(path, json.dumps(latest, indent=1).encode())
 
 
 def _residual_path(hardware: Hardware, directory: Path | None) -> Path:
     return (directory or cache_dir()) / f"residuals-{hardware.fingerprint}.json"
-
-
-def _write(path: Path, record: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda file: file.write(json.dumps(record, indent=1).encode()))  # type: ignore[arg-type]

@@ -111,26 +111,29 @@ class Screen:
         row = Row(candidate=candidate, memory_bytes=memory_bytes(self.context, recipe))
         self.rows.append(row)
         self.predict()
-        if passed and self._predicted(recipe) > _GAIN * min(self._predicted(r.recipe) for r in passed):
+        least = min((self._predicted(r.recipe, calibration) for r in passed), default=math.inf)
+        if self._predicted(recipe, calibration) > _GAIN * least:
             self.rows.pop()  # it would not pay for being built
             self.joint.proposed = _PROPOSALS
 
-    def _predicted(self, recipe: Recipe) -> float:
+    def _predicted(self, recipe: Recipe, calibration: Calibration | None) -> float:
         """What the objective minimises as predicted now, also for a recipe that was measured: so compared, a
         measurement's luck does not count."""
-        context = self.context
-        workload = context.request.workload
+        workload = self.context.request.workload
         if workload.objective == "memory":
-            return float(memory_bytes(context, recipe))
-        times = predict(
+            return float(memory_bytes(self.context, recipe))
+        return _workload_prediction(workload, self._step_times(recipe, calibration)).mid
+
+    def _step_times(self, recipe: Recipe, calibration: Calibration | None) -> StepTimes:
+        context = self.context
+        return predict(
             context.bench.source.spec,
             recipe,
             context.hardware,
-            workload,
-            calibration=self._calibration(),
+            context.request.workload,
+            calibration=calibration,
             threads=context.bench.threads,
         )
-        return workload.seconds(times.prefill.mid, times.decode.mid)
 
     def _prepare(self) -> None:
         """Measure the latency table and the sensitivities, once a search."""
@@ -202,22 +205,13 @@ class Screen:
 
     def predict(self) -> None:
         """Predict every candidate again with what has been measured so far."""
-        context = self.context
         calibration = self._calibration()
         for i, row in enumerate(self.rows):
             if row.times is not None and row.predicted is not None:
                 continue  # keep the prediction that was made before it was measured
-            times = predict(
-                context.bench.source.spec,
-                row.recipe,
-                context.hardware,
-                context.request.workload,
-                calibration=calibration,
-                threads=context.bench.threads,
-            )
-            self.rows[i] = replace(
-                row, predicted=times, workload=_workload_prediction(context.request.workload, times)
-            )
+            times = self._step_times(row.recipe, calibration)
+            workload = _workload_prediction(self.context.request.workload, times)
+            self.rows[i] = replace(row, predicted=times, workload=workload)
 
     def _next(self) -> Row | None:
         """The waiting candidate with the least cost, after passing over those that cannot win."""

@@ -24,6 +24,7 @@ Legend: T tokens, N rows and K columns of a weight, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -154,6 +155,11 @@ class _Place:
         return share * 0.5 * float((steps.square() / 12 * by_group).sum())
 
 
+def _float_weights(source: Source) -> Callable[[str], Tensor]:
+    """name -> the weight (N, K) as float32, each read once."""
+    return functools.cache(lambda name: as_tensor(float_weight(source, name)))
+
+
 def _table_error(source: Source, rows: Tensor, name: str) -> Tensor:
     """What rounding does to `rows` of the embedding."""
     fmt = parse_format(name)
@@ -228,13 +234,7 @@ def sensitivities(
     """
     source = library.source
     spec = source.spec
-    kept_weights: dict[str, Tensor] = {}
-
-    def weight(name: str) -> Tensor:
-        if name not in kept_weights:
-            kept_weights[name] = as_tensor(float_weight(source, name))
-        return kept_weights[name]
-
+    weight = _float_weights(source)
     places = {name: _Place(library, name, f) for name, f in choices.items() if name != "kv_cache"}
     tables = dict.fromkeys(choices.get("head", ()), 0.0)
     cache_losses = dict.fromkeys(choices.get("kv_cache", ()), 0.0)
@@ -295,12 +295,7 @@ def divergences(
     positions = torch.cat([torch.arange(n) for n in lengths])
     turns = rope_turns(spec, positions)
     embedded = Llama(source).embed(ids)
-    kept_weights: dict[str, Tensor] = {}
-
-    def weight(name: str) -> Tensor:
-        if name not in kept_weights:
-            kept_weights[name] = as_tensor(float_weight(source, name))
-        return kept_weights[name]
+    weight = _float_weights(source)
 
     def log_probabilities(kind: str, fmt: Format | None) -> Tensor:
         def linear(name: str, x: Tensor) -> Tensor:

@@ -95,7 +95,6 @@ class _Pair:
     before: Any
     tokenizer: Tokenizer
     tokenizer_sha256: str
-    notes: tuple[str, ...]
 
 
 def texts(source: str) -> dict[str, list[Passage]]:
@@ -138,6 +137,7 @@ def audit(
     read = [read_task(path) for path in tasks]
     pair = _open(str(optimised), str(original), splits, threads, workload)
     items = encode_tasks(read, pair.tokenizer, pair.reference, pair.served, limit)
+    model, notes = _model(str(optimised))
     block = fits(pair.served.spec)
     holdout = seal(
         splits["holdout"],
@@ -163,10 +163,10 @@ def audit(
         ledger=ledger,
         hardware=detect().name,
         divergence=divergence(pair.reference, pair.served, validation),
-        notes=_notes(pair),
+        notes=_notes(pair, notes),
     )
     listen("comparing blocks", 0, 1)
-    blocks = block_losses(pair.before, _model(str(optimised)), validation[0].tokens[:_BLOCK_TOKENS])
+    blocks = block_losses(pair.before, model, validation[0].tokens[:_BLOCK_TOKENS])
     listen("comparing blocks", 1, 1)
     results = examine_tasks(items, pair.reference, pair.served, margin=task_margin, listen=listen)
     speed = (
@@ -245,16 +245,17 @@ def _open(
         before=before,
         tokenizer=tokenizer,
         tokenizer_sha256=tokenizer.sha256,
-        notes=() if is_artifact(optimised) else open_checkpoint(optimised).notes,
     )
 
 
-def _model(optimised: str) -> Model:
-    """The candidate's weights as the engine loads them, read when asked for."""
+def _model(optimised: str) -> tuple[Model, tuple[str, ...]]:
+    """The candidate's weights as the engine loads them, read when asked for, and which of them run otherwise
+    than they are stored."""
     if is_artifact(optimised):
-        return load_artifact(optimised)[0]
+        return load_artifact(optimised)[0], ()
     checkpoint = open_checkpoint(optimised)
-    return assemble(checkpoint, native_recipe(checkpoint, kv_cache="bf16"), True, checkpoint.forget)
+    recipe = native_recipe(checkpoint, kv_cache="bf16")
+    return assemble(checkpoint, recipe, True, checkpoint.forget), checkpoint.notes
 
 
 def _cache_tokens(spec: ModelSpec, workload: Workload) -> int:
@@ -296,12 +297,12 @@ def _side(model: str, recipe: str, runner: str) -> Side:
     )
 
 
-def _notes(pair: _Pair) -> list[str]:
+def _notes(pair: _Pair, weights: tuple[str, ...]) -> list[str]:
     """What the certificate must say: weights that run otherwise than stored, another original."""
     parent = pair.optimised.derived_from
     if parent and parent != pair.original.sha256:
-        return [*pair.notes, "the optimised model says that it was made from another original"]
-    return list(pair.notes)
+        return [*weights, "the optimised model says that it was made from another original"]
+    return list(weights)
 
 
 def _race(

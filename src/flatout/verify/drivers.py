@@ -14,7 +14,7 @@ import numpy as np
 
 from flatout.core.types import Workload
 from flatout.data.passages import load_passages
-from flatout.engine.runner import MAX_STEP_TOKENS, Runner, StepInput
+from flatout.engine.runner import MAX_STEP_TOKENS, Runner, StepInput, greedy_tokens
 from flatout.errors import ConfigError, EvidenceError
 from flatout.verify.quality import Encoder
 
@@ -90,7 +90,7 @@ class RunnerDriver:
         lengths = np.ones(len(starts), dtype=np.int32)
         begin = time.perf_counter()
         for _ in range(tokens):
-            following = self._sample(StepInput(following, starts, lengths, pages))
+            following = greedy_tokens(self._runner, StepInput(following, starts, lengths, pages))
             starts = starts + 1
         return time.perf_counter() - begin
 
@@ -120,18 +120,8 @@ class RunnerDriver:
             for start in range(0, len(array), self._step_tokens):
                 chunk = array[start : start + self._step_tokens]
                 sizes = np.array([start], dtype=np.int32), np.array([len(chunk)], dtype=np.int32)
-                following[i : i + 1] = self._sample(StepInput(chunk, *sizes, pages[i : i + 1]))
+                following[i : i + 1] = greedy_tokens(self._runner, StepInput(chunk, *sizes, pages[i : i + 1]))
         return following
-
-    def _sample(self, batch: StepInput) -> np.ndarray:
-        count = len(batch.lengths)
-        return self._runner.sample(
-            batch,
-            temperature=np.zeros(count, dtype=np.float32),
-            top_k=np.zeros(count, dtype=np.int32),
-            top_p=np.ones(count, dtype=np.float32),
-            seeds=np.zeros(count, dtype=np.uint64),
-        )
 
 
 def tokens_per_second(workload: Workload, phase: str, seconds: float) -> float:

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from flatout.core.formats import Format, parse_format
 from flatout.core.fuse import Source, float_weight
-from flatout.core.model import Model, Weight
-from flatout.core.quantized import QuantizedTensor
+from flatout.core.model import Model, dense
 from flatout.errors import EvidenceError
 from flatout.kernels.linear import as_tensor, linear_reference
 from flatout.models.llama import Cache, Llama, decoder_layer, rms_norm, rope_turns
@@ -129,7 +128,7 @@ class _Exact:
 
     def vector(self, name: str) -> Tensor:
         if isinstance(self._source, Model):
-            return _dense(self._source.weights[name])
+            return as_tensor(dense(self._source.weights[name]))
         return as_tensor(float_weight(self._source, name))
 
     def linear(self, name: str, x: Tensor) -> Tensor:
@@ -148,11 +147,11 @@ class _Served:
         self.errors: dict[str, float] = {}
 
     def vector(self, name: str) -> Tensor:
-        return _dense(self._model.weights[name])
+        return as_tensor(dense(self._model.weights[name]))
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         weight = self._model.weights[name]
-        self.weights[name] = _dense(weight)
+        self.weights[name] = as_tensor(dense(weight))
         y = linear_reference(x, weight, self._format(name))
         if name.endswith((".qkv", ".gate_up")):
             return y
@@ -165,11 +164,6 @@ class _Served:
             return parse_format(self._model.recipe.head)
         _, layer, part = name.split(".")
         return self._model.recipe.format_of(int(layer), part)
-
-
-def _dense(weight: Weight) -> Tensor:
-    """The weight as float32."""
-    return as_tensor(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight)
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

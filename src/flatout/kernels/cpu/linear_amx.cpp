@@ -263,6 +263,11 @@ void linear_panels_amx(const Linear& w, const uint8_t* const* panel, int panels,
     return linear_panels(w, panel, panels, scratch, a, first, count, out);
   const uint8_t* panel_pair[2] = {panel[0], panel[panels - 1]};  // a last single panel is computed twice
   if (whole_row(w)) return whole_row_panels(w, panel_pair, a, first, count, out);
+  const auto grouped = w.zero == Zero::kMinimum                       ? grouped_block<1, true, false>
+                       : w.zero == Zero::kAsymmetric && w.planes == 2 ? grouped_block<2, false, true>
+                       : w.zero == Zero::kAsymmetric                  ? grouped_block<1, false, true>
+                       : w.planes == 2                                ? grouped_block<2, false, false>
+                                                                      : grouped_block<1, false, false>;
   for (int m = 0; m < count;) {
     if (bf16) {
       const bool second = count - m > kTileRows;
@@ -271,19 +276,8 @@ void linear_panels_amx(const Linear& w, const uint8_t* const* panel, int panels,
       m += second ? 2 * kTileRows : kTileRows;
       continue;
     }
-    for (int p = 0; p < panels; ++p) {
-      float* to = out[p] + (size_t)m * kLanes;
-      if (w.zero == Zero::kMinimum)
-        grouped_block<1, true, false>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
-      else if (w.zero == Zero::kAsymmetric && w.planes == 2)
-        grouped_block<2, false, true>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
-      else if (w.zero == Zero::kAsymmetric)
-        grouped_block<1, false, true>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
-      else if (w.planes == 2)
-        grouped_block<2, false, false>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
-      else
-        grouped_block<1, false, false>(w, panel[p], scratch[p], a, first + m, count - m, m == 0, to);
-    }
+    for (int p = 0; p < panels; ++p)
+      grouped(w, panel[p], scratch[p], a, first + m, count - m, m == 0, out[p] + (size_t)m * kLanes);
     m += kTileRows;
   }
 }

@@ -107,14 +107,14 @@ class Model {
   int team_;            // threads that take part in the step
   bool paced_ = false;  // whether its time tells pace_ something
   int activation_rows_ = 0;  // tokens that a thread's own activation buffer holds
-  int positions_;  // that a sequence may reach
+  int positions_;            // that a sequence may reach
   int num_pages_, head_dim_padded_, qkv_stride_, hidden_stride_, gate_stride_, attention_stride_;
   size_t head_bytes_, page_bytes_;  // a page holds all layers' heads, so that a short context touches little memory
   std::vector<Layer> layers_;
   std::vector<float> norm_, rope_;
   std::vector<Arena> arenas_;  // of each thread
   Linear head_, screen_;
-  Source head_source_;  // of a screened head: the embedding's rows
+  Source head_source_;  // of a tied head: the embedding's rows
   int screened_ = -1, screen_pause_ = 0;
   float candidates_lately_ = 0;
   struct alignas(64) Best {  // of one thread

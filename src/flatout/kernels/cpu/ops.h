@@ -16,6 +16,7 @@ constexpr int kLanes = 16;     // rows of a panel, lanes of a vector
 constexpr int kPage = 64;      // tokens of a KV page; also the block of the online softmax
 constexpr int kChunk = 4;      // pages whose attention is summed by itself, so that threads can share a long context
 constexpr int kTileRows = 16;  // activation buffers are padded to this many rows
+constexpr int kTileMinimum = 6;  // fewer tokens than this are faster without tiles
 constexpr int kPrefetchBytes = 16384;  // how far ahead of the multiply weights are fetched
 
 inline int round_up(int v, int to) { return (v + to - 1) / to * to; }
@@ -50,8 +51,6 @@ struct Linear {
     return shares[share] + (size_t)2 * (p - first_pair(share)) * panel_bytes;
   }
 };
-
-constexpr int kTileMinimum = 6;  // fewer tokens are faster without tiles
 
 // The input of a linear: M tokens in the form the weight needs.
 struct Activations {

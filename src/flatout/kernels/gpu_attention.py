@@ -1,0 +1,187 @@
+"""Launching attention on a GPU: of one new token a sequence, and of prompts.
+
+Legend: S sequences, T tokens, H query heads, G key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from flatout.core.spec import ModelSpec
+from flatout.kernels.gpu import Card, Product, carve, launch
+from flatout.kernels.triton import attention
+
+MOST_SPLITS = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadWeights:
+    """What queries and keys go through before they meet: optional bias of the linear, optional norms."""
+
+    bias: Tensor | None = None
+    q_gains: Tensor | None = None
+    k_gains: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCache:
+    """keys and values (pages, G, PAGE, E)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+Attend = Callable[[Product, HeadWeights, LayerCache], Tensor]
+"""What a step's tokens read, bfloat16 (T, H E), given a layer's product of qkv."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """How attention of a batch is cut up, and room for its parts; counters are zero between launches."""
+
+    splits: int
+    parts: Tensor
+    peaks: Tensor
+    counters: Tensor
+
+
+def attention_plan(card: Card, spec: ModelSpec, sequences: int, device: torch.device) -> AttentionPlan:
+    """Splits so that all multiprocessors have work."""
+    groups = sequences * spec.num_kv_heads
+    wanted = 2 * card.units / groups
+    splits = MOST_SPLITS if wanted > 8 else 4 if wanted > 2 else 1
+    repeat = spec.num_heads // spec.num_kv_heads
+    return AttentionPlan(
+        splits,
+        torch.empty(groups * splits * repeat * spec.head_dim, device=device),
+        torch.empty(groups * splits * 2 * repeat, device=device),
+        torch.zeros(groups, dtype=torch.int32, device=device),
+    )
+
+
+def _compute(keys: Tensor) -> Any:
+    """bfloat16 as stored, or float16, in which e4m3 is exact; the interpreter multiplies neither bfloat16."""
+    if not keys.is_cuda:
+        return tl.float32
+    return tl.float16 if keys.dtype == torch.float8_e4m3fn else tl.bfloat16
+
+
+def decode_attention(
+    card: Card,
+    spec: ModelSpec,
+    product: Product,
+    heads: HeadWeights,
+    turns: tuple[Tensor, Tensor],
+    cache: LayerCache,
+    pages: Tensor,
+    positions: Tensor,
+    plan: AttentionPlan,
+    out: Tensor,
+) -> None:
+    """out bfloat16 (S, H E) of one new token a sequence; writes its key and value. Rows with position -1 are
+    left alone."""
+    sequences, page = product.values.shape[0], cache.keys.shape[2]
+    repeat = spec.num_heads // spec.num_kv_heads
+    kernel = attention.decode_attention[(plan.splits, spec.num_kv_heads, sequences)](
+        product.values,
+        product.token_scales,
+        product.row_scales,
+        heads.bias,
+        heads.q_gains,
+        heads.k_gains,
+        *turns,
+        cache.keys,
+        cache.values,
+        pages,
+        positions,
+        out,
+        plan.parts,
+        plan.peaks,
+        plan.counters,
+        pages.stride(0),
+        spec.head_dim**-0.5,
+        spec.rms_norm_eps,
+        spec.sliding_window or 1 << 30,
+        G=spec.num_kv_heads,
+        R=repeat,
+        ROWS=max(16, triton.next_power_of_2(repeat)),
+        E=spec.head_dim,
+        PAGE=page,
+        BLOCK=min(page, 64),
+        SPLITS=plan.splits,
+        COMPUTE=_compute(cache.keys),
+        SCALED=product.token_scales is not None,
+        BIAS=heads.bias is not None,
+        NORM=heads.q_gains is not None,
+        PDL=card.pdl,
+        num_warps=2,
+        num_stages=3,
+        **launch(card),
+    )
+    if plan.splits == MOST_SPLITS:
+        carve(card, kernel)
+
+
+def rotate_and_store(
+    spec: ModelSpec,
+    product: Product,
+    heads: HeadWeights,
+    turns: tuple[Tensor, Tensor],
+    cache: LayerCache,
+    slots: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """bfloat16 (T, (H + 2 G) E): queries, keys and values as attention takes them; the last two go to the
+    cache at `slots` too."""
+    tokens = product.values.shape[0]
+    out = torch.empty_like(product.values, dtype=torch.bfloat16)
+    attention.rotate_and_store[(tokens, spec.num_kv_heads)](
+        product.values,
+        product.token_scales,
+        product.row_scales,
+        heads.bias,
+        heads.q_gains,
+        heads.k_gains,
+        *turns,
+        cache.keys,
+        cache.values,
+        slots,
+        positions,
+        out,
+        spec.rms_norm_eps,
+        G=spec.num_kv_heads,
+        R=spec.num_heads // spec.num_kv_heads,
+        E=spec.head_dim,
+        PAGE=cache.keys.shape[2],
+        SCALED=product.token_scales is not None,
+        BIAS=heads.bias is not None,
+        NORM=heads.q_gains is not None,
+        num_warps=1,
+    )
+    return out
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """bfloat16 (T, H E): the last T of S tokens, q (T, H, E), over k and v (S, G, E), by PyTorch's fused
+    kernels."""
+    tokens, seen = q.shape[0], k.shape[0]
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    causal = tokens == seen
+    mask: Tensor | None = None
+    if window is not None and window < seen:
+        at = torch.arange(seen, device=q.device)
+        distance = at[seen - tokens :, None] - at[None, :]
+        mask, causal = (distance >= 0) & (distance < window), False
+    elif not causal:
+        mask = causal_lower_right(tokens, seen)
+    read = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    return read[0].transpose(0, 1).reshape(tokens, -1)
