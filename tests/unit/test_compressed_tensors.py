@@ -96,7 +96,18 @@ def test_round_trip(name: str, table: bool, rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["w8a8", "w8a8-g32", "w8a8-g64-asym", "w8a16", "w8a16-asym", "w6a8", "w5a16-g64", "w4a8-g32", "w4a16-g32-asym"]
+    "name",
+    [
+        "w8a8",
+        "w8a8-g32",
+        "w8a8-g64-asym",
+        "w8a16",
+        "w8a16-asym",
+        "w6a8",
+        "w5a16-g64",
+        "w4a8-g32",
+        "w4a16-g32-asym",
+    ],
 )
 def test_library_decompresses_to_our_numbers(name: str) -> None:
     from compressed_tensors.compressors import BaseCompressor

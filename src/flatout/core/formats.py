@@ -53,6 +53,11 @@ class Format:
         """Taken from the GGUF file without re-rounding."""
         return self.name in _NATIVE
 
+    @property
+    def scales_tokens(self) -> bool:
+        """Whether activations are int8 with one scale a token: what smoothing is for."""
+        return self.is_integer and self.activation == "int8" and not self.activation_group
+
     def groups(self, k: int) -> int:
         """Scales a row of length k holds."""
         return k // self.group if self.group else 1
@@ -169,5 +174,5 @@ class Recipe:
 def uniform(name: str, kv_cache: str = "int8", head: str | None = None, method: str = "rtn") -> Recipe:
     """The recipe that uses one format everywhere; head and embedding stay at 8 bits for 4-bit formats."""
     fmt = parse_format(name)
-    head = head or ("w8a8-g64" if fmt.bits == 4 and not fmt.is_native else name)
+    head = head or ("w8a8-g64" if fmt.bits < 8 and not fmt.is_native else name)
     return Recipe(name=name, layers=name, embedding=head, head=head, kv_cache=kv_cache, method=method)

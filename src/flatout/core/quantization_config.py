@@ -137,7 +137,8 @@ def is_packed(fmt: Format, is_table: bool) -> bool:
 def read_schemes(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Scheme]:
     """The scheme of every quantised module among `modules` under a `quantization_config` of anyone's making.
 
-    Raises UnsupportedModelError for schemes other than integer weights of 4, 5, 6 or 8 bits by channel or group.
+    Raises UnsupportedModelError for schemes other than integer weights of 4, 5, 6 or 8 bits by channel or
+    group.
     """
     method = config.get("quant_method")
     if method != "compressed-tensors":

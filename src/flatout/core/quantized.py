@@ -18,9 +18,10 @@ from flatout.errors import ModelFileError
 class QuantizedTensor:
     """An (N, K) weight: w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g]), or scales * codes + minima.
 
-    codes: int8 (N, K) in [-127, 127] for 8-bit symmetric; uint8 (N, K) below 2^bits for all others. scales: float16 or float32 (N, K // group). zeros: uint8 (N, K //
-    group) for "asymmetric", otherwise None; symmetric codes of fewer than 8 bits carry the constant zero 2^(bits - 1). minima: like
-    scales for "minimum".
+    codes: int8 (N, K) in [-127, 127] for 8-bit symmetric; uint8 (N, K) below 2^bits for all others. scales:
+    float16 or float32 (N, K // group). zeros: uint8 (N, K // group) for "asymmetric", otherwise None;
+    symmetric codes of fewer than 8 bits carry the constant zero 2^(bits - 1). minima: like scales for
+    "minimum".
     """
 
     format: Format
