@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +22,13 @@ import numpy as np
 
 import flatout
 from flatout.compress.apply import compress
-from flatout.core.artifact import load_artifact, save_artifact
+from flatout.core.artifact import check_output, load_artifact, save_artifact
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.costs import moment_bytes
 from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
+from flatout.core.scratch import replace_folder, scratch_folder
 from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import Hardware, Workload
@@ -57,6 +57,7 @@ _KEPT = 3  # built recipes that stay loaded
 _CALIBRATION = 24  # passages that calibrate, about 11,000 tokens
 _LIBRARY = 10  # passages that calibrate mixed recipes, about 4,500 tokens
 _RACE_SHARE = {"prefill": 0.3, "decode": 0.7}  # of a race's time
+_SCRATCH = ".flatout-work-"  # folders beside the output that are gone when the search ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -275,15 +276,17 @@ class CpuBench:
 
     def weights_sha256(self, recipe: Recipe, near: Path) -> str:
         near.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=near, prefix=".flatout-") as folder:
-            out = save_artifact(self._model(recipe), self.tokenizer, Path(folder) / "candidate", {})
+        with scratch_folder(near, _SCRATCH) as folder:
+            out = save_artifact(self._model(recipe), self.tokenizer, folder / "candidate", {})
             return sha256_of([out / "model.safetensors"])
 
     def save(self, recipe: Recipe, out: Path, manifest: Mapping[str, Any], witness: Cluster) -> None:
         self._reference = self._baseline = None
         expected = score_model(self._runner(recipe), [witness])
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".flatout-") as folder:
-            trial = save_artifact(self._model(recipe), self.tokenizer, Path(folder) / "candidate", manifest)
+        out = out.absolute()
+        check_output(out)
+        with scratch_folder(out.parent, _SCRATCH) as folder:
+            trial = save_artifact(self._model(recipe), self.tokenizer, folder / "candidate", manifest)
             model, _, _ = load_artifact(trial)
             again = CpuRunner(model, threads=self._threads, num_pages=self._pages)
             if not np.array_equal(expected[0], score_model(again, [witness])[0]):
@@ -292,4 +295,4 @@ class CpuBench:
                     f"{recipe.name} does not",
                     "report this: the artifact was not written",
                 )
-        save_artifact(self._model(recipe), self.tokenizer, out, manifest)
+            replace_folder(trial, out)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from flatout.core.files import write_atomic
+from flatout.core.scratch import remove_leftovers
 from flatout.core.sources import cache_dir
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Workload, to_json
@@ -107,6 +108,8 @@ def optimize(
         chosen = _candidates(bench, recipe)
         texts = read_texts(bench.tokenizer, bench.tokenizer_sha256, bench.source.spec, request.text)
     store = TrialStore(cache_dir() / "trials" / bench.sha256[:32], fresh)
+    for folder in (cache_dir(), cache_dir() / "openings", store.folder):
+        remove_leftovers(folder)
     run = Run(store, to_json(request) | {"out": str(request.out.absolute())})
     tell = note or (lambda message: None)
     if run.resumed:

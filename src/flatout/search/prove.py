@@ -161,7 +161,7 @@ def certify_row(screen: Screen, row: Row) -> Certificate:
     context.note(f"certificate of {row.name}: {plan}")
     context.build(row.recipe)
     out = context.request.out.absolute()
-    return examine(
+    certificate = examine(
         context.texts.holdout,
         plan,
         original=original_side(context),
@@ -178,3 +178,5 @@ def certify_row(screen: Screen, row: Row) -> Certificate:
         hardware=context.hardware.name,
         divergence=context.bench.divergence(row.recipe, context.texts.validation),
     )
+    context.opened += 1
+    return certificate

@@ -24,7 +24,7 @@ from flatout.core.formats import Recipe
 from flatout.core.types import Prediction, Workload
 from flatout.errors import EvidenceError, UnsupportedModelError
 from flatout.perf.predict import Calibration, StepTimes, calibrate, predict, refit
-from flatout.perf.profile import Profile
+from flatout.perf.profile import Profile, profile_from_json, profile_to_json
 from flatout.perf.tables import add_residuals, residuals
 from flatout.search.context import Context
 from flatout.search.joint import METHOD, Joint, Observation, formats_of, space_of, stand_ins
@@ -142,7 +142,10 @@ class Screen:
         workload = context.request.workload
         with context.stages.stage("time every format"):
             table = context.bench.table(stand_ins(space), context.hardware, workload, step)
-        self._table, self._earlier = table.calibration(), residuals(context.hardware)
+        self._table = table.calibration()
+        self._earlier = context.timed(
+            "residuals", "earlier", {}, lambda: {"earlier": residuals(context.hardware)}
+        )["earlier"]
         choices = space.choices()
         calibration = context.texts.calibration
         key = {
@@ -315,7 +318,12 @@ class Screen:
         """How much sealed text a certificate takes, from validation losses, or `less` nats below them."""
         context = self.context
         return plan_opening(
-            losses, context.texts.holdout, original_side(context), margin=context.request.max_loss, less=less
+            losses,
+            context.texts.holdout,
+            original_side(context),
+            margin=context.request.max_loss,
+            less=less,
+            k=context.next_opening(),
         )
 
     def losses(self, recipe: Recipe, passages: int = VALIDATION) -> list[ClusterLoss]:
@@ -325,38 +333,38 @@ class Screen:
         return pair_scores(clusters, original, self.context.scores(recipe, clusters))
 
     def _measure(self, row: Row) -> Row:
-        """Build and profile; keeps the times for this run and corrects later predictions."""
-        context = self.context
-        inputs = {
-            **context.inputs(row.recipe),
-            "workload": context.request.workload,
-            "code": context.bench.code,
+        """Build and profile; the times correct later predictions."""
+        context, known = self.context, self.context.store.hits
+        prefill, decode = self.profile(row.name).seconds
+        times = {
+            "prefill_s": prefill,
+            "decode_s": decode,
+            "workload_s": context.request.workload.seconds(prefill, decode),
         }
-
-        def compute() -> dict[str, float]:
-            prefill, decode = self.profile(row.name).seconds
-            return {
-                "prefill_s": prefill,
-                "decode_s": decode,
-                "workload_s": context.request.workload.seconds(prefill, decode),
-            }
-
-        times = context.timed("time", row.name, inputs, compute)
         if row.workload is not None and row.workload.tier != "datasheet":
             residual = math.log(times["workload_s"] / row.workload.mid)
             self.residuals.append(residual)
-            if self._table is not None:
+            if self._table is not None and context.store.hits == known:  # measured now, not before a kill
                 add_residuals(context.hardware, [residual])
         return self._set(row.name, times=times)
 
     def profile(self, name: str) -> Profile:
-        """Where the time of a candidate goes; measured once a process."""
+        """Where the time of a candidate goes; measured once a run."""
         if name not in self.profiles:
             context, recipe = self.context, self.row(name).recipe
-            context.build(recipe)
             workload = context.request.workload
             short = replace(workload, output=min(workload.output, _PROFILE_STEPS))
-            self.profiles[name] = context.bench.profile(recipe, context.hardware, short, _PROFILE_S)
+            where = (context.hardware, short)
+
+            def compute() -> dict[str, Any]:
+                context.build(recipe)
+                return profile_to_json(context.bench.profile(recipe, *where, _PROFILE_S))
+
+            inputs = {**context.inputs(recipe), "workload": workload, "code": context.bench.code}
+            found = context.timed("profile", name, inputs, compute)
+            self.profiles[name] = profile_from_json(
+                found, context.bench.source.spec, recipe, *where, context.bench.threads
+            )
         return self.profiles[name]
 
     def row(self, name: str) -> Row:
