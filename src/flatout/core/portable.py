@@ -1,5 +1,5 @@
-"""Which programs load a folder of a recipe, besides flatout: what flatout.json says under "loads_in", and what
-`--portable` restricts a search to.
+"""Which programs load a folder of a recipe, besides flatout: what flatout.json says under "loads_in", and
+what `--portable` restricts a search to.
 
 Every rule is tried, format by format, by benchmarks/compatibility.py, which writes docs/compatibility.md. A
 program or a format that was not tried there does not count as loading.
@@ -35,11 +35,11 @@ def why_not(engine: str, spec: ModelSpec, recipe: Recipe) -> str:
 
 
 def _why_not_vllm(formats: dict[str, Format]) -> str:
-    """vLLM keeps embedding and head as floats, takes int8 activations with a scale a token, and 4- or
-    8-bit weights in packed groups or rows with float activations."""
+    """vLLM has floats for embedding and head, 8 bits with a scale a row and a token, and symmetric 4 bits in
+    groups, of whose activations it takes no notice."""
     for name, fmt in formats.items():
         if fmt.is_integer and name in (EMBEDDING, HEAD):
-            return f"{name} must be bf16"
-        if fmt.zero != "symmetric" or (fmt.activation == "int8" and fmt.name != "w8a8"):
-            return f"no kernel for {fmt.name}"
+            return f"it has no integer weights for {name}"
+        if fmt.is_integer and fmt.name != "w8a8" and (fmt.bits != 4 or fmt.zero != "symmetric"):
+            return f"it has no kernel for {fmt.name}"
     return ""

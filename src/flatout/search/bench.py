@@ -37,16 +37,18 @@ from flatout.engine.runner import Runner
 from flatout.errors import BackendError, EvidenceError
 from flatout.hardware.ceilings import measure_ceilings
 from flatout.hardware.detect import available_cores
+from flatout.hardware.energy import EnergyMeter, open_meter
 from flatout.perf.profile import Profile, profile_model
 from flatout.perf.tables import Table, latency_table, profile_stand_in
 from flatout.search.context import Losses, Step
 from flatout.search.preflight import MOST_MOMENTS
 from flatout.search.recipes import ORIGINAL
+from flatout.search.rehearsal import rehearse
 from flatout.verify.baseline import TransformersBaseline
-from flatout.verify.drivers import RunnerDriver
+from flatout.verify.drivers import Driver, RunnerDriver
 from flatout.verify.foreign_load import until_quiet
 from flatout.verify.quality import BLOCK, Cluster, Divergence, check_scores, divergence, score_model
-from flatout.verify.race import race_workload
+from flatout.verify.race import race_energy, race_workload
 from flatout.verify.speed import SpeedResult
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class CpuBench:
         self._library: Library | None = None
         self._reference: Runner | None = None
         self._baseline: TransformersBaseline | None = None
+        self._meter: EnergyMeter | None = None
 
     @property
     def name(self) -> str:
@@ -261,8 +264,8 @@ class CpuBench:
         step: Step,
     ) -> dict[str, SpeedResult]:
         return race_workload(
-            self._transformers() if first is None else RunnerDriver(self._runner(first)),
-            RunnerDriver(self._runner(second)),
+            self._driver(first),
+            self._driver(second),
             self.tokenizer,
             workload,
             prefill_s=_RACE_SHARE["prefill"] * max_seconds,
@@ -270,6 +273,41 @@ class CpuBench:
             min_pairs=min_pairs,
             progress=lambda phase, done, total: step(f"{phase}: {done} clean pairs", min(done, total), total),
         )
+
+    def open_meter(self) -> None:
+        busy = np.ones((256, 256), dtype=np.float32)
+        self._meter = open_meter("cpu", lambda: busy @ busy)
+
+    def race_energy(
+        self,
+        first: Recipe | None,
+        second: Recipe,
+        workload: Workload,
+        max_seconds: float,
+        min_pairs: int,
+        step: Step,
+    ) -> SpeedResult:
+        if self._meter is None:
+            self.open_meter()
+        assert self._meter is not None
+        return race_energy(
+            self._driver(first),
+            self._driver(second),
+            self.tokenizer,
+            workload,
+            self._meter,
+            max_seconds=max_seconds,
+            min_pairs=min_pairs,
+            progress=lambda done, total: step(f"energy: {done} clean pairs", min(done, total), total),
+        )
+
+    def _driver(self, recipe: Recipe | None) -> Driver:
+        return self._transformers() if recipe is None else RunnerDriver(self._runner(recipe))
+
+    def rehearse(self, recipe: Recipe, near: Path) -> None:
+        near.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(near, _SCRATCH) as folder:
+            rehearse(self._checkpoint, recipe, self.tokenizer, self._threads, folder)
 
     def runner_name(self, recipe: Recipe | None) -> str:
         return self._transformers().name if recipe is None else self._runner(recipe).name

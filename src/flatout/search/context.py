@@ -113,6 +113,28 @@ class Bench(Protocol):
         """Interleaved A/B of "prefill" and "decode"; `first` None is transformers in bf16."""
         ...
 
+    def rehearse(self, recipe: Recipe, near: Path) -> None:
+        """Take a small part of the model under `recipe` through rounding, saving, loading and running; `near`
+        is a folder whose disk it may use meanwhile. Raises what goes wrong on the way."""
+        ...
+
+    def open_meter(self) -> None:
+        """Find the energy counters of what runs candidates, for `race_energy`. Raises BackendError that names
+        what is missing."""
+        ...
+
+    def race_energy(
+        self,
+        first: Recipe | None,
+        second: Recipe,
+        workload: Workload,
+        max_seconds: float,
+        min_pairs: int,
+        step: Step,
+    ) -> SpeedResult:
+        """Like `race`, of the whole workload, in joules above idle instead of seconds."""
+        ...
+
     def runner_name(self, recipe: Recipe | None) -> str:
         """What runs a built recipe, for people; None is the baseline."""
         ...

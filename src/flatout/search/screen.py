@@ -27,10 +27,12 @@ from flatout.perf.predict import Calibration, StepTimes, calibrate, predict, ref
 from flatout.perf.profile import Profile, profile_from_json, profile_to_json
 from flatout.perf.tables import add_residuals, residuals
 from flatout.search.context import Context
-from flatout.search.joint import METHOD, Joint, Observation, formats_of, space_of, stand_ins
+from flatout.search.joint import METHOD, Joint, Observation, formats_of, place_bytes, space_of, stand_ins
+from flatout.search.portable import restrict_space
 from flatout.search.recipes import ORIGINAL, Candidate
 from flatout.search.rows import Row, by_suitability, loss_of, memory_bytes, two_standard_errors
 from flatout.search.solve import Solution
+from flatout.search.units import megabytes
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
 from flatout.verify.quality import ClusterLoss, pair_scores, tokens_sha256
@@ -67,10 +69,12 @@ class Screen:
         self.residuals: list[float] = []
         self.joint: Joint | None = None
         self.frontier: list[Solution] = []  # the predicted trade-off, least loss first
+        self._prepared = False
         self._table: Calibration | None = None
         self._earlier: list[float] = []  # residuals of earlier searches on this machine
         self._rooms: list[float] = []  # nats a token that candidates could lose and still be certified
         self._undecided: set[str] = set()  # failed on the text of a plan, but not beyond its doubt
+        self._refuse_too_large()
 
     def run(self) -> list[Row]:
         """Screen every candidate and return those that passed, the best first."""
@@ -89,11 +93,19 @@ class Screen:
             self._decide(rows[0], self.losses(rows[0].recipe, len(self.context.texts.validation)))
             self._undecided.discard(rows[0].name)
 
+    def _refuse_too_large(self) -> None:
+        limit = self.context.request.max_memory
+        for row in self.rows:
+            if limit is not None and row.memory_bytes > limit and row.recipe != ORIGINAL:
+                reason = f"takes {megabytes(row.memory_bytes)}, at most {megabytes(limit)} are allowed"
+                self._set(row.name, status="rejected", reason=reason)
+
     def _find(self) -> None:
         """Add the recipe that is best by all that is known, unless it is no better than what was measured."""
         if self.context.request.recipe is not None or not self._rooms:
             return
-        if self._table is None:
+        if not self._prepared:
+            self._prepared = True
             self._prepare()
         if self.joint is None or self._table is None or self.joint.proposed >= _PROPOSALS:
             return
@@ -139,6 +151,11 @@ class Screen:
         """Measure the latency table and the sensitivities, once a search."""
         context = self.context
         space, step = space_of(context.bench.source), context.stages.step
+        if context.request.portable is not None:
+            restricted = restrict_space(space, context.request.portable)
+            if restricted is None:
+                return
+            space = restricted
         workload = context.request.workload
         with context.stages.stage("time every format"):
             table = context.bench.table(stand_ins(space), context.hardware, workload, step)
@@ -169,9 +186,27 @@ class Screen:
             losses, nearest = (
                 {(place, name): loss for place, name, loss in known[part]} for part in ("spread", "nearest")
             )
-            self.joint = Joint(space, losses, nearest, context.hardware, workload, context.bench.threads)
+            self.joint = Joint(
+                space,
+                losses,
+                nearest,
+                context.hardware,
+                workload,
+                context.bench.threads,
+                self._room_for_choices(),
+            )
             for row in self.rows:
                 self._observe(row)
+
+    def _room_for_choices(self) -> float:
+        """Bytes that the choices of a joint recipe may take together: the limit less norms and biases."""
+        limit, spec = self.context.request.max_memory, self.context.bench.source.spec
+        if limit is None:
+            return math.inf
+        chosen = formats_of(ORIGINAL, spec).items()
+        workload = self.context.request.workload
+        counted = sum(place_bytes(spec, workload, place, name) for place, name in chosen)
+        return limit - (memory_bytes(self.context, ORIGINAL) - counted)
 
     def _calibration(self) -> Calibration | None:
         """What has been measured, as predictions use it."""
