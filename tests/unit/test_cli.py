@@ -22,8 +22,8 @@ FLAGS = {
     "doctor": {"--json"},
     "profile": {"--batch", "--prompt", "--output", "--threads", "--json"},
     "optimize": {
-        "--out", "--max-loss", "--recipe", "--objective", "--workload", "--text", "--trace", "--threads",
-        "--fresh", "--resume", "--json",
+        "--out", "--max-loss", "--recipe", "--objective", "--workload", "--text", "--trace", "--portable",
+        "--max-memory", "--dollars-per-hour", "--threads", "--fresh", "--resume", "--json",
     },
     "verify": {
         "--against", "--margin", "--text", "--task", "--task-margin", "--limit", "--speed-seconds", "--rerun",

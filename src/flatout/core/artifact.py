@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +29,11 @@ from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.fuse import source_names
 from flatout.core.later import Later
 from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
+from flatout.core.portable import loads_in
 from flatout.core.quantization_config import EMBEDDING, HEAD, cannot_express, to_config
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
 from flatout.core.safetensors import SafetensorsFile, open_safetensors, write_safetensors
+from flatout.core.scratch import replace_folder, scratch_folder
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import to_json
@@ -75,7 +76,6 @@ def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest:
     disk is too small or not writable.
     """
     import shutil
-    import tempfile
 
     out = Path(out).absolute()
     _refuse_own_keys(manifest)
@@ -92,11 +92,11 @@ def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest:
                 f"{free / 1e6:.0f} MB free",
                 "another disk",
             )
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            folder = Path(temporary) / "artifact"
+        with scratch_folder(out.parent, f".{out.name}.flatout-") as temporary:
+            folder = temporary / "artifact"
             folder.mkdir()
             _write_folder(folder, model, tokenizer, layout, tensors, manifest)
-            _replace_folder(out, folder, Path(temporary) / "old")
+            replace_folder(folder, out)
     except OSError as error:
         raise ResourceError(
             "the output folder must be writable", f"{out}: {error}", "another folder"
@@ -110,18 +110,6 @@ def _refuse_own_keys(manifest: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"flatout.json keeps {', '.join(_OWN_KEYS)} for itself", ", ".join(clash), "other names"
         )
-
-
-def _replace_folder(out: Path, folder: Path, aside: Path) -> None:
-    """Put `folder` in the place of `out`, whose old contents go to `aside` and come back if that fails."""
-    if out.exists():
-        os.rename(out, aside)
-    try:
-        os.rename(folder, out)
-    except BaseException:
-        if aside.exists() and not out.exists():
-            os.rename(aside, out)
-        raise
 
 
 def check_output(out: str | Path) -> None:
@@ -172,13 +160,6 @@ def _write_folder(
         "files": {p.name: sha256_of([p]) for p in files},
     }
     _write_json(folder / MANIFEST, own | {key: to_json(value) for key, value in manifest.items()})
-
-
-def loads_in(spec: ModelSpec, recipe: Recipe) -> dict[str, str]:
-    """Which programs load a folder of this recipe: "yes", or "no" with the reason (docs/compatibility.md)."""
-    cannot = cannot_express(spec, recipe)
-    reason = f"no: compressed-tensors has no form for {', '.join(cannot)}"
-    return {"flatout": "yes", "transformers": reason if cannot else "yes"}
 
 
 def _layout(model: Model) -> _Layout:

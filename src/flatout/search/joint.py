@@ -181,9 +181,11 @@ class Joint:
         hardware: Hardware,
         workload: Workload,
         threads: int,
+        memory_bytes: float = math.inf,
     ) -> None:
         self.space, self.losses, self._nearest = space, losses, nearest
         self._hardware, self._workload, self._threads = hardware, workload, threads
+        self._memory_bytes = memory_bytes
         self.seen: list[Observation] = []
         self.proposed = 0
 
@@ -237,14 +239,16 @@ class Joint:
         """The predicted frontier, least loss first."""
         objective = "bytes" if self._workload.objective == "memory" else "seconds"
         places = self._places(calibration, reference)
-        return frontier(places, objective=objective, conflicts=conflicts(self.space))  # type: ignore[arg-type]
+        limits = {"memory_bytes": self._memory_bytes, "conflicts": conflicts(self.space)}
+        return frontier(places, objective=objective, **limits)  # type: ignore[arg-type]
 
     def propose(self, budget: float, calibration: Calibration | None, reference: Recipe) -> Recipe | None:
         """The best recipe whose expected loss, scaled, is within `budget` nats a token; None if there is
         none."""
         objective = "bytes" if self._workload.objective == "memory" else "seconds"
         places = self._places(calibration, reference)
-        found = solve(places, budget, objective=objective, conflicts=conflicts(self.space))  # type: ignore[arg-type]
+        limits = {"memory_bytes": self._memory_bytes, "conflicts": conflicts(self.space)}
+        found = solve(places, budget, objective=objective, **limits)  # type: ignore[arg-type]
         if found is None:
             return None
         self.proposed += 1
