@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from flatout.core.coded import open_weights
 from flatout.core.compressed_tensors import from_tensors, to_tensors
 from flatout.core.config import spec_from_config, spec_to_config
 from flatout.core.files import map_file, read_json_object, sha256_of, write_atomic
@@ -32,7 +33,7 @@ from flatout.core.later import Later
 from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
 from flatout.core.quantization_config import EMBEDDING, HEAD, cannot_express, to_config
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
-from flatout.core.safetensors import SafetensorsFile, open_safetensors, write_safetensors
+from flatout.core.safetensors import SafetensorsFile, write_safetensors
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import to_json
@@ -65,6 +66,11 @@ def to_bfloat16(array: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """uint16 bits of bfloat16 as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest: Mapping[str, Any]) -> Path:
@@ -253,7 +259,7 @@ def load_artifact(path: str | Path) -> tuple[Model, Tokenizer, dict[str, Any]]:
     spec = replace(spec_from_config(config, where=str(path / "config.json")), tie_embeddings=manifest["tied"])
     recipe = recipe_from_json(manifest.get("recipe"))
     layout = _Layout(tied=manifest["tied"], shared=manifest["head_is_embedding"])
-    file = open_safetensors(path / _WEIGHTS)
+    file = open_weights(path / _WEIGHTS)
 
     def read(fused: str, shape: tuple[int, ...], fmt: Format) -> Weight:
         return _read(file, spec, "embedding" if fused == "head" and layout.shared else fused, shape, fmt)
