@@ -298,21 +298,31 @@ def _check_file(file: Path, found: str, expected: str) -> None:
 
 def recipe_from_json(value: Any) -> Recipe:
     """The Recipe that `to_json` wrote. Raises ModelFileError for anything else."""
-    keys = ("name", "layers", "embedding", "head", "kv_cache", "method", "overrides")
-    sound = isinstance(value, dict) and set(value) == set(keys)
-    overrides = value["overrides"] if sound else None
-    if (
-        not isinstance(overrides, list)
-        or not all(isinstance(value[key], str) for key in keys[:-1])
-        or not all(
-            isinstance(o, list) and len(o) == 2 and all(isinstance(s, str) for s in o) for o in overrides
+    texts = ("name", "layers", "embedding", "head", "kv_cache", "method")
+    later = {"sparsity": "", "structure": []}  # artifacts written before these existed lack them
+    value = later | value if isinstance(value, dict) else {}
+    sound = (
+        set(value) == {*texts, "overrides", *later}
+        and all(isinstance(value[key], str) for key in (*texts, "sparsity"))
+        and _pairs(value["overrides"], str)
+        and _pairs(value["structure"], int)
+    )
+    if not sound:
+        raise ModelFileError(
+            f"a recipe has {', '.join(texts)}, overrides", str(value)[:120], "re-create the artifact"
         )
-    ):
-        raise ModelFileError(f"a recipe has {', '.join(keys)}", str(value)[:120], "re-create the artifact")
+    pairs = {key: tuple((name, what) for name, what in value[key]) for key in ("overrides", "structure")}
     try:
-        return Recipe(**{**value, "overrides": tuple((place, fmt) for place, fmt in overrides)})
+        return Recipe(**{**value, **pairs})
     except FlatoutError as error:
         raise ModelFileError("a recipe must be valid", str(error), "re-create the artifact") from error
+
+
+def _pairs(value: Any, kind: type) -> bool:
+    """Whether `value` is a list of [text, `kind`]."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and [type(item) for item in pair] == [str, kind] for pair in value
+    )
 
 
 def _read(file: SafetensorsFile, spec: ModelSpec, fused: str, shape: tuple[int, ...], fmt: Format) -> Weight:
