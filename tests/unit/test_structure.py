@@ -352,10 +352,10 @@ def test_sets_that_are_not_closed_are_refused() -> None:
         trimmed(BYTES, np.array([i for i in kept if i not in parts]))
 
 
-def test_a_wordpiece_vocabulary_is_refused(tmp_path: Path) -> None:
-    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+def test_other_kinds_of_vocabulary_are_refused() -> None:
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     inner.decoder = tokenizers.decoders.ByteLevel()
-    with pytest.raises(UnsupportedModelError, match="trimmed for BPE"):
+    with pytest.raises(UnsupportedModelError, match="trimmed for BPE and WordPiece"):
         kept_tokens(Tokenizer(inner, {}), ["a"])
 
 

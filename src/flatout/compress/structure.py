@@ -122,14 +122,14 @@ def cut(source: Source, structure: Structure, importance: Importance) -> Child:
             str(importance.channels.shape),
             "measure(source)",
         )
-    layers = _most(importance.layers, child.num_layers)
+    layers = most(importance.layers, child.num_layers)
     groups = structure.groups or spec.num_kv_heads
     return Child(
         spec=child,
         original=source,
         layers=tuple(int(i) for i in layers),
-        channels=tuple(_most(importance.channels[i], child.intermediate_size) for i in layers),
-        groups=tuple(_most(importance.groups[i], groups) for i in layers),
+        channels=tuple(most(importance.channels[i], child.intermediate_size) for i in layers),
+        groups=tuple(most(importance.groups[i], groups) for i in layers),
         pooled=groups // child.num_kv_heads,
     )
 
@@ -174,6 +174,6 @@ def with_tokens(source: Source, tokens: np.ndarray) -> Child:
     return replace(whole, spec=child, tokens=ids)
 
 
-def _most(values: np.ndarray, count: int) -> np.ndarray:
+def most(values: np.ndarray, count: int) -> np.ndarray:
     """Where the `count` largest of (n,) are, in rising order; of equals the first."""
     return np.sort(np.argsort(-values, kind="stable")[:count])

@@ -6,7 +6,8 @@ first merge among fewer, so the text is cut the same. Kept are therefore, beside
 tokens, all single characters and bytes (any text still round-trips), and, again and again, both parts of
 every merge that makes a kept token. Text that uses a token which is gone is cut finer and means the same.
 
-WordPiece takes the longest token that fits, so that keeping the tokens met and single characters suffices.
+WordPiece takes the longest token that fits again and again, which finds the same tokens among fewer; single
+characters stay, alone and as continuations, so that no more words become unknown than before.
 
 Trade-off: embedding and head shrink in proportion (21 % of SmolLM2-135M's parameters are its embedding) and
 nothing else changes; text in other languages or of other kinds than the one given takes more tokens.
@@ -14,6 +15,7 @@ nothing else changes; text in other languages or of other kinds than the one giv
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,16 +34,23 @@ def kept_tokens(
     tokens, and then as many others, lowest ids first, as make the number a multiple of `multiple`.
 
     Raises ConfigError when `most` cannot hold what any text needs, and UnsupportedModelError for a tokenizer
-    that is not BPE.
+    that is neither BPE nor WordPiece.
     """
-    contents, _ = tokenizer.state()
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(tokenizer.encode(text))
+    return kept_of(tokenizer.state()[0], counts, most, multiple)
+
+
+def kept_of(
+    contents: Mapping[str, Any], counts: Counter[int], most: int | None = None, multiple: int = 64
+) -> np.ndarray:
+    """As `kept_tokens`, from the contents of tokenizer.json and how often each token was met."""
     parts = _parts(contents)
-    known = tokenizer.vocabulary()
-    kept = {added["id"] for added in contents["added_tokens"]}
-    kept |= {i for i, token in known.items() if i not in parts or token == contents["model"].get("unk_token")}
+    known = _ids(contents)
+    unknown = contents["model"].get("unk_token")
+    kept = {added["id"] for added in contents["added_tokens"]} | set(_around(contents))
+    kept |= {i for token, i in known.items() if i not in parts or token == unknown}
     least = len(kept)
     limit = len(known) if most is None else most
     if limit < least:
@@ -53,7 +62,7 @@ def kept_tokens(
         if len(kept) + len(wanted) <= limit:
             kept |= wanted
     room = min(limit, -(-len(kept) // multiple) * multiple)
-    for token in sorted(set(known) - kept):
+    for token in sorted(set(known.values()) - kept):
         wanted = _closure(token, parts, kept)
         if len(kept) + len(wanted) <= room:
             kept |= wanted
@@ -72,14 +81,24 @@ def _closure(token: int, parts: Mapping[int, set[int]], kept: set[int]) -> set[i
     return wanted
 
 
+def _ids(contents: Mapping[str, Any]) -> dict[str, int]:
+    """The id of every token, added ones included."""
+    ids: dict[str, int] = dict(contents["model"]["vocab"])
+    return ids | {token["content"]: token["id"] for token in contents["added_tokens"]}
+
+
 def _parts(contents: Mapping[str, Any]) -> dict[int, set[int]]:
-    """For each token that merges make, the parts of all of them."""
+    """Tokens that may go, each with what it is made of: of BPE, the parts of all merges that make it; of
+    WordPiece, nothing."""
     model = contents["model"]
+    ids: dict[str, int] = model["vocab"]
+    if model.get("type") == "WordPiece":
+        prefix = model["continuing_subword_prefix"]
+        return {i: set() for token, i in ids.items() if len(token.removeprefix(prefix)) > 1}
     if model.get("type") != "BPE":
         raise UnsupportedModelError(
-            "a vocabulary is trimmed for BPE", shown(model.get("type")), "a BPE model"
+            "a vocabulary is trimmed for BPE and WordPiece", shown(model.get("type")), "such a model"
         )
-    ids: dict[str, int] = model["vocab"]
     parts: dict[int, set[int]] = {}
     for left, right in _pairs(model["merges"]):
         parts.setdefault(ids[left + right], set()).update((ids[left], ids[right]))
@@ -92,42 +111,64 @@ def _pairs(merges: Iterable[Any]) -> list[tuple[str, str]]:
 
 
 def trimmed(tokenizer: Tokenizer, tokens: np.ndarray) -> Tokenizer:
-    """The tokenizer of the tokens kept, whose new ids are their places in `tokens`.
+    """The tokenizer of the tokens kept, whose new ids are their places in `tokens`; errors as of
+    `trimmed_contents`."""
+    contents, config = tokenizer.state()
+    return Tokenizer.from_state(trimmed_contents(contents, tokens), config)
+
+
+def trimmed_contents(contents: Mapping[str, Any], tokens: np.ndarray) -> dict[str, Any]:
+    """The contents of tokenizer.json with the tokens kept only.
 
     Raises ConfigError for a set that is not closed: a special token, or a part of a kept token, is missing.
     """
-    contents, config = tokenizer.state()
     new = {int(old): i for i, old in enumerate(tokens)}
-    model = contents["model"]
-    missing = [added["content"] for added in contents["added_tokens"] if added["id"] not in new]
+    small: dict[str, Any] = copy.deepcopy(dict(contents))
+    missing = [added["content"] for added in small["added_tokens"] if added["id"] not in new]
     if missing:
         raise ConfigError("special tokens stay", shown(missing), "kept_tokens(tokenizer, texts)")
+    model = small["model"]
+    ids: dict[str, int] = model["vocab"]
     for token, made_of in _parts(contents).items():
         if token in new and not made_of <= set(new):
-            raise ConfigError(
-                "the parts of a kept token stay",
-                tokenizer.vocabulary()[token],
-                "kept_tokens(tokenizer, texts)",
-            )
-    ids: dict[str, int] = model["vocab"]
+            name = next(name for name, i in ids.items() if i == token)
+            raise ConfigError("the parts of a kept token stay", shown(name), "kept_tokens(tokenizer, texts)")
     model["vocab"] = {token: new[i] for token, i in ids.items() if i in new}
-    model["merges"] = [
-        [left, right]
-        for left, right in _pairs(model["merges"])
-        if all(ids[token] in new for token in (left, right, left + right))
-    ]
-    for added in contents["added_tokens"]:
+    if "merges" in model:
+        model["merges"] = [
+            [left, right]
+            for left, right in _pairs(model["merges"])
+            if all(ids[token] in new for token in (left, right, left + right))
+        ]
+    for added in small["added_tokens"]:
         added["id"] = new[added["id"]]
-    _renumber(contents.get("post_processor"), new)
-    return Tokenizer.from_state(contents, config)
+    _renumber(small.get("post_processor"), new)
+    if small.get("padding"):
+        small["padding"]["pad_id"] = new[small["padding"]["pad_id"]]
+    return small
+
+
+def _around(contents: Mapping[str, Any]) -> list[int]:
+    """Ids that padding and post-processing put around a text."""
+    found = [contents["padding"]["pad_id"]] if contents.get("padding") else []
+    for step in _processors(contents.get("post_processor")):
+        if step["type"] == "TemplateProcessing":
+            found += [i for special in step["special_tokens"].values() for i in special["ids"]]
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            found += [step["sep"][1], step["cls"][1]]
+    return found
+
+
+def _processors(processor: Any) -> list[dict[str, Any]]:
+    return processor.get("processors", [processor]) if isinstance(processor, dict) else []
 
 
 def _renumber(processor: Any, new: Mapping[int, int]) -> None:
-    """New ids in the templates that put special tokens around a text."""
-    if not isinstance(processor, dict):
-        return
-    for step in processor.get("processors", [processor]):
-        for special in (
-            (step.get("special_tokens") or {}).values() if step.get("type") == "TemplateProcessing" else ()
-        ):
-            special["ids"] = [new[i] for i in special["ids"]]
+    """New ids where special tokens are put around a text."""
+    for step in _processors(processor):
+        if step["type"] == "TemplateProcessing":
+            for special in step["special_tokens"].values():
+                special["ids"] = [new[i] for i in special["ids"]]
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            for end in ("sep", "cls"):
+                step[end] = [step[end][0], new[step[end][1]]]
