@@ -29,6 +29,7 @@ FLAGS = {
         "--against", "--margin", "--text", "--task", "--task-margin", "--limit", "--speed-seconds", "--rerun",
         "--json",
     },
+    "export": {"--to", "--out", "--recipe", "--vocabulary", "--text", "--json"},
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
     "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--json"},
     "run": {

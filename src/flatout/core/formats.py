@@ -17,7 +17,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from flatout.core.sparsity import parse_sparsity
 from flatout.core.spec import ModelSpec
+from flatout.core.structure import Structure
 from flatout.errors import ConfigError
 
 _GRAMMAR = re.compile(r"w(?P<bits>[4568])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
@@ -111,7 +113,9 @@ class Recipe:
     "layers.7.down" (one), "layers.*.down" (that linear everywhere) or "layers.7" (the whole layer);
     the last matching override wins. method: one of METHODS.
     kv_cache: "int8", "bf16" or "fp8" (e4m3, on the GPU). A tied head is stored once for look-up and once
-    for multiplication, so `embedding` and `head` may differ.
+    for multiplication, so `embedding` and `head` may differ. sparsity: which weights of the linears are zero
+    (core/sparsity.py), "" for none. structure: sizes of a smaller architecture, as (name, size) pairs
+    (core/structure.py); both are made before weights are rounded.
     """
 
     name: str
@@ -121,8 +125,13 @@ class Recipe:
     kv_cache: str = "bf16"
     method: str = "rtn"
     overrides: tuple[tuple[str, str], ...] = ()
+    sparsity: str = ""
+    structure: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
+        Structure.of(self.structure)
+        if self.sparsity:
+            parse_sparsity(self.sparsity)
         for name in (self.layers, self.embedding, self.head, *(f for _, f in self.overrides)):
             parse_format(name)
         for pattern, _ in self.overrides:
@@ -140,7 +149,14 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether the weights depend on calibration text."""
-        return self.method not in ("rtn", "native")
+        cuts = any(name != "kv-heads" for name, _ in self.structure)
+        scored = bool(self.sparsity) and parse_sparsity(self.sparsity).needs_calibration
+        return self.method not in ("rtn", "native") or cuts or scored
+
+    @property
+    def reduces(self) -> bool:
+        """Whether weights are taken away before any is rounded."""
+        return bool(self.sparsity or self.structure)
 
     def format_of(self, layer: int, linear: str) -> Format:
         """Format of fused linear `linear` (qkv, o, gate_up, down) of layer `layer`."""
@@ -152,7 +168,12 @@ class Recipe:
         return parse_format(chosen)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ConfigError listing every place where a group does not divide the width."""
+        """Raise ConfigError for a structure that a model of `spec` does not have, and listing every place
+        where a group does not divide the width."""
+        spec = Structure.of(self.structure).child(spec)
+        if self.sparsity:
+            for linear, (_, k) in spec.linears().items():
+                parse_sparsity(self.sparsity).check(linear, k)
         wrong = []
         for i in range(spec.num_layers):
             for linear, (_, k) in spec.linears().items():
