@@ -31,6 +31,7 @@ FLAGS = {
     },
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
     "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--json"},
+    "train": {"--out", "--fresh", "--resume", "--json"},
     "run": {
         "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner",
         "--speculate", "--draft", "--json",

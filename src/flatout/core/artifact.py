@@ -32,7 +32,7 @@ from flatout.core.later import Later
 from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
 from flatout.core.quantization_config import EMBEDDING, HEAD, cannot_express, to_config
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
-from flatout.core.safetensors import SafetensorsFile, open_safetensors, write_safetensors
+from flatout.core.safetensors import SafetensorsFile, open_safetensors, to_bfloat16, write_safetensors
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import to_json
@@ -58,13 +58,6 @@ class _Layout:
 def is_artifact(path: str | Path) -> bool:
     """Whether `path` is a folder that flatout wrote."""
     return (Path(path) / MANIFEST).is_file()
-
-
-def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float32 rounded to the nearest bfloat16 (ties to even), as uint16 bits."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
 
 
 def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest: Mapping[str, Any]) -> Path:

@@ -197,6 +197,13 @@ def _entry(path: Path, name: str, info: Any, data_start: int) -> _Entry:
     return _Entry(dtype, tuple(shape), data_start + start, data_start + stop)
 
 
+def to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest bfloat16 (ties to even), as uint16 bits."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
+
+
 def write_safetensors(
     path: str | Path,
     tensors: Mapping[str, np.ndarray | tuple[np.ndarray, str]],
