@@ -103,7 +103,7 @@ def test_packed_documents_do_not_see_each_other(family: str) -> None:
     texts = documents()
     packed = pack(texts, 23)
     batch = packed.take(np.arange(len(packed)))
-    assert not batch.whole
+    assert 0 < batch.mixed < len(packed)
     hidden, _ = model.hidden(batch)
     logits = model.logits(hidden).reshape(*batch.tokens.shape, -1)
     reference = Llama(source)
@@ -119,13 +119,23 @@ def test_packed_documents_do_not_see_each_other(family: str) -> None:
     assert checked >= sum(map(len, texts)) - 1  # the last token may be no input
 
 
+def test_parts_of_a_batch_know_their_mixed_rows() -> None:
+    batch = pack(documents(), 24).take(np.arange(8))
+    assert 2 < batch.mixed < 8
+    for rows in (1, 2, 3, 8):
+        for part in batch.split(rows):
+            several = (part.documents != part.documents[:, :1]).any(dim=1)
+            assert several.tolist() == sorted(several.tolist(), reverse=True)
+            assert int(several.sum()) == part.mixed
+
+
 def test_rows_of_one_document_need_no_mask_and_agree() -> None:
     packed = pack([np.arange(100) % SPEC.vocab_size], 24)
     batch = packed.take(np.arange(4))
     model = fresh()
-    assert batch.whole
+    assert batch.mixed == 0
     plain, _ = model.hidden(batch)
-    masked, _ = model.hidden(replace(batch, whole=False))
+    masked, _ = model.hidden(replace(batch, mixed=3))
     torch.testing.assert_close(plain, masked, rtol=1e-5, atol=1e-5)
 
 

@@ -25,13 +25,13 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """tokens, targets int64 (B, T); documents int32 (B, T): which document each token is of. whole: every row
-    is of one document."""
+    """tokens, targets int64 (B, T); documents int32 (B, T): which document each token is of. mixed: so many
+    rows, the first ones, are of more than one document; the others need no mask."""
 
     tokens: Tensor
     targets: Tensor
     documents: Tensor
-    whole: bool
+    mixed: int
 
     @property
     def count(self) -> int:
@@ -43,18 +43,17 @@ class Batch:
             tokens=self.tokens.to(device),
             targets=self.targets.to(device),
             documents=self.documents.to(device),
-            whole=self.whole,
+            mixed=self.mixed,
         )
 
     def split(self, rows: int) -> Iterator[Batch]:
         """The batch in parts of `rows` rows."""
         for at in range(0, len(self.tokens), rows):
-            documents = self.documents[at : at + rows]
             yield Batch(
                 tokens=self.tokens[at : at + rows],
                 targets=self.targets[at : at + rows],
-                documents=documents,
-                whole=self.whole or bool((documents == documents[:, :1]).all()),
+                documents=self.documents[at : at + rows],
+                mixed=min(max(self.mixed - at, 0), rows),
             )
 
 
@@ -74,16 +73,18 @@ class Packed:
 
     def take(self, rows: np.ndarray) -> Batch:
         """The rows of these indices as a batch."""
+        inputs = self.documents[rows, :-1]
+        mixed = (inputs != inputs[:, :1]).any(axis=1)
+        rows = rows[np.argsort(~mixed, kind="stable")]
         tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
         documents = torch.from_numpy(self.documents[rows])
         following = documents[:, 1:]
         predicted = (following == documents[:, :-1]) & (following >= 0)
-        inputs = documents[:, :-1]
         return Batch(
             tokens=tokens[:, :-1],
             targets=torch.where(predicted, tokens[:, 1:], IGNORED),
-            documents=inputs,
-            whole=bool((inputs == inputs[:, :1]).all()),
+            documents=documents[:, :-1],
+            mixed=int(mixed.sum()),
         )
 
     def step(self, step: int, rows: int, seed: int) -> Batch:

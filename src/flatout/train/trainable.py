@@ -69,7 +69,7 @@ class Trainable:
         """(states (M, D) after the last norm, states after each of `layers`), layers counted from 0."""
         rows, tokens = batch.tokens.shape
         spec, device = self.spec, batch.tokens.device
-        cache = _Rows(rows, None if batch.whole else _visible(batch.documents), spec, tokens)
+        cache = _Rows(rows, _visible(batch.documents[: batch.mixed]), spec, tokens)
         positions = torch.arange(tokens)
         cos, sin = (turn.to(device).repeat(rows, 1, 1) for turn in rope_turns(spec, positions))
         table = self.weight("embedding")
@@ -96,18 +96,17 @@ class Trainable:
 
 
 class _Rows(Cache):
-    """Attention of packed rows, each token within its own document. Nothing is kept."""
+    """Attention of packed rows, each token within its own document. visible: masks of the first rows; the
+    others are of one document each. Nothing is kept."""
 
-    def __init__(self, rows: int, visible: Tensor | None, spec: ModelSpec, tokens: int) -> None:
+    def __init__(self, rows: int, visible: Tensor, spec: ModelSpec, tokens: int) -> None:
         super().__init__()
         self._rows, self._repeat = rows, spec.num_heads // spec.num_kv_heads
         self._visible = visible
         window = spec.sliding_window
         if window is not None and window < tokens:
             raise ConfigError(
-                "rows are no longer than the model's sliding window",
-                f"{tokens} > {window}",
-                f"length={window}",
+                "rows are at most as long as the sliding window", f"{tokens} > {window}", f"length={window}"
             )
 
     def attend(
@@ -115,10 +114,12 @@ class _Rows(Cache):
     ) -> Tensor:
         q, k, v = (x.reshape(self._rows, -1, *x.shape[1:]).transpose(1, 2).to(v.dtype) for x in (q, k, v))
         k, v = (x.repeat_interleave(self._repeat, dim=1) for x in (k, v))
-        read = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=self._visible, is_causal=self._visible is None
-        )
-        return read.transpose(1, 2).flatten(0, 1).flatten(1)
+        attend, mixed, read = torch.nn.functional.scaled_dot_product_attention, len(self._visible), []
+        if mixed:
+            read.append(attend(q[:mixed], k[:mixed], v[:mixed], attn_mask=self._visible))
+        if mixed < self._rows:
+            read.append(attend(q[mixed:], k[mixed:], v[mixed:], is_causal=True))
+        return torch.cat(read).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _visible(documents: Tensor) -> Tensor:

@@ -181,13 +181,13 @@ def _identity(parameters: Mapping[str, Tensor], data: Packed, config: TrainConfi
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """Kernels whose sums have one order, where PyTorch has them."""
+    """Kernels whose sums have one order; PyTorch refuses those that have none."""
     if device.type != "cuda":
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
