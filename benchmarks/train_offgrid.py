@@ -1,6 +1,6 @@
 """Train the off-grid test model: a small Llama, from scratch, on public-domain books.
 
-    python benchmarks/train_offgrid.py BOOKS OUT [--size 10m] [--epochs 12] [--weight-decay 0.5]
+    python benchmarks/train_offgrid.py BOOKS OUT [--size 10m] [--epochs 10] [--weight-decay 0.5]
 
 Its weights come from training and were never rounded to integers, so they lie on no grid that a rounding
 method could find again; they are stored, and defined, in bfloat16. Widths are multiples of 128 and heads 64
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("books", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SPECS, default="10m")
-    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.5)
     parser.add_argument("--rows", type=int, default=64)
