@@ -69,7 +69,7 @@ def parameters(shape: Shape) -> dict[str, int]:
 def sources() -> dict[str, str]:
     """RTL and harness by file name, includes made."""
     folder = files("flatout.fpga")
-    texts = {p.name: p.read_text() for p in folder.joinpath("rtl").iterdir() if p.name.endswith(".sv")}
+    texts = {p.name: p.read_text() for p in folder.joinpath("rtl").iterdir() if p.name.endswith((".sv", ".svh"))}
     texts["harness.cpp"] = folder.joinpath("harness.cpp").read_text()
     return texts | includes()
 
