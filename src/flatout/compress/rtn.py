@@ -1,9 +1,13 @@
 """Round to nearest: the scale of each group from its extremes (or from a search), the codes by rounding.
 
 Symmetric 8-bit codes span [-127, 127] with scale amax / 127; symmetric 4-bit codes span -8..7 around the
-zero 8 with scale amax / 7.5, which leaves no error above half a step; asymmetric codes span min(w,
-0)..max(w, 0) with an integer zero. Scales are float16 (float32 where a scale exceeds float16's range) and
-codes are rounded against the scale as stored, so the rounding of scales costs nothing extra.
+zero 8 with scale amax / 7.5, which leaves no error above half a step (3-bit codes -4..3 around 4 with amax /
+3.5); asymmetric codes span min(w, 0)..max(w, 0) with an integer zero. Scales are float16 (float32 where a
+scale exceeds float16's range) and codes are rounded against the scale as stored, so the rounding of scales
+costs nothing extra. The search tries nine narrower ranges a group and keeps the one with the least squared
+error, clipping a few extremes for finer steps (Banner et al., 2019, arXiv 1810.05723).
+
+Trade-off: seconds and no text at all; at 4 bits and fewer every other method loses less.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flatout.core.formats import Format
+from flatout.core.fuse import Source, float_weight, native_format, native_weight
+from flatout.core.model import Weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 
@@ -44,13 +50,13 @@ def check_roundable(fmt: Format) -> None:
     """Raise ConfigError unless rounding can produce `fmt`."""
     if not fmt.is_integer or fmt.is_native:
         raise ConfigError(
-            "rounding makes w{8,4}a{8,16} formats; GGUF blocks are only taken from a file that has them",
+            "rounding makes w{8,4,3}a{8,16} formats; GGUF blocks are only taken from a file that has them",
             fmt.name,
             "w8a8-g64",
         )
 
 
-def _storable(scales: np.ndarray) -> np.ndarray:
+def storable(scales: np.ndarray) -> np.ndarray:
     """Scales as they will be stored, widened back to float32; never zero, so division is safe.
 
     Below float16's normal range they are rounded up: there a scale rounded down would clip the group's
@@ -67,13 +73,16 @@ def make_grid(grouped: np.ndarray, fmt: Format, clip: float = 1.0) -> Grid:
     """The grid of `grouped` float32 (N, groups, width) whose range is its own times `clip`."""
     if fmt.zero == "symmetric":
         amax = np.abs(grouped).max(axis=2) * np.float32(clip)
-        half_range, zero, low, high = (127.0, 0, -127, 127) if fmt.bits == 8 else (7.5, 8, 0, 15)
-        scales = _storable(amax / np.float32(half_range))
+        top = (1 << fmt.bits) - 1
+        half_range, zero, low, high = (127.0, 0, -127, 127)
+        if fmt.bits < 8:
+            half_range, zero, low, high = (top / 2, (top + 1) // 2, 0, top)
+        scales = storable(amax / np.float32(half_range))
         return Grid(scales=scales, zeros=np.full_like(scales, zero), low=low, high=high)
     top = (1 << fmt.bits) - 1
     minimum = np.minimum(grouped.min(axis=2), 0) * np.float32(clip)
     maximum = np.maximum(grouped.max(axis=2), 0) * np.float32(clip)
-    scales = _storable((maximum - minimum) / np.float32(top))
+    scales = storable((maximum - minimum) / np.float32(top))
     zeros = np.clip(np.rint(-minimum / scales), 0, top)
     return Grid(scales=scales, zeros=zeros, low=0, high=top)
 
@@ -150,3 +159,12 @@ def round_to_nearest(weight: np.ndarray, fmt: Format, search_clip: bool = False)
     grouped = group_rows(weight, fmt)
     grid = search_grid(grouped, fmt) if search_clip else make_grid(grouped, fmt)
     return pack(grid.codes(grouped).reshape(weight.shape), grid, fmt)
+
+
+def to_nearest(source: Source, name: str, fmt: Format) -> Weight:
+    """The fused weight in `fmt` without calibration: float, the file's own blocks, or rounded to nearest."""
+    if not fmt.is_integer:
+        return float_weight(source, name)
+    if fmt.is_native or native_format(source, name) == fmt.name:
+        return native_weight(source, name, fmt)
+    return round_to_nearest(float_weight(source, name), fmt, search_clip=fmt.bits < 8)

@@ -42,9 +42,14 @@ class TensorFile(Protocol):
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned codes (N, K) of 4 or 8 bits as int32 (N, ceil(K * bits / 32)), the first code in the lowest
-    bits."""
+    """Unsigned codes (N, K) of 3, 4 or 8 bits as int32 (N, ceil(K * bits / 32)), the first code in the lowest
+    bits; codes of 3 bits lie across words."""
     n, k = codes.shape
+    if bits == 3:
+        each = np.unpackbits(codes[:, :, None], axis=2, count=bits, bitorder="little").reshape(n, k * bits)
+        filled = np.zeros((n, -(-k * bits // 32) * 32), dtype=np.uint8)
+        filled[:, : k * bits] = each
+        return np.packbits(filled, axis=1, bitorder="little").view("<i4")
     padded = np.zeros((n, -(-k * bits // 32) * 32 // bits), dtype=np.uint8)
     padded[:, :k] = codes
     if bits == 4:
@@ -61,6 +66,10 @@ def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
             "re-create the folder",
         )
     data = np.ascontiguousarray(packed).view(np.uint8)
+    if bits == 3:
+        each = np.unpackbits(data, axis=1, count=columns * bits, bitorder="little")
+        spread = each.reshape(len(data), columns, bits)
+        return np.packbits(spread, axis=2, bitorder="little")[:, :, 0]
     if bits == 4:
         pairs = data.astype("<u2")  # HL -> 0H 0L, in memory the low code first
         pairs |= pairs << 4
