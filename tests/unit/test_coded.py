@@ -17,12 +17,12 @@ from tests.files import only_flatout_errors
 from tests.tiny import tiny_checkpoint_folder, tiny_model, tiny_spec, write_tokenizer
 
 from flatout.core import coded
-from flatout.core.artifact import load_artifact, save_artifact, to_bfloat16
+from flatout.core.artifact import load_artifact, save_artifact
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.coded import KEY, decode, encode, open_weights, write_coded
 from flatout.core.formats import uniform
 from flatout.core.model import dense
-from flatout.core.safetensors import DTYPES, open_safetensors, write_safetensors
+from flatout.core.safetensors import DTYPES, open_safetensors, to_bfloat16, write_safetensors
 from flatout.core.sparse import is_two_of_four, pack_two_of_four, packed_tensors, unpack_two_of_four
 from flatout.core.tokenizer import Tokenizer
 from flatout.errors import ConfigError, FlatoutError, ModelFileError

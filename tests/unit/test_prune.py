@@ -19,9 +19,8 @@ from flatout.compress.prune import Statistics, prune, prune_weight, pruned_layer
 from flatout.compress.prune_folder import prune_folder
 from flatout.compress.sparsegpt import sparsegpt
 from flatout.compress.wanda import wanda
-from flatout.core.artifact import from_bfloat16, to_bfloat16
 from flatout.core.checkpoint import open_checkpoint
-from flatout.core.safetensors import open_safetensors
+from flatout.core.safetensors import from_bfloat16, open_safetensors, to_bfloat16
 from flatout.core.sparsity import METHODS, parse_sparsity
 from flatout.core.spec import weight_names
 from flatout.errors import ConfigError, EvidenceError

@@ -203,7 +203,7 @@ def write_encoder(
 
     Raises ConfigError for an `out` that exists, ModelFileError when what is read back differs.
     """
-    from flatout.core.artifact import to_bfloat16
+    from flatout.core.safetensors import to_bfloat16
 
     if out.exists():
         raise ConfigError("an encoder is written to a new folder", str(out), "another name")

@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from flatout.compress.apply import Progress
+from flatout.compress.method import Progress
 from flatout.compress.prune import Layer, LinearReport, expected_names, pruned_layers
-from flatout.core.artifact import from_bfloat16, to_bfloat16
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.coded import open_weights
 from flatout.core.config import spec_to_config
 from flatout.core.files import corrupt, write_bytes
-from flatout.core.safetensors import open_safetensors, write_safetensors
+from flatout.core.safetensors import from_bfloat16, open_safetensors, to_bfloat16, write_safetensors
 from flatout.core.sparse import packed_tensors, sparsity_config
 from flatout.core.sparsity import Sparsity
 from flatout.core.spec import ModelSpec, weight_names

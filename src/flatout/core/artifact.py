@@ -33,7 +33,7 @@ from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
 from flatout.core.portable import loads_in
 from flatout.core.quantization_config import EMBEDDING, HEAD, cannot_express, to_config
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
-from flatout.core.safetensors import SafetensorsFile, write_safetensors
+from flatout.core.safetensors import SafetensorsFile, to_bfloat16, write_safetensors
 from flatout.core.scratch import replace_folder, scratch_folder
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.core.tokenizer import Tokenizer
@@ -60,18 +60,6 @@ class _Layout:
 def is_artifact(path: str | Path) -> bool:
     """Whether `path` is a folder that flatout wrote."""
     return (Path(path) / MANIFEST).is_file()
-
-
-def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float32 rounded to the nearest bfloat16 (ties to even), as uint16 bits."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
-
-
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """uint16 bits of bfloat16 as float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest: Mapping[str, Any]) -> Path:

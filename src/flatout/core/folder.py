@@ -31,7 +31,7 @@ from flatout.core.gptq_awq import (
 )
 from flatout.core.quantization_config import Scheme, read_schemes
 from flatout.core.quantized import QuantizedTensor
-from flatout.core.safetensors import SafetensorsFile, write_safetensors
+from flatout.core.safetensors import SafetensorsFile, to_bfloat16, write_safetensors
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.core.tokenizer import Tokenizer
 from flatout.errors import FlatoutError, ModelFileError, UnsupportedModelError
@@ -322,10 +322,20 @@ def _some(items: list[str]) -> str:
 
 
 def write_folder(
-    folder: Path, spec: ModelSpec, tokenizer: Tokenizer, weights: Mapping[str, np.ndarray]
+    folder: Path,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    weights: Mapping[str, np.ndarray],
+    dtype: str = "float32",
 ) -> None:
-    """Write float32 `weights` (`spec.weight_names`) as a folder that exists, which transformers loads."""
-    config = json.dumps(spec_to_config(spec, "float32"), indent=2) + "\n"
+    """Write float32 `weights` (`spec.weight_names`) as a folder that exists, which transformers loads.
+
+    dtype: "float32", or "bfloat16" to round them to that.
+    """
+    config = json.dumps(spec_to_config(spec, dtype), indent=2) + "\n"
     write_bytes(folder / "config.json", config.encode())
     tokenizer.save(folder)
-    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
+    stored: Mapping[str, np.ndarray | tuple[np.ndarray, str]] = weights
+    if dtype == "bfloat16":
+        stored = {name: (to_bfloat16(array), "BF16") for name, array in weights.items()}
+    write_safetensors(folder / "model.safetensors", stored, {"format": "pt"})

@@ -197,6 +197,18 @@ def _entry(path: Path, name: str, info: Any, data_start: int) -> Entry:
     return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
 
 
+def to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest bfloat16 (ties to even), as uint16 bits."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """uint16 bits of bfloat16 as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def write_safetensors(
     path: str | Path,
     tensors: Mapping[str, np.ndarray | tuple[np.ndarray, str]],

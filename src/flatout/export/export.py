@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from flatout.compress.apply import Progress, compress
+from flatout.compress.apply import compress
+from flatout.compress.method import Progress
 from flatout.core.artifact import (
     check_output,
-    from_bfloat16,
     is_artifact,
     load_artifact,
     save_artifact,
-    to_bfloat16,
 )
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.fuse import Source, native_recipe
 from flatout.core.model import Model, expected_weights
+from flatout.core.safetensors import from_bfloat16, to_bfloat16
 from flatout.core.sources import resolve
 from flatout.core.tokenizer import Tokenizer
 from flatout.errors import ConfigError, EvidenceError

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flatout.core.artifact import from_bfloat16, to_bfloat16
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.files import corrupt
 from flatout.core.formats import Format
@@ -30,6 +29,7 @@ from flatout.core.gguf_write import (
 )
 from flatout.core.model import Model, Weight, equal, expected_weights
 from flatout.core.quantized import QuantizedTensor
+from flatout.core.safetensors import from_bfloat16, to_bfloat16
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.core.tokenizer import Tokenizer
 from flatout.errors import UnsupportedModelError
