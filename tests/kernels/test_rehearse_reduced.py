@@ -1,4 +1,5 @@
-"""search/rehearsal.py: recipes that take weights away go the whole way in little, without calibration text."""
+"""search/rehearsal.py: recipes that take weights away go the whole way in little, without calibration
+text."""
 
 from __future__ import annotations
 
