@@ -87,7 +87,9 @@ def test_the_package_gguf_reads_what_was_written(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from(["w8a8", "w8a8-g32", "w8a8-g64", "w8a16-g128", "w4a8-g32", "w4a16-g64", "w4a16-g128"]),
+    st.sampled_from(
+        ["w8a8", "w8a8-g32", "w8a16-g128", "w6a8", "w6a8-g64", "w5a8", "w5a16-g32", "w4a8-g32", "w4a16-g128"]
+    ),
     st.integers(1, 4),
     st.integers(1, 3),
     st.integers(0, 99),
@@ -96,7 +98,7 @@ def test_symmetric_codes_become_blocks_of_the_same_numbers(name: str, n: int, wi
     weight = np.random.default_rng(seed).standard_normal((n, 128 * widths)).astype(np.float32)
     tensor = round_to_nearest(weight, parse_format(name))
     kind = block_kind(tensor)
-    assert kind == ("Q8_0" if tensor.format.bits == 8 else "Q4_0")
+    assert kind == {4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 8: "Q8_0"}[tensor.format.bits]
     assert is_exact(tensor)
     raw = weight_blocks(tensor).reshape(n, -1)
     theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
@@ -111,13 +113,19 @@ def test_native_blocks_stay(name: str) -> None:
     np.testing.assert_array_equal(theirs, tensor.dequantize())
 
 
-def test_zero_points_become_minima_or_are_refused() -> None:
+@pytest.mark.parametrize("bits", [4, 5])
+def test_zero_points_become_minima(bits: int) -> None:
     weight = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
-    four = round_to_nearest(weight, parse_format("w4a16-g32-asym"))
-    theirs = gguf.quants.dequantize(weight_blocks(four).reshape(4, -1), gguf.GGMLQuantizationType.Q4_1)
-    assert block_kind(four) == "Q4_1"
-    assert np.abs(theirs - four.dequantize()).max() <= float(four.scales.max()) * 15 / 2048
-    with pytest.raises(UnsupportedModelError, match="no 8-bit blocks with a zero point"):
+    tensor = round_to_nearest(weight, parse_format(f"w{bits}a16-g32-asym"))
+    kind = gguf.GGMLQuantizationType[f"Q{bits}_1"]
+    assert block_kind(tensor) == kind.name
+    theirs = gguf.quants.dequantize(weight_blocks(tensor).reshape(4, -1), kind)
+    assert np.abs(theirs - tensor.dequantize()).max() <= float(tensor.scales.max()) * 2**bits / 2048
+
+
+def test_what_no_block_holds_is_refused() -> None:
+    weight = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
+    with pytest.raises(UnsupportedModelError, match="no blocks of more than 5 bits with a zero point"):
         block_kind(round_to_nearest(weight, parse_format("w8a8-g32-asym")))
     huge = round_to_nearest(weight * np.float32(1e8), parse_format("w8a8-g32"))
     with pytest.raises(UnsupportedModelError, match="scales of GGUF blocks are float16"):

@@ -167,6 +167,10 @@ class Recipe:
         """Whether weights are taken away before any is rounded."""
         return bool(self.sparsity or self.structure)
 
+    def child(self, spec: ModelSpec) -> ModelSpec:
+        """The spec of what the recipe makes of a model of `spec`: its structure's."""
+        return Structure.of(self.structure).child(spec) if self.structure else spec
+
     def format_of(self, layer: int, linear: str) -> Format:
         """Format of fused linear `linear` (qkv, o, gate_up, down) of layer `layer`."""
         chosen = self.layers
@@ -179,7 +183,7 @@ class Recipe:
     def check(self, spec: ModelSpec) -> None:
         """Raise ConfigError for a structure that a model of `spec` does not have, and listing every place
         where a group does not divide the width."""
-        spec = Structure.of(self.structure).child(spec)
+        spec = self.child(spec)
         if self.sparsity:
             for linear, (_, k) in spec.linears().items():
                 parse_sparsity(self.sparsity).check(linear, k)

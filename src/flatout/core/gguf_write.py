@@ -1,9 +1,9 @@
 """Writing GGUF files (core/gguf.py has the layout), and weights as the blocks that GGUF holds.
 
-    8 bits, symmetric      Q8_0   a scale for 32 weights; wider groups repeat theirs
-    4 bits, symmetric      Q4_0   the same, around 8
-    4 bits, asymmetric     Q4_1   scale * code + minimum, minimum = -scale * zero rounded to float16
-    q4_0, q4_1, q8_0       their own blocks as they are
+    8 and 6 bits, symmetric     Q8_0         a scale for 32 weights; wider groups repeat theirs
+    5 and 4 bits, symmetric     Q5_0, Q4_0   the same, around 16 and 8
+    5 and 4 bits, asymmetric    Q5_1, Q4_1   scale * code + minimum; minimum = -scale * zero, rounded to
+    float16 q4_0, q4_1, q8_0            their own blocks as they are
 
 All but the third are exactly the numbers they were made from. Q4_K is not written: its scales are 6-bit
 multiples of one scale for 256 weights, which no format here is except by accident.
@@ -133,11 +133,11 @@ def block_kind(weight: QuantizedTensor) -> str:
             "scales of GGUF blocks are float16", f"{fmt.name} with float32 scales", "bf16 for this model"
         )
     if fmt.zero == "symmetric":
-        return "Q8_0" if fmt.bits == 8 else "Q4_0"
-    if fmt.bits == 4:
-        return "Q4_1"
+        return {4: "Q4_0", 5: "Q5_0"}.get(fmt.bits, "Q8_0")
+    if fmt.bits <= 5:
+        return f"Q{fmt.bits}_1"
     raise UnsupportedModelError(
-        "GGUF has no 8-bit blocks with a zero point", fmt.name, f"{fmt.name.removesuffix('-asym')}"
+        "GGUF has no blocks of more than 5 bits with a zero point", fmt.name, fmt.name.removesuffix("-asym")
     )
 
 
@@ -162,13 +162,17 @@ def weight_blocks(weight: QuantizedTensor) -> np.ndarray:
     kind = block_kind(weight)
     repeat = weight.shape[1] // 32 // weight.scales.shape[1]
     parts = [_halves(weight.scales, repeat)]
-    if kind == "Q4_1":
+    if kind.endswith("_1"):
         minima = weight.minima if weight.minima is not None else _minima(weight)
         parts.append(_halves(minima, repeat))
+    codes = weight.codes.reshape(-1, 32)
     if kind == "Q8_0":
-        parts.append(weight.codes.view(np.uint8).reshape(-1, 32))
+        # Codes of 6 bits lie around 32, those of 8 around 0.
+        parts.append((codes.view(np.uint8) - np.uint8(weight.integer_zero)).view(np.uint8))
     else:
-        pairs = weight.codes.reshape(-1, 2, 16)
+        if kind.startswith("Q5"):
+            parts.append(np.packbits(codes >> 4, axis=1, bitorder="little"))
+        pairs = (codes & 15).reshape(-1, 2, 16)
         parts.append(pairs[:, 0] | (pairs[:, 1] << 4))
     return np.concatenate(parts, axis=1).reshape(-1)
 

@@ -191,8 +191,8 @@ def _compare(path: Path, again: Checkpoint, weight: Weight, fused: str, fmt: For
     parts = [again.array(name) for name, _ in _parts(again.spec, fused)]
     found = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if isinstance(weight, QuantizedTensor):
-        # A minimum rounded to float16 moves weights by at most 2^-11 of the 15 steps that it can be.
-        steps = weight.scales.astype(np.float32).max() * 15 * 2.0**-11 if not is_exact(weight) else 0.0
+        # A minimum rounded to float16 moves weights by at most 2^-11 of the 31 steps that it can be.
+        steps = weight.scales.astype(np.float32).max() * 31 * 2.0**-11 if not is_exact(weight) else 0.0
         same = np.abs(found - weight.dequantize()).max() <= steps
     elif fmt.name == "bf16" and weight.ndim == 2:
         same = np.array_equal(found, from_bfloat16(to_bfloat16(weight)))

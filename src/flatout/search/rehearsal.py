@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from flatout.compress.apply import compress
+from flatout.compress.importance import Importance
+from flatout.compress.structure import cut
 from flatout.core.artifact import load_artifact, save_artifact
 from flatout.core.formats import Recipe
 from flatout.core.fuse import Source
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
+from flatout.core.structure import Structure
 from flatout.core.tokenizer import Tokenizer
 from flatout.engine.cpu import CpuRunner
 from flatout.errors import EvidenceError
@@ -44,7 +47,8 @@ class Ends:
         return tensor.rows(0, self.spec.vocab_size) if tensor is not None and _is_table(name) else tensor
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """`recipe` for these blocks, rounded to nearest: a part of the model says nothing to calibrate by."""
+        """`recipe` for these blocks, rounded to nearest and pruned by magnitude: a part of the model says
+        nothing to calibrate by."""
         layers = (0, self._source.spec.num_layers - 1)[: self.spec.num_layers]
         overrides = tuple(
             (f"layers.{i}.{linear}", recipe.format_of(layer, linear).name)
@@ -52,7 +56,8 @@ class Ends:
             for linear in self.spec.linears()
         )
         method = "rtn" if recipe.needs_calibration else recipe.method
-        return replace(recipe, overrides=overrides, method=method)
+        sparsity = f"magnitude-{recipe.sparsity.partition('-')[2]}" if recipe.sparsity else ""
+        return replace(recipe, overrides=overrides, method=method, sparsity=sparsity, structure=())
 
     def _whole_name(self, name: str) -> str:
         last = self._source.spec.num_layers - 1
@@ -68,6 +73,8 @@ def rehearse(source: Source, recipe: Recipe, tokenizer: Tokenizer, threads: int,
 
     Raises what goes wrong on the way, EvidenceError when the logits are no numbers or change by saving.
     """
+    if recipe.structure:
+        source = cut(source, Structure.of(recipe.structure), Importance.equal(source.spec))
     ends = Ends(source)
     model = compress(ends, ends.recipe(recipe))
     again, _, _ = load_artifact(save_artifact(model, tokenizer, folder / "rehearsal", {}))

@@ -87,7 +87,7 @@ def assemble(
         "floor_fraction": columns["optimized"]["floor_fraction"],
         "ops": _ops(profiles, proof.row.name),
         "recipe": to_json(proof.row.recipe),
-        "recipe_map": layer_map(bench.source.spec, proof.row.recipe),
+        "recipe_map": layer_map(proof.row.recipe.child(bench.source.spec), proof.row.recipe),
         "candidates": [_candidate(row) for row in screen.rows],
         "frontier": [
             {"workload_s": point.seconds, "loss": math.expm1(point.loss)} for point in screen.frontier
@@ -162,7 +162,8 @@ def _transformers_bytes(context: Context) -> int:
 def floors(context: Context, recipe: Recipe) -> dict[str, float]:
     """Least seconds of the whole prefill and of all decode steps of the workload."""
     workload = context.request.workload
-    parts = phase_parts(context.bench.source.spec, recipe, context.hardware, workload, context.bench.threads)
+    spec = recipe.child(context.bench.source.spec)
+    parts = phase_parts(spec, recipe, context.hardware, workload, context.bench.threads)
     return {
         "prefill": step_floor(parts["prefill"]).floor_s,
         "decode": workload.output * step_floor(parts["decode"]).floor_s,
@@ -171,9 +172,8 @@ def floors(context: Context, recipe: Recipe) -> dict[str, float]:
 
 def _roofs(context: Context, recipe: Recipe) -> dict[str, float]:
     """The lines of the roofline: byte/s at a decode step's working set, op/s of the formats' arithmetic."""
-    parts = phase_parts(
-        context.bench.source.spec, recipe, context.hardware, context.request.workload, context.bench.threads
-    )
+    spec = recipe.child(context.bench.source.spec)
+    parts = phase_parts(spec, recipe, context.hardware, context.request.workload, context.bench.threads)
     working_set = sum(part.floor.bytes for part in parts["decode"])
     kinds = {part.arithmetic for part in parts["decode"]} | {"bf16"}
     return {

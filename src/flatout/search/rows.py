@@ -57,7 +57,7 @@ class Row:
 
 def memory_bytes(context: Context, recipe: Recipe) -> int:
     """Weights as the runner holds them and the KV cache of the workload at its end."""
-    spec, workload = context.bench.source.spec, context.request.workload
+    spec, workload = recipe.child(context.bench.source.spec), context.request.workload
     tokens = workload.batch * (workload.prompt + workload.output)
     cache = tokens * spec.num_layers * kv_bytes_per_token(spec, recipe.kv_cache)
     return weight_bytes(spec, recipe) + round(cache)

@@ -148,7 +148,7 @@ class Screen:
     def _step_times(self, recipe: Recipe, calibration: Calibration | None) -> StepTimes:
         context = self.context
         return predict(
-            context.bench.source.spec,
+            recipe.child(context.bench.source.spec),
             recipe,
             context.hardware,
             context.request.workload,
@@ -407,9 +407,8 @@ class Screen:
 
             inputs = {**context.inputs(recipe), "workload": workload, "code": context.bench.code}
             found = context.timed("profile", name, inputs, compute)
-            self.profiles[name] = profile_from_json(
-                found, context.bench.source.spec, recipe, *where, context.bench.threads
-            )
+            spec = recipe.child(context.bench.source.spec)
+            self.profiles[name] = profile_from_json(found, spec, recipe, *where, context.bench.threads)
         return self.profiles[name]
 
     def row(self, name: str) -> Row:
