@@ -46,15 +46,25 @@ def apply(source: Source, data: Data, recipe: Recipe) -> tuple[Model, Report]:
     fp32 and bf16 weights stay float32 arrays. q4_0, q4_1 and q8_0 take the file's blocks whatever the
     method, and so does any weight that the file already holds in the format asked for. The rest is rounded
     by `recipe.method`; embedding and head always to nearest. smooth-gptq is made by compress/library.py.
+    Before that, the recipe's structure is cut and its sparsity made (compress/reduce.py).
 
     Raises ConfigError for a recipe or a text that does not fit before any work, and, naming the weight, for
     one that rounding has ruined; UnsupportedModelError where blocks are missing.
     """
     recipe.check(source.spec)
+    if recipe.needs_calibration:
+        from flatout.compress.inputs import check_understood  # loads PyTorch
+
+        check_text(source, data, recipe)
+        check_understood(source, data.documents, numbers=False)
+    if recipe.reduces:
+        from flatout.compress.reduce import reduced  # loads PyTorch
+
+        smaller = reduced(source, recipe, list(data.documents), data.progress)
+        model, report = apply(smaller, data, replace(recipe, sparsity="", structure=()))
+        return replace(model, recipe=recipe), report
     if recipe.method == "native":
         return assemble(source, recipe), Report(method="native", seconds=0.0, tokens=0, errors={})
-    if recipe.needs_calibration:
-        check_text(source, data, recipe)
     if recipe.method == "smooth-gptq":
         from flatout.compress.library import Library  # loads PyTorch
 

@@ -42,19 +42,20 @@ class TensorFile(Protocol):
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned codes (N, K) of 3, 4 or 8 bits as int32 (N, ceil(K * bits / 32)), the first code in the lowest
-    bits; codes of 3 bits lie across words."""
+    """Unsigned codes (N, K) of 3 to 8 bits as int32 (N, ceil(K * bits / 32)), the first code in the lowest
+    bits."""
     n, k = codes.shape
-    if bits == 3:
-        each = np.unpackbits(codes[:, :, None], axis=2, count=bits, bitorder="little").reshape(n, k * bits)
-        filled = np.zeros((n, -(-k * bits // 32) * 32), dtype=np.uint8)
-        filled[:, : k * bits] = each
-        return np.packbits(filled, axis=1, bitorder="little").view("<i4")
-    padded = np.zeros((n, -(-k * bits // 32) * 32 // bits), dtype=np.uint8)
+    eights = -(-k // 32) * 4  # a word's worth of any width
+    padded = np.zeros((n, 8 * eights), dtype=np.uint8)
     padded[:, :k] = codes
     if bits == 4:
-        padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
-    return np.ascontiguousarray(padded).view("<i4")
+        data = padded[:, 0::2] | (padded[:, 1::2] << 4)
+    elif bits == 8:
+        data = padded
+    else:  # eight codes fill `bits` bytes
+        words = sum(padded[:, i::8].astype("<u8") << np.uint64(i * bits) for i in range(8))
+        data = np.asarray(words).view(np.uint8).reshape(n, eights, 8)[:, :, :bits].reshape(n, -1)
+    return np.ascontiguousarray(data[:, : 4 * -(-k * bits // 32)]).view("<i4")
 
 
 def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
@@ -66,15 +67,21 @@ def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
             "re-create the folder",
         )
     data = np.ascontiguousarray(packed).view(np.uint8)
-    if bits == 3:
-        each = np.unpackbits(data, axis=1, count=columns * bits, bitorder="little")
-        spread = each.reshape(len(data), columns, bits)
-        return np.packbits(spread, axis=2, bitorder="little")[:, :, 0]
     if bits == 4:
         pairs = data.astype("<u2")  # HL -> 0H 0L, in memory the low code first
         pairs |= pairs << 4
         pairs &= 0x0F0F
         data = pairs.view(np.uint8)
+    elif bits != 8:
+        n, eights = len(data), -(-columns // 8)
+        bytes_of = np.zeros((n, eights, 8), dtype=np.uint8)
+        filled = np.zeros((n, eights * bits), dtype=np.uint8)
+        filled[:, : data.shape[1]] = data[:, : eights * bits]
+        bytes_of[:, :, :bits] = filled.reshape(n, eights, bits)
+        words = bytes_of.reshape(n, -1).view("<u8")
+        data = np.empty((n, 8 * eights), dtype=np.uint8)
+        for i in range(8):
+            data[:, i::8] = (words >> np.uint64(i * bits)).astype(np.uint8) & np.uint8((1 << bits) - 1)
     return data[:, :columns]
 
 
