@@ -259,7 +259,7 @@ def test_third_party_targets_and_ignore() -> None:
     ids=str,
 )
 def test_unknown_schemes_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match="integers of 3 to 6 or 8 bits by channel or group"):
+    with pytest.raises(UnsupportedModelError, match="integers of 3, 4, 5, 6 or 8 bits by channel or group"):
         read_schemes(third_party(**changes), ["model.layers.0.mlp.up_proj"])
 
 

@@ -31,10 +31,10 @@ TABLE = {
     "w4a8-g32-asym": (4, 32, "asymmetric", "int8", 32),
     "w4a16-g64": (4, 64, "symmetric", "int16", 0),
     "w8a16": (8, 0, "symmetric", "int16", 0),
-    "w3a8-g32": (3, 32, "symmetric", "int8", 32),
-    "w3a16-g64-asym": (3, 64, "asymmetric", "int16", 0),
     "w6a8": (6, 0, "symmetric", "int8", 0),
     "w5a16-g32-asym": (5, 32, "asymmetric", "int16", 0),
+    "w3a8-g32": (3, 32, "symmetric", "int8", 32),
+    "w3a16-g64-asym": (3, 64, "asymmetric", "int16", 0),
 }
 
 

@@ -122,8 +122,8 @@ class Recipe:
     "layers.7.down" (one), "layers.*.down" (that linear everywhere) or "layers.7" (the whole layer);
     the last matching override wins. method: one of METHODS.
     kv_cache: "int8", "bf16", "fp8" (e4m3, on the GPU) or "int4" (reference runner only). A tied head is
-    stored once for look-up and once for multiplication, so `embedding` and `head` may differ. sparsity:
-    which weights of the linears are zero (core/sparsity.py), "" for none. structure: sizes of a smaller
+    stored once for look-up and once for multiplication, so `embedding` and `head` may differ. sparsity: which
+    weights of the linears are zero (core/sparsity.py), "" for none. structure: sizes of a smaller
     architecture, as (name, size) pairs (core/structure.py); both are made before weights are rounded.
     """
 

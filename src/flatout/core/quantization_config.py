@@ -203,7 +203,7 @@ def _scheme(group: Mapping[str, Any], module: str) -> Scheme:
         )
     if not known or not isinstance(weights, dict):
         raise UnsupportedModelError(
-            "weights are read as integers of 3 to 6 or 8 bits by channel or group, activations as dynamic",
+            "weights are integers of 3, 4, 5, 6 or 8 bits by channel or group, activations dynamic",
             f"{module}: {str(weights)[:120]}, {str(activations)[:120]}",
             "the float model",
         )
