@@ -8,6 +8,7 @@ import pytest
 from fake_bench import SPEC, FakeSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import tiny_source, tiny_spec
 
 from flatout.errors import ConfigError
 from flatout.search.recipes import ORIGINAL, candidates, layer_map, recipe_from_name
