@@ -31,6 +31,7 @@ Legend: T tokens, N rows and K columns of a weight, V vocabulary.
 from __future__ import annotations
 
 import functools
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,10 +40,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.gptq import Factor
+from flatout.compress.gptq import Factor, spread
 from flatout.compress.inputs import Documents
 from flatout.compress.library import Library
-from flatout.compress.rtn import group_rows, make_grid, round_to_nearest
+from flatout.compress.rtn import group_rows, make_grid, round_to_nearest, search_grid
 from flatout.core.formats import Format, parse_format
 from flatout.core.fuse import Source, float_weight, native_format
 from flatout.kernels.linear import BYTE, FIFTEEN_BITS, as_tensor, quantize_activations
@@ -65,6 +66,10 @@ _STRIDE = (
 _PASSAGES, _PASSAGE = 4, 256  # passages that pass forward and back, and their tokens
 _PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
 _MEASURED = 20  # choices whose divergence is measured
+_SPREAD = (
+    "w6a16",
+    "w6a8",
+)  # in which what GPTQ leaves is measured: weights decide, and they are often chosen
 _LEAST, _MOST = 2e-4, 0.02  # expected nats a token of a choice, in all layers, that is worth measuring
 
 
@@ -200,9 +205,9 @@ class _Place:
             weight = weight * library.smoothing(self.name)
             assert isinstance(self.smoothed, Tensor)
             fisher = self.smoothed
-        steps = torch.from_numpy(make_grid(group_rows(weight, fmt), fmt).scales)
-        by_group = fisher.view(len(steps), steps.shape[1], -1).sum(dim=2)
-        return share * 0.5 * float((steps.square() / 12 * by_group).sum())
+        squares = _squared_errors(weight, fmt)
+        by_group = fisher.view(len(squares), squares.shape[1], -1).sum(dim=2)
+        return share * 0.5 * float((squares * by_group).sum())
 
 
 def _float_weights(source: Source) -> Callable[[str], Tensor]:
@@ -220,6 +225,17 @@ def _table_error(source: Source, rows: Tensor, name: str) -> Tensor:
     return rows - as_tensor(round_to_nearest(rows.numpy(), fmt).dequantize())
 
 
+def _squared_errors(weight: np.ndarray, fmt: Format) -> Tensor:
+    """Mean squared rounding error (N, groups) of each group of a weight (N, K): step^2 / 12, or where the
+    range is searched for, what rounding makes of it."""
+    grouped = group_rows(weight, fmt)
+    if fmt.bits == 8:
+        return torch.from_numpy(make_grid(grouped, fmt).scales).square() / 12
+    grid = search_grid(grouped, fmt)
+    rounded = (grid.codes(grouped) - grid.zeros[:, :, None]) * grid.scales[:, :, None]
+    return torch.from_numpy(np.square(rounded - grouped).mean(axis=2))
+
+
 def _bf16_error(weight: np.ndarray) -> Tensor:
     exact = torch.from_numpy(np.ascontiguousarray(weight))
     return exact - exact.bfloat16().float()
@@ -231,8 +247,9 @@ def expected_losses(
     choices: Mapping[str, Sequence[str]],
     progress: Progress | None = None,
 ) -> tuple[Losses, Losses]:
-    """(smooth-gptq, rounded to nearest): expected nats a token of every choice, those of all layers together
-    that matter most corrected by their measured divergence.
+    """(smooth-gptq, rounded to nearest): expected nats a token of every choice. Of the 8-bit formats, those
+    of all layers together that matter most are corrected by their measured divergence, and others as the
+    8-bit one with the same activations; what GPTQ leaves of weights as that of one format was measured.
 
     documents: calibration token ids, of which a few thousand tokens are used.
     """
@@ -241,21 +258,58 @@ def expected_losses(
     sums: dict[tuple[str, str], float] = {}
     for (place, name), loss in activations.items():
         key = (place.rpartition(".")[2], name)
-        sums[key] = sums.get(key, 0.0) + weights.get((place, name), 0.0) + loss
+        if name == _eight_bit(name):
+            sums[key] = sums.get(key, 0.0) + weights.get((place, name), 0.0) + loss
     worth = sorted((key for key in sums if _LEAST < sums[key] < _MOST), key=lambda key: -sums[key])
     probes = [document[:_PROBE] for document in documents[-_PROBES:]]
     measured = divergences(library, probes, worth[:_MEASURED], progress)
     ratios = {key: min(max(found / sums[key], 0.5), 5.0) for key, found in measured.items()}
     usual = statistics.median(ratios.values()) if ratios else 1.0
-    spread: Losses = {}
-    nearest: Losses = {}
-    for place, name in activations:
-        ratio = ratios.get((place.rpartition(".")[2], name), usual)
-        own, rest = weights.get((place, name), 0.0), activations[place, name]
-        nearest[place, name] = ratio * (own + rest)
-        # What weights lose beyond expectation is what their errors have in common, and that GPTQ takes out.
-        spread[place, name] = own * _kept(library, left, place, name) + ratio * rest
-    return spread, nearest
+    rest = {
+        (place, name): loss * ratios.get((place.rpartition(".")[2], _eight_bit(name)), usual)
+        for (place, name), loss in activations.items()
+    }
+    nearest = dict(rest)
+    for (place, name), loss in weights.items():
+        nearest[place, name] += loss * ratios.get((place.rpartition(".")[2], _eight_bit(name)), usual)
+    # What weights rounded to nearest lose beyond expectation is what their errors have in common: GPTQ takes
+    # that out, and has deviations of its own.
+    own = {key: loss * _kept(library, left, *key) for key, loss in weights.items()}
+    by_gptq = _spread_ratios(library, probes, own, rest, progress)
+    by_spreading = dict(rest)
+    for (place, name), loss in own.items():
+        known = (place.rpartition(".")[2], parse_format(name).scales_tokens)
+        rounded = _is_spread(library, place, parse_format(name))
+        by_spreading[place, name] += loss * (by_gptq.get(known, 1.0) if rounded else 1.0)
+    return by_spreading, nearest
+
+
+def _spread_ratios(
+    library: Library,
+    probes: Sequence[Sequence[int]],
+    own: Losses,
+    rest: Losses,
+    progress: Progress | None,
+) -> dict[tuple[str, bool], float]:
+    """(kind of linear, smoothed or not) -> measured over expected loss of weights as GPTQ rounds them, in the
+    formats `_SPREAD` where the space has them. rest: what activations lose."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    for (place, name), loss in own.items():
+        if name in _SPREAD and place != "head":
+            both = sums.setdefault((place.rpartition(".")[2], name), [0.0, 0.0])
+            both[0] += loss
+            both[1] += rest[place, name]
+    found = divergences(library, probes, list(sums), progress, by_gptq=True)
+    return {
+        (kind, parse_format(name).scales_tokens): min(max((found[kind, name] - other) / loss, 0.25), 4.0)
+        for (kind, name), (loss, other) in sums.items()
+        if loss > 0
+    }
+
+
+def _eight_bit(name: str) -> str:
+    """The 8-bit format with the activations of format `name`; other formats are their own."""
+    return re.sub(r"^w[3456]a", "w8a", name)
 
 
 def _is_spread(library: Library, name: str, fmt: Format) -> bool:
@@ -344,10 +398,11 @@ def divergences(
     documents: Sequence[Sequence[int]],
     kinds: Sequence[tuple[str, str]],
     progress: Progress | None = None,
+    by_gptq: bool = False,
 ) -> dict[tuple[str, str], float]:
     """Measured KL(original || rounded) in nats a token of each (kind, format): a linear rounded to nearest in
     all layers at once, the head, or the cache, everything else exact. kind: qkv, o, gate_up, down, head or
-    kv_cache."""
+    kv_cache. by_gptq: round linears as smooth-gptq does."""
     source = library.source
     spec = source.spec
     lengths = [len(document) for document in documents]
@@ -369,7 +424,9 @@ def divergences(
                 s = as_tensor(library.smoothing(name))
                 x, w = x / s, w * s
             if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
-                w = as_tensor(round_to_nearest(w.numpy(), fmt).dequantize())
+                factor = library.factor(name, fmt.scales_tokens) if by_gptq else None
+                rounded = spread(w.numpy(), factor, fmt) if factor else round_to_nearest(w.numpy(), fmt)
+                w = as_tensor(rounded.dequantize())
             elif fmt.activation == "bf16":
                 w = w.bfloat16().float()
             return rounded_inputs(x, fmt) @ w.T
