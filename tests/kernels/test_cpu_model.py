@@ -79,7 +79,9 @@ def test_what_an_earlier_sequence_left_in_its_pages_changes_nothing(isa, kv_cach
 # another order, through 2 layers and a bf16 cache whose roundings may flip. bf16: activations rounded to 8
 # bits of mantissa at every linear. Integers: the cache's and the attention weights' 8 bits, which the
 # reference rounds per page or not at all.
-BOUNDS = {"fp32": 2e-3, "bf16": 3e-2} | dict.fromkeys(["w8a8", "w4a8-g32", "w8a16", "q4_1", "q8_0"], 5e-2)
+BOUNDS = {"fp32": 2e-3, "bf16": 3e-2} | dict.fromkeys(
+    ["w8a8", "w4a8-g32", "w3a16-g32", "w8a16", "q4_1", "q8_0"], 5e-2
+)
 
 
 @pytest.mark.parametrize("name", list(BOUNDS))

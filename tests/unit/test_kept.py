@@ -26,7 +26,10 @@ import os, signal, sys
 from pathlib import Path
 from tests.unit.test_kept import DOCUMENTS, SPEC, W4
 from tests.tiny import tiny_source
+from flatout.compress import kept
 from flatout.compress.apply import compress
+
+kept.EVERY_S = 0
 
 def progress(what, done, total):
     if what.startswith(sys.argv[2]):
@@ -78,6 +81,11 @@ class Stopped(Exception):
     pass
 
 
+@pytest.fixture(autouse=True)
+def keep_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatout.compress.kept.EVERY_S", 0.0)
+
+
 def half_done(folder: Path) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if what.startswith("layers.2.qkv"):
@@ -106,6 +114,14 @@ def test_work_belongs_to_model_text_and_recipe(tmp_path: Path) -> None:
     other = Recipe(name="r", layers="w4a16-g64-asym", method="gptq")
     assert first_step(tiny_source(SPEC), other, DOCUMENTS, tmp_path) == "layers.0.qkv"
     assert first_step(tiny_source(SPEC, seed=1), W4, DOCUMENTS, tmp_path) == "layers.0.qkv"
+
+
+def test_layers_are_kept_together_where_they_are_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatout.compress.kept.EVERY_S", 3600.0)
+    half_done(tmp_path)
+    assert first_step(tiny_source(SPEC), W4, DOCUMENTS, tmp_path) == "layers.0.qkv", "nothing was kept yet"
 
 
 @pytest.mark.parametrize("damage", ["layer-1.npz", "state.npz"])

@@ -103,16 +103,17 @@ def test_served_fp32_without_cache_rounding_is_exact() -> None:
     torch.testing.assert_close(served.forward(tokens), Llama(source).forward(tokens), rtol=0, atol=0)
 
 
-def test_int8_cache_rounds_per_token_and_head() -> None:
+@pytest.mark.parametrize(("name", "limit"), [("int8", 127), ("int4", 7)])
+def test_integer_caches_round_per_token_and_head(name: str, limit: int) -> None:
     x = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(0))
     x[1, 0] *= 1000
     x[3] = 0
-    rounded = round_keys_or_values(x, "int8")
-    step = x.abs().amax(dim=2, keepdim=True) / 127
+    rounded = round_keys_or_values(x, name)
+    step = x.abs().amax(dim=2, keepdim=True) / limit
     assert ((rounded - x).abs() <= step * 0.5001).all()
     assert (rounded[3] == 0).all()
     # Rounding the second head alone gives the same bits.
-    assert torch.equal(round_keys_or_values(x[:, 1:], "int8"), rounded[:, 1:])
+    assert torch.equal(round_keys_or_values(x[:, 1:], name), rounded[:, 1:])
 
 
 def test_embedding_and_head_may_differ_when_tied() -> None:

@@ -11,7 +11,7 @@ from tests.tiny import TinySource, tiny_source, tiny_spec
 from flatout.compress.apply import apply, compress
 from flatout.compress.method import data_of
 from flatout.core.formats import METHODS, Recipe
-from flatout.errors import ConfigError
+from flatout.errors import ConfigError, EvidenceError
 
 SPEC = tiny_spec("llama")
 DOCUMENTS = [np.random.default_rng(i).integers(0, SPEC.vocab_size, 64).tolist() for i in range(3)]
@@ -62,6 +62,15 @@ def test_text_of_another_tokenizer() -> None:
         compress(tiny_source(SPEC), recipe("gptq"), [list(range(321))])
 
 
+def test_text_that_the_model_does_not_understand() -> None:
+    """Ids of another vocabulary are in range, and the model is surer of other tokens than of these."""
+    source = changed("lm_head.weight", lambda array: array * 8)
+    with pytest.raises(
+        EvidenceError, match=r"better than random tokens \(5.8 nats each\); found: .*tokenizer"
+    ):
+        compress(source, recipe("gptq"), DOCUMENTS)
+
+
 def test_groups_that_do_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"groups must divide the width; found: layers.0.qkv: w4a16-g128"):
         compress(tiny_source(SPEC), recipe("gptq", "w4a16-g128"), DOCUMENTS)
@@ -88,8 +97,9 @@ def test_activations_that_overflow() -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "tune", "awq", "rotate-gptq"])
-def test_one_token_again_and_again(method: str) -> None:
+def test_one_token_again_and_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hessian has one direction only; damping must carry the rest."""
+    monkeypatch.setattr("flatout.compress.inputs._WORSE_THAN_GUESSING", 9.0)
     model = compress(tiny_source(SPEC), recipe(method), [[7] * 64])
     for weight in model.weights.values():
         assert np.isfinite(getattr(weight, "scales", weight)).all()

@@ -8,6 +8,7 @@ import pytest
 from fake_bench import SPEC, FakeSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import tiny_source, tiny_spec
 
 from flatout.errors import ConfigError
 from flatout.search.recipes import ORIGINAL, candidates, layer_map, recipe_from_name
@@ -113,6 +114,7 @@ def test_changes_take_effect_in_order(body: str, changes: list[str]) -> None:
         ("w8a8/native", "after the slash stands"),
         ("w8a8,head", "a change is PLACE=FORMAT"),
         ("w8a8,head=", "a change is PLACE=FORMAT"),
+        ("w8a8,kv=int4", "the cpu runner has no int4 cache"),
         ("w8a8,kv=int2", "the KV cache is int8, bf16, fp8 or int4"),
         ("w8a8,kv=fp8", "the cpu runner has no fp8; found: the KV cache"),
         ("fp8", "the cpu runner has no fp8; found: layers"),
@@ -133,3 +135,11 @@ def test_the_layer_map_names_every_place() -> None:
     assert places["head"] == ["q8_0"]
     assert places["kv_cache"] == ["int8"]
     assert layer_map(SPEC, ORIGINAL)["kv_cache"] == ["bf16"]
+
+
+def test_a_rotated_recipe_gives_up_the_blocks_of_the_tables() -> None:
+    source = tiny_source(tiny_spec("llama", tie_embeddings=True), layers="q4_1", head="q8_0")
+    assert recipe_from_name("w4a16-g32/gptq", source).head == "q8_0"
+    rotated = recipe_from_name("w4a16-g32/rotate-gptq", source)
+    assert (rotated.head, rotated.embedding, rotated.method) == ("w8a8-g64", "w8a8-g64", "rotate-gptq")
+    assert recipe_from_name("w3a16-g64-asym/awq", source).layers == "w3a16-g64-asym"

@@ -53,11 +53,14 @@ def apply(source: Source, data: Data, recipe: Recipe) -> tuple[Model, Report]:
     """
     recipe.check(source.spec)
     if recipe.needs_calibration:
+        from flatout.compress.inputs import check_understood  # loads PyTorch
+
         check_text(source, data, recipe)
+        check_understood(source, data.documents, numbers=False)
     if recipe.reduces:
         from flatout.compress.reduce import reduced  # loads PyTorch
 
-        smaller = reduced(source, recipe, data.documents, data.progress)
+        smaller = reduced(source, recipe, list(data.documents), data.progress)
         model, report = apply(smaller, data, replace(recipe, sparsity="", structure=()))
         return replace(model, recipe=recipe), report
     if recipe.method == "native":

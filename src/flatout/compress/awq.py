@@ -8,8 +8,8 @@ trace(E H E^T) with E = round(W s) / s - W and H the second moments of the input
 arXiv 2306.00978, where the error is that of a sample; the second factor of s is AWQ's `duo_scaling`).
 1 / s costs nothing at run time (compress/rescale.py).
 
-Trade-off: seconds, and safe with little text, since one number a linear is fitted; GPTQ gains more, and gains
-less behind it than alone. The file's own blocks are given up where factors go into them.
+Trade-off: little can be learned wrongly, since one number a linear is fitted, and no errors are spread: for
+that there is GPTQ, before which it can stand. The file's own blocks are given up where factors go into them.
 """
 
 from __future__ import annotations

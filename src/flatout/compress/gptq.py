@@ -8,9 +8,10 @@ taken in order of decreasing H[j, j], so that the ones that matter most are roun
 still make up for it; the groups and their scales are those of the original column order, so the result is
 stored like any other.
 
-A whole model is rounded layer by layer (compress/layers.py says how, and what it takes). Trade-off: half a
-minute for 100 million parameters, and better than rounding to nearest at any width; it believes the
-calibration text, so a few thousand tokens of what the model will read are the least.
+A whole model is rounded layer by layer (compress/layers.py says how, and what it takes). Trade-off: about
+four seconds of one core for a layer of 3.5 million weights and 8,192 tokens, and less error than rounding to
+nearest; it believes the calibration text, so more of it is better: 20,000 tokens instead of 6,000 left 6 to
+16 % less error on other text (docs/log.md).
 
 Legend: N rows, K columns.
 """
@@ -66,7 +67,7 @@ class Factor:
     importance: np.ndarray
 
 
-def factorise(hessian: np.ndarray, damping: float = DAMPING, order: bool = True) -> Factor:
+def factorise(hessian: np.ndarray, damping: float = 0.01, order: bool = True) -> Factor:
     """The Factor of second moments (K, K); arguments as for `gptq`."""
     diagonal = np.diag(hessian)
     columns = np.argsort(-diagonal, kind="stable") if order else np.arange(len(hessian))

@@ -6,6 +6,7 @@ tokens x (3 x intermediate size + hidden size).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,11 +16,32 @@ from torch import Tensor
 
 from flatout.compress.method import check_weight
 from flatout.core.fuse import Source, float_weight
+from flatout.errors import EvidenceError
 from flatout.kernels.linear import as_tensor
 from flatout.models.llama import Cache, Llama, attention, decoder_layer, rms_norm, rope_turns
 
+_CHECKED_TOKENS = 128  # of the first document, whose probability says whether the text suits the model
+_WORSE_THAN_GUESSING = 1.0  # nats a token above a uniform guess
+
 See = Callable[[str, Tensor, Tensor, np.ndarray], None]
 """see(name, inputs (T, K), hidden (T, D), weight (N, K)): hidden is the state that the layer started from."""
+
+
+def check_understood(source: Source, documents: Sequence[np.ndarray], numbers: bool = True) -> None:
+    """Raise EvidenceError where the model finds the beginning of the longest document less likely than random
+    tokens. numbers: a loss that is no number fails too; otherwise the layer that makes it is named later."""
+    ids = np.asarray(max(documents, key=len)[:_CHECKED_TOKENS], dtype=np.int64)
+    if len(ids) < 2:
+        return  # every document is one token: nothing to predict
+    logits = Llama(source).forward(ids)
+    loss = float(torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:])))
+    guess = math.log(source.spec.vocab_size)
+    if loss >= guess + _WORSE_THAN_GUESSING or (numbers and math.isnan(loss)):
+        raise EvidenceError(
+            f"the model must predict calibration text better than random tokens ({guess:.1f} nats each)",
+            f"{loss:.1f} nats",
+            "text in the model's language, encoded by its own tokenizer; sound weights",
+        )
 
 
 @contextmanager

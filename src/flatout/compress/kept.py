@@ -1,7 +1,7 @@
 """Kept work: a model is rounded layer by layer, and what is done survives the end of the process.
 
-Every finished layer is a file of its weights; a last file holds the calibration text's activations behind
-it. Both replace their predecessors as a whole, so that a process killed at any moment leaves a state from
+Finished layers are files of their weights; a last file holds the calibration text's activations behind
+them. All replace their predecessors as a whole, so that a process killed at any moment leaves a state from
 which the next goes on. Work belongs to a recipe, a text and a method by the key of all three, and to a model
 by the hash of each layer's own weights.
 """
@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from flatout.core.fuse import Source, float_weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.types import to_json
 
+EVERY_S = 15.0  # seconds of work that may be lost; the state is tens of megabytes
 _VERSION = 1
 Arrays = Mapping[str, np.ndarray]
 
@@ -43,6 +45,8 @@ class Kept:
             digest.update(len(document).to_bytes(8, "little") + document.astype("<i8").tobytes())
         self._key = digest.hexdigest()
         self._folder = None if data.keep is None else data.keep / self._key[:32]
+        self._unsaved: dict[int, dict[str, QuantizedTensor]] = {}
+        self._saved_at = time.monotonic()
 
     def load(self) -> tuple[list[dict[str, QuantizedTensor]], Arrays]:
         """Weights of the layers that are done and the state behind them; ([], {}) if nothing fits."""
@@ -61,14 +65,19 @@ class Kept:
         return layers, state
 
     def save(self, layer: int, weights: Mapping[str, QuantizedTensor], state: Arrays) -> None:
-        """Keep `layer`, counted from 0, and the state behind it. Raises ResourceError for a full disk."""
+        """Keep `layer`, counted from 0, and the state behind it, if some time has passed since the last layer
+        that was. Raises ResourceError for a full disk."""
         if self._folder is None:
             return
+        self._unsaved[layer] = dict(weights)
+        if time.monotonic() - self._saved_at < EVERY_S:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
-        _write(
-            self._folder / f"layer-{layer}.npz", {**_arrays(weights), "source": np.array(self._digest(layer))}
-        )
+        for index, kept in self._unsaved.items():
+            arrays = {**_arrays(kept), "source": np.array(self._digest(index))}
+            _write(self._folder / f"layer-{index}.npz", arrays)
         _write(self._folder / "state.npz", {**state, "layers": np.array(layer + 1)})
+        self._unsaved, self._saved_at = {}, time.monotonic()
 
     def done(self) -> None:
         """Forget the work, once the model is whole."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from flatout.compress.gptq import PASSES, Factor, damped, factorise, spread
+from flatout.compress.gptq import DAMPING, PASSES, Factor, damped, factorise, spread
 from flatout.compress.inputs import linear_inputs
 from flatout.compress.method import Progress
 from flatout.compress.refine import refine
@@ -79,7 +79,7 @@ class Library:
         """The Hessian of linear `name`, of its smoothed inputs if asked for, ready for rounding."""
         key = (name, smoothed)
         if key not in self._factors:
-            self._factors[key] = factorise(self.moments(name, smoothed))
+            self._factors[key] = factorise(self.moments(name, smoothed), DAMPING)
         return self._factors[key]
 
     def _rounded(self, source: Source, name: str, smoothed: bool, fmt: Format) -> QuantizedTensor:

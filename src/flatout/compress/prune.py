@@ -14,7 +14,6 @@ core/coded.py) and are where recovery by training starts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flatout.compress.gptq import Factor, factorise
-from flatout.compress.inputs import Documents
+from flatout.compress.inputs import Documents, check_understood
 from flatout.compress.magnitude import magnitude
 from flatout.compress.method import Progress
 from flatout.compress.sparsegpt import sparsegpt
@@ -39,8 +38,6 @@ from flatout.models.llama import Llama, decoder_layer, rope_turns
 Stored = Callable[[np.ndarray], np.ndarray]
 
 FEWEST_TOKENS = 128  # of calibration text
-_CHECKED_TOKENS = 128  # of the first document, whose probability says whether the text suits the model
-_WORSE_THAN_GUESSING = 1.0  # nats a token above a uniform guess
 _MEASURED_TOKENS = 256  # that a linear's error is measured on
 
 
@@ -146,18 +143,7 @@ def check_text(source: Source, documents: Sequence[np.ndarray]) -> None:
         raise ConfigError(
             f"calibration needs at least {FEWEST_TOKENS} tokens", str(tokens), "a longer text, or magnitude"
         )
-    ids = np.asarray(max(documents, key=len)[:_CHECKED_TOKENS], dtype=np.int64)
-    if len(ids) < 2:
-        return  # every document is one token: nothing to predict
-    logits = Llama(source).forward(ids)
-    loss = float(torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:])))
-    guess = math.log(source.spec.vocab_size)
-    if not loss < guess + _WORSE_THAN_GUESSING:  # NaN fails too
-        raise EvidenceError(
-            f"the model must predict calibration text better than random tokens ({guess:.1f} nats each)",
-            f"{loss:.1f} nats",
-            "text in the model's language, encoded by its own tokenizer; sound weights",
-        )
+    check_understood(source, documents)
 
 
 def _without_text(

@@ -7,7 +7,7 @@ scale exceeds float16's range) and codes are rounded against the scale as stored
 costs nothing extra. The search tries nine narrower ranges a group and keeps the one with the least squared
 error, clipping a few extremes for finer steps (Banner et al., 2019, arXiv 1810.05723).
 
-Trade-off: seconds and no text at all; at 4 bits and fewer every other method loses less.
+Trade-off: seconds and no text at all; at 4 bits and fewer GPTQ loses less.
 """
 
 from __future__ import annotations

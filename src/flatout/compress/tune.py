@@ -12,8 +12,8 @@ no other size of step fits all weights (Cheng et al., "SignRound", 2023, arXiv 2
 AutoRound, which starts from rounding to nearest and lets c move by half a step). Attention, activation and
 norms lie inside the layer, so rows that matter to them count, where GPTQ counts all rows alike.
 
-Trade-off: some ten times the time of GPTQ for about a third less of its loss; the best of three passes of
-the text is kept, so that a layer never ends worse than GPTQ left it on that text.
+Trade-off: a hundred passes over batches of the text for each layer, many times the work of GPTQ; the best of
+four looks at the whole text is kept, so that a layer never ends worse than GPTQ left it on that text.
 
 Memory: that of compress/layers.py and one batch's activations.
 """

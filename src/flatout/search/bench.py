@@ -29,6 +29,7 @@ from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
 from flatout.core.scratch import replace_folder, scratch_folder
+from flatout.core.sources import cache_dir
 from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import Hardware, Workload
@@ -193,7 +194,8 @@ class CpuBench:
             model = self._calibrated(calibration, progress).model(recipe, progress)
         else:
             used = calibration[:_CALIBRATION] if recipe.needs_calibration else ()
-            model = compress(self._checkpoint, recipe, [cluster.tokens for cluster in used], progress)
+            keep = cache_dir() / "compress" / self.sha256[:32]
+            model = compress(self._checkpoint, recipe, [cluster.tokens for cluster in used], progress, keep)
         runner = CpuRunner(model, threads=self._threads, num_pages=self._pages)
         self._built[recipe] = _Built(runner, None if recipe == ORIGINAL else model)
 

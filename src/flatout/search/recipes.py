@@ -69,6 +69,12 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
         recipe = _uniform(body, source)
     if method and parse_format(recipe.layers).is_integer:
         recipe = replace(recipe, method=method)
+    if method.startswith("rotate"):  # no blocks of the file are left
+        table = eight_bit(source.spec.hidden_size)
+        head, embedding = (
+            table if parse_format(fmt).is_native else fmt for fmt in (recipe.head, recipe.embedding)
+        )
+        recipe = replace(recipe, head=head, embedding=embedding)
     for change in changes:
         recipe = _changed(recipe, change)
     recipe.check(source.spec)

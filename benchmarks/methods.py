@@ -1,0 +1,295 @@
+"""Every compression method on one page: size, perplexity, divergence, decode speed and minutes.
+
+    python benchmarks/methods.py [MODEL] --text FILE [--calibration FILE] [--rows NAMES] [--speed]
+    python benchmarks/methods.py --table                  the table of docs/methods.md, from the files
+
+MODEL: a decoder, or an encoder, whose quality is the cosine of its vectors with the original's. --text: what
+judges, UTF-8, cut into windows of 1,024 tokens evenly spaced; the shipped validation passages by default.
+--calibration: what calibrates, in windows of 512; the shipped calibration passages by default. --speed: also
+times decoding, for which nothing else may run.
+
+A row is a recipe in the grammar of `--recipe`, one line of ROWS. Perplexity and divergence are those of the
+weights: dequantised, on the bf16 engine, the same for all rows and for other programs' weights (--others:
+benchmarks/quantizers.py). Bits a weight count what a packed file needs: codes, scales, zeros. Every finished
+row is kept under build/methods, so that an interrupted run goes on, and a changed row alone is made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatout.compress.apply import apply
+from flatout.compress.encoder import compress_encoder
+from flatout.compress.method import data_of
+from flatout.core.checkpoint import Checkpoint, open_checkpoint
+from flatout.core.encoder_folder import is_encoder, open_encoder
+from flatout.core.formats import Recipe, parse_format
+from flatout.core.fuse import assemble, float_recipe
+from flatout.core.model import Model, dense, expected_weights
+from flatout.data.passages import load_passages
+from flatout.engine.cpu import CpuRunner
+from flatout.engine.score import score_documents
+from flatout.models.bert import Bert
+from flatout.search.recipes import recipe_from_name
+from flatout.verify.quality import Cluster, divergence
+from record import RESULTS, measured_here, write
+
+FOUR, THREE = "w4a16-g64-asym", "w3a16-g64-asym"
+LOW = ("rtn", "awq", "rotate", "gptq", "awq-gptq", "rotate-gptq", "tune")
+ROWS = (
+    "bf16",
+    "w8a16",
+    "w8a8/smooth",
+    "w8a8-g64",
+    *(f"{FOUR}/{method}" for method in LOW),
+    *(f"{THREE}/{method}" for method in LOW),
+    f"{FOUR}/gptq,head=w4a16-g64-asym,embedding=w4a16-g64-asym",
+    "bf16,kv=int8",
+)
+ENCODER_ROWS = ("bf16", "w8a8", "w8a16", "w8a8-g32", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32-asym")
+KEPT = Path(__file__).resolve().parent.parent / "build" / "methods"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
+WINDOW, CALIBRATED = 1024, 512
+
+
+def windows(tokens: Sequence[int], count: int, length: int) -> list[list[int]]:
+    """`count` stretches of `length` tokens, evenly spaced."""
+    starts = np.linspace(0, len(tokens) - length, count).astype(int)
+    return [list(tokens[start : start + length]) for start in starts]
+
+
+def read(tokenizer: Any, path: Path | None, split: str) -> list[int]:
+    text = path.read_text(encoding="utf-8") if path else "\n\n".join(p.text for p in load_passages(split))
+    return list(tokenizer.encode(text))
+
+
+def bits_per_weight(model: Model) -> float:
+    """Of the layers' linears, packed: codes, 16-bit scales, zeros of as many bits as codes."""
+    bits = weights = 0
+    for name, shape, fmt in expected_weights(model.spec, model.recipe):
+        if len(shape) == 2 and name.startswith("layers."):
+            n, k = shape
+            each = 16 + (fmt.bits if fmt.zero == "asymmetric" else 0) if fmt.is_integer else 0
+            bits += n * k * fmt.bits + n * fmt.groups(k) * each
+            weights += n * k
+    return bits / weights
+
+
+class Judge:
+    """Scores weights on the bf16 engine against the original's."""
+
+    def __init__(self, source: Checkpoint, text: list[int], count: int, threads: int) -> None:
+        self._source, self._threads = source, threads
+        self._windows = windows(text, count, WINDOW)
+        self._original = self.runner(assemble(source, float_recipe("bf16")))
+        self._scores = np.concatenate(score_documents(self._original, self._windows)).astype(np.float64)
+
+    def runner(self, model: Model) -> CpuRunner:
+        """`model` with its weights as floats; the cache stays as the recipe has it where the engine can."""
+        recipe = float_recipe(
+            "bf16", "int8" if model.recipe.kv_cache == "int8" and _is_float(model) else "bf16"
+        )
+        floats = {name: dense(weight) for name, weight in model.weights.items()}
+        whole = Model(spec=model.spec, recipe=recipe, weights=floats)
+        return CpuRunner(whole, threads=self._threads, num_pages=2 * WINDOW // 64)
+
+    def row(self, model: Model) -> dict[str, float]:
+        runner = self.runner(model)
+        scores = np.concatenate(score_documents(runner, self._windows)).astype(np.float64)
+        lost = self._scores - scores
+        clusters = [Cluster(id=str(i), domain="", tokens=tuple(w)) for i, w in enumerate(self._windows)]
+        differs = divergence(self._original, runner, clusters, 1024)
+        per_window = lost.reshape(len(self._windows), -1).mean(axis=1)
+        return {
+            "perplexity": float(np.exp(-scores.mean())),
+            "loss": float(np.expm1(lost.mean())),
+            "loss_error": float(per_window.std(ddof=1) / len(per_window) ** 0.5),
+            "kl": differs.mean_kl,
+            "flips": differs.flip_rate,
+            "tokens": len(scores),
+        }
+
+
+def _is_float(model: Model) -> bool:
+    return not parse_format(model.recipe.layers).is_integer
+
+
+def decode_speed(model: Model, threads: int) -> float:
+    """Tokens a second of one sequence at a context of 64, the best of five tries."""
+    runner = CpuRunner(model, threads=threads, num_pages=8)
+    pages = np.arange(8, dtype=np.int32)[None, :]
+    from flatout.engine.runner import StepInput
+
+    def step(token: int, at: int) -> None:
+        one = np.array([token], np.int32), np.array([at], np.int32), np.ones(1, np.int32)
+        runner.forward(StepInput(*one, pages), "last")
+
+    for at in range(64):
+        step(1, at)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        for at in range(64, 96):
+            step(1, at)
+        best = max(best, 32 / (time.perf_counter() - start))
+    return best
+
+
+def decoder_row(
+    name: str, source: Checkpoint, judge: Judge, calibration: list[list[int]], speed: int
+) -> dict[str, Any]:
+    recipe = _recipe(name, source)
+    start = time.process_time()
+    clock = time.perf_counter()
+    model, report = apply(source, data_of(calibration), recipe)
+    found: dict[str, Any] = {
+        "row": name,
+        "bits_per_weight": bits_per_weight(model),
+        "seconds": time.perf_counter() - clock,
+        "cpu_seconds": time.process_time() - start,
+        "calibration_tokens": report.tokens,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20),
+    }
+    if speed:
+        found["decode_tokens_per_s"] = decode_speed(model, speed)
+    return found | judge.row(model)
+
+
+def _recipe(name: str, source: Checkpoint) -> Recipe:
+    """Embedding and head stay bf16 unless the row names them: the rows compare what becomes of the layers."""
+    recipe = recipe_from_name(name, source)
+    if "head=" not in name:
+        recipe = replace(recipe, embedding="bf16", head="bf16")
+    return recipe if "kv=" in name else replace(recipe, kv_cache="bf16")
+
+
+def encoder_rows(model: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Cosine of each format's vectors with the float32 original's, over validation passages."""
+    checkpoint = open_encoder(model)
+    rows = checkpoint.tokenizer().encode_batch([p.text for p in load_passages("validation")][:64])
+    tokens = np.concatenate([np.asarray(row[:128]) for row in rows])
+    starts = np.cumsum([0, *(min(len(row), 128) for row in rows)])[:-1]
+
+    def vectors(name: str) -> np.ndarray:
+        return Bert(compress_encoder(checkpoint, name), name != "fp32").forward(tokens, starts, "mean", True)
+
+    exact, found = vectors("fp32"), []
+    for name in names:
+        start = time.perf_counter()
+        cosine = (vectors(name) * exact).sum(axis=1)
+        fmt = parse_format(name)
+        each = fmt.weight_bytes(1, 384) * 8 / 384
+        found.append({
+            "row": name, "bits_per_weight": each, "cosine_mean": float(cosine.mean()),
+            "cosine_min": float(cosine.min()), "seconds": time.perf_counter() - start,
+        })  # fmt: skip
+        print(found[-1], flush=True)
+    return found
+
+
+def table(path: Path) -> str:
+    """The rows of one results file as Markdown."""
+    result = json.loads(path.read_text(encoding="utf-8"))["result"]
+    if "cosine_mean" in result["rows"][0]:
+        head = "| format | bits a weight | cosine, mean | least |\n|---|--:|--:|--:|"
+        lines = [
+            f"| `{r['row']}` | {r['bits_per_weight']:.2f} | {r['cosine_mean']:.5f} | {r['cosine_min']:.5f} |"
+            for r in result["rows"]
+        ]
+        return f"**{result['model']}**, {result['judged']}\n\n" + "\n".join([head, *lines])
+    head = (
+        "| recipe | bits a weight | perplexity | loss | KL, nats | other token | tokens/s | minutes |\n"
+        "|---|--:|--:|--:|--:|--:|--:|--:|"
+    )
+    lines = []
+    for r in result["rows"]:
+        speed = f"{r['decode_tokens_per_s']:.0f}" if "decode_tokens_per_s" in r else ""
+        minutes = f"{r['cpu_seconds'] / 60:.1f}" if r.get("cpu_seconds") is not None else ""
+        lines.append(
+            f"| `{r['row']}` | {r['bits_per_weight']:.2f} | {r['perplexity']:.3f} | {r['loss']:+.2%} "
+            f"± {r['loss_error']:.2%} | {r['kl']:.4f} | {r['flips']:.1%} | {speed} | {minutes} |"
+        )
+    return f"**{result['model']}**, {result['judged']}\n\n" + "\n".join([head, *lines])
+
+
+def fill_page() -> None:
+    """Put the tables of all results files between the marks of docs/methods.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split("<!-- tables -->")[0], text.split("<!-- end of tables -->")[1]
+    tables = "\n\n".join(table(path) for path in sorted(RESULTS.glob("methods*.json")))
+    PAGE.write_text(f"{before}<!-- tables -->\n\n{tables}\n\n<!-- end of tables -->{after}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--rows", help="recipes, separated by spaces; default: all of ROWS")
+    parser.add_argument("--windows", type=int, default=32, help="of 1,024 tokens, that judge")
+    parser.add_argument("--calibrated", type=int, default=32, help="windows of 512 tokens that calibrate")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--others", action="store_true", help="also what other programs make of MODEL")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        fill_page()
+        return 0
+    command = " ".join(["python benchmarks/methods.py", *sys.argv[1:]])
+    torch.set_num_threads(args.threads)
+    short = Path(args.model).name
+    if is_encoder(args.model):
+        result: dict[str, Any] = {"rows": encoder_rows(args.model, ENCODER_ROWS), "model": short}
+        result["judged"] = "64 validation passages of up to 128 tokens, float32 original"
+        print(write(f"methods-{short}", measured_here("torch") | result, command=command))
+        return 0
+    source = open_checkpoint(args.model)
+    text, calibration = (
+        read(source.tokenizer, path, split)
+        for path, split in ((args.text, "validation"), (args.calibration, "calibration"))
+    )
+    calibrating = windows(calibration, args.calibrated, CALIBRATED)
+    judge: Judge | None = None
+    rows = []
+    for name in args.rows.split() if args.rows else ROWS:
+        key = json.dumps(
+            [source.sha256, name, args.windows, calibrating, windows(text, args.windows, WINDOW)]
+        )
+        kept = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        if not kept.exists():
+            judge = judge or Judge(source, text, args.windows, args.threads)
+            found = decoder_row(name, source, judge, calibrating, args.threads * args.speed)
+            KEPT.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(found), encoding="utf-8")
+        rows.append(json.loads(kept.read_text(encoding="utf-8")))
+        print(rows[-1], flush=True)
+    if args.others:
+        from quantizers import other_rows
+
+        judge = judge or Judge(source, text, args.windows, args.threads)
+        rows += other_rows(source, judge.row, args.threads, KEPT)
+    result = {"rows": rows, "model": short, "judged": f"{args.windows} windows of {WINDOW} tokens of "
+              f"{args.text.name if args.text else 'the shipped validation passages'}, calibrated on "
+              f"{args.calibrated * CALIBRATED:,} of "
+              f"{args.calibration.name if args.calibration else 'the shipped ones'}"}  # fmt: skip
+    print(write(f"methods-{short}", measured_here("torch") | result, command=command))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
