@@ -30,7 +30,10 @@ FLAGS = {
         "--json",
     },
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
-    "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--json"},
+    "fpga": {
+        "--board", "--recipe", "--tokens", "--context", "--columns", "--answer", "--synth", "--out",
+        "--report", "--json",
+    },
     "run": {
         "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner",
         "--speculate", "--draft", "--json",
