@@ -20,13 +20,12 @@ from flatout.core.artifact import (
     load_artifact,
     recipe_from_json,
     save_artifact,
-    to_bfloat16,
     update_manifest,
 )
 from flatout.core.formats import Recipe, uniform
 from flatout.core.model import Model
 from flatout.core.quantized import QuantizedTensor
-from flatout.core.safetensors import open_safetensors
+from flatout.core.safetensors import open_safetensors, to_bfloat16
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import to_json
 from flatout.errors import ConfigError, FlatoutError, ModelFileError, ResourceError
@@ -155,6 +154,7 @@ def test_failure_keeps_the_old_artifact(
 ) -> None:
     model = tiny_model(tiny_spec(), uniform("w8a8"))
     out = save_artifact(model, tokenizer, tmp_path / "a", {"note": "old"})
+    monkeypatch.setattr("flatout.core.scratch._exchange", lambda a, b: False)
     rename, calls = os.rename, []
 
     def interrupted(source: Path, target: Path) -> None:

@@ -27,7 +27,8 @@ set_property verilog_define USE_DSP48E2 [current_fileset]
 create_bd_design system
 create_bd_cell -type ip -vlnv xilinx.com:ip:zynq_ultra_ps_e ps
 set_property -dict [list CONFIG.PSU__USE__S_AXI_GP2 1 CONFIG.PSU__USE__S_AXI_GP3 1 \\
-  CONFIG.PSU__USE__S_AXI_GP4 1 CONFIG.PSU__USE__S_AXI_GP5 1 CONFIG.PSU__CRL_APB__PL0_REF_CTRL__FREQMHZ {mhz}] [get_bd_cells ps]
+  CONFIG.PSU__USE__S_AXI_GP4 1 CONFIG.PSU__USE__S_AXI_GP5 1 \\
+  CONFIG.PSU__CRL_APB__PL0_REF_CTRL__FREQMHZ {mhz}] [get_bd_cells ps]
 create_bd_cell -type module -reference axi_top axi_top_0
 # To be connected by hand or by connection automation: the master through a SmartConnect that splits 512
 # bits over the four HP ports, the slave to M_AXI_HPM0, clk to pl_clk0, rst_n to a processor system reset.
