@@ -25,7 +25,7 @@ from flatout.fpga.program import includes
 from flatout.hardware.detect import detect
 from flatout.hardware.verilator import REMEDY, find_verilator
 
-BUILD_SECONDS = 900
+BUILD_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
