@@ -56,7 +56,7 @@ NEAR = 1.10
 """Candidates within this factor of the best time are equally good for the stated workload, which is itself a
 guess: they are scored, and those that suit most other workloads are preferred (`by_suitability`)."""
 
-_PROPOSALS = 4  # recipes found, built and measured at most
+_PROPOSALS = 3  # recipes found, built and measured at most
 _GAIN = 0.99  # a further one must be predicted to take less than this part of the best time
 _HALVINGS = 7
 

@@ -40,13 +40,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.gptq import Factor
+from flatout.compress.gptq import Factor, spread
 from flatout.compress.inputs import Documents
 from flatout.compress.library import Library
 from flatout.compress.rtn import group_rows, make_grid, round_to_nearest, search_grid
-from flatout.core.formats import Format, Recipe, parse_format
+from flatout.core.formats import Format, parse_format
 from flatout.core.fuse import Source, float_weight, native_format
-from flatout.core.model import Weight, dense
 from flatout.kernels.linear import BYTE, FIFTEEN_BITS, as_tensor, quantize_activations
 from flatout.models.llama import Llama, decoder_layer, rms_norm, rope_turns, round_keys_or_values
 
@@ -67,7 +66,10 @@ _STRIDE = (
 _PASSAGES, _PASSAGE = 4, 256  # passages that pass forward and back, and their tokens
 _PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
 _MEASURED = 20  # choices whose divergence is measured
-_SPREAD = "w6a16"  # the format in which what GPTQ leaves is measured: weights decide, and it is often chosen
+_SPREAD = (
+    "w6a16",
+    "w6a8",
+)  # in which what GPTQ leaves is measured: weights decide, and they are often chosen
 _LEAST, _MOST = 2e-4, 0.02  # expected nats a token of a choice, in all layers, that is worth measuring
 
 
@@ -263,36 +265,46 @@ def expected_losses(
     measured = divergences(library, probes, worth[:_MEASURED], progress)
     ratios = {key: min(max(found / sums[key], 0.5), 5.0) for key, found in measured.items()}
     usual = statistics.median(ratios.values()) if ratios else 1.0
+    rest = {
+        (place, name): loss * ratios.get((place.rpartition(".")[2], _eight_bit(name)), usual)
+        for (place, name), loss in activations.items()
+    }
+    nearest = dict(rest)
+    for (place, name), loss in weights.items():
+        nearest[place, name] += loss * ratios.get((place.rpartition(".")[2], _eight_bit(name)), usual)
+    # What weights rounded to nearest lose beyond expectation is what their errors have in common: GPTQ takes
+    # that out, and has deviations of its own.
     own = {key: loss * _kept(library, left, *key) for key, loss in weights.items()}
-    by_gptq = _spread_ratios(library, probes, own, progress)
-    spread: Losses = {}
-    nearest: Losses = {}
-    for place, name in activations:
-        kind = place.rpartition(".")[2]
-        ratio, rest = ratios.get((kind, _eight_bit(name)), usual), activations[place, name]
-        nearest[place, name] = ratio * (weights.get((place, name), 0.0) + rest)
-        # What weights rounded to nearest lose beyond expectation is what their errors have in common: GPTQ
-        # takes it out.
-        spread[place, name] = by_gptq.get(kind, 1.0) * own.get((place, name), 0.0) + ratio * rest
-    return spread, nearest
+    by_gptq = _spread_ratios(library, probes, own, rest, progress)
+    by_spreading = dict(rest)
+    for (place, name), loss in own.items():
+        known = (place.rpartition(".")[2], parse_format(name).scales_tokens)
+        rounded = _is_spread(library, place, parse_format(name))
+        by_spreading[place, name] += loss * (by_gptq.get(known, 1.0) if rounded else 1.0)
+    return by_spreading, nearest
 
 
 def _spread_ratios(
-    library: Library, probes: Sequence[Sequence[int]], own: Losses, progress: Progress | None
-) -> dict[str, float]:
-    """Kind of linear -> measured over expected loss of weights in format `_SPREAD`, as the library rounds
-    them, where the space has it."""
-    sums: dict[str, float] = {}
+    library: Library,
+    probes: Sequence[Sequence[int]],
+    own: Losses,
+    rest: Losses,
+    progress: Progress | None,
+) -> dict[tuple[str, bool], float]:
+    """(kind of linear, smoothed or not) -> measured over expected loss of weights as GPTQ rounds them, in the
+    formats `_SPREAD` where the space has them. rest: what activations lose."""
+    sums: dict[tuple[str, str], list[float]] = {}
     for (place, name), loss in own.items():
-        if name == _SPREAD and place != "head":
-            kind = place.rpartition(".")[2]
-            sums[kind] = sums.get(kind, 0.0) + loss
-    if not sums:
-        return {}
-    recipe = Recipe(name=_SPREAD, layers=_SPREAD, method="smooth-gptq")
-    weights = library.model(recipe, progress).weights
-    found = divergences(library, probes, [(kind, _SPREAD) for kind in sums], progress, weights)
-    return {kind: min(max(found[kind, _SPREAD] / loss, 0.25), 4.0) for kind, loss in sums.items()}
+        if name in _SPREAD and place != "head":
+            both = sums.setdefault((place.rpartition(".")[2], name), [0.0, 0.0])
+            both[0] += loss
+            both[1] += rest[place, name]
+    found = divergences(library, probes, list(sums), progress, by_gptq=True)
+    return {
+        (kind, parse_format(name).scales_tokens): min(max((found[kind, name] - other) / loss, 0.25), 4.0)
+        for (kind, name), (loss, other) in sums.items()
+        if loss > 0
+    }
 
 
 def _eight_bit(name: str) -> str:
@@ -386,11 +398,11 @@ def divergences(
     documents: Sequence[Sequence[int]],
     kinds: Sequence[tuple[str, str]],
     progress: Progress | None = None,
-    weights: Mapping[str, Weight] | None = None,
+    by_gptq: bool = False,
 ) -> dict[tuple[str, str], float]:
     """Measured KL(original || rounded) in nats a token of each (kind, format): a linear rounded to nearest in
     all layers at once, the head, or the cache, everything else exact. kind: qkv, o, gate_up, down, head or
-    kv_cache. weights: take those of linears from here instead of rounding them; nothing is smoothed then."""
+    kv_cache. by_gptq: round linears as smooth-gptq does."""
     source = library.source
     spec = source.spec
     lengths = [len(document) for document in documents]
@@ -408,13 +420,13 @@ def divergences(
             if name.rpartition(".")[2] != kind:
                 return x @ w.T
             fmt = parse_format(format_name)
-            if weights is not None:
-                return rounded_inputs(x, fmt) @ as_tensor(dense(weights[name])).T
             if fmt.scales_tokens:
                 s = as_tensor(library.smoothing(name))
                 x, w = x / s, w * s
             if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
-                w = as_tensor(round_to_nearest(w.numpy(), fmt).dequantize())
+                factor = library.factor(name, fmt.scales_tokens) if by_gptq else None
+                rounded = spread(w.numpy(), factor, fmt) if factor else round_to_nearest(w.numpy(), fmt)
+                w = as_tensor(rounded.dequantize())
             elif fmt.activation == "bf16":
                 w = w.bfloat16().float()
             return rounded_inputs(x, fmt) @ w.T
