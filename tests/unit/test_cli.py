@@ -31,7 +31,10 @@ FLAGS = {
     },
     "export": {"--to", "--out", "--recipe", "--vocabulary", "--text", "--json"},
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
-    "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--answer", "--json"},
+    "fpga": {
+        "--board", "--recipe", "--tokens", "--context", "--columns", "--answer", "--synth", "--out",
+        "--report", "--json",
+    },
     "train": {"--out", "--fresh", "--resume", "--json"},
     "run": {
         "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner",

@@ -22,6 +22,14 @@ def fpga(
     answer: Annotated[
         int, typer.Option(help="Tokens to decode, guesses judged together with them.", min=0)
     ] = 0,
+    synth: Annotated[
+        bool, typer.Option("--synth", help="Count cells by synthesis with Yosys (minutes), not by structure.")
+    ] = False,
+    out: Annotated[
+        str,
+        typer.Option(help="Folder for what AMD's tools take: RTL, AXI wrapper, TCL, memory image, driver."),
+    ] = "",
+    report: Annotated[str, typer.Option(help="Write a page with the result to this HTML file.")] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: fit, cycles_per_token, bit_exact, mbu.")
     ] = False,
@@ -30,6 +38,8 @@ def fpga(
 
     Exit code 0: equal, and it fits. 3: it does not fit, or a number differs.
     """
+    from pathlib import Path
+
     import numpy as np
 
     from flatout.compress.apply import compress
@@ -40,6 +50,7 @@ def fpga(
     from flatout.fpga.boards import board as board_of
     from flatout.fpga.compile import Shape
     from flatout.fpga.evaluate import evaluate
+    from flatout.fpga.synthesis import synthesise
     from flatout.hardware.verilator import REMEDY, find_verilator
 
     target = board_of(board)
@@ -57,10 +68,19 @@ def fpga(
         text += tokenizer.encode(passage.text, add_bos=not text)
         if len(text) > max(tokens, context) + 1:
             break
+    shape = Shape(columns=columns)
+    if synth:
+        log("synthesising with Yosys")
     found = evaluate(
-        loaded, target, np.array(text), shape=Shape(columns=columns), tokens=tokens, context=context,
-        answer=answer,        progress=None if as_json else Progress(),
+        loaded, target, np.array(text), shape=shape, synthesis=synthesise(shape, "xcup") if synth else None,
+        tokens=tokens, context=context,
+        answer=answer, out=Path(out) if out else None,        progress=None if as_json else Progress(),
     )  # fmt: skip
+    if report:
+        from flatout.core.types import to_json
+        from flatout.report.fpga import render
+
+        Path(report).write_text(render(model, to_json(found)), encoding="utf-8")
     if as_json:
         print_json(found)
     else:
@@ -72,13 +92,22 @@ def fpga(
             ["cycle model", f"{found.decode.predicted_cycles / found.decode.cycles - 1:+.2%}"],
             ["together", f"{found.together.cycles:,} for {found.together.tokens} tokens"],
         ]
-        rows += [
-            ["predicted", f"{s.tokens_per_s:.0f} tokens/s at {s.clock_mhz} MHz, "
-             f"{s.joules_per_token[0] * 1e3:.0f}-{s.joules_per_token[1] * 1e3:.0f} mJ each"]
-            for s in found.speed
-        ]  # fmt: skip
+        if found.speculative is not None:
+            guessed = found.speculative
+            rows.append(
+                ["with guesses", f"{guessed.tokens_per_pass:.2f} tokens a pass, {guessed.gain:.2f}x "
+                 f"the tokens a cycle; {guessed.accepted} of {guessed.guesses} guesses came true; "
+                 f"{'the same tokens' if guessed.identical else 'OTHER TOKENS'} as one by one"]
+            )  # fmt: skip
+        for s in found.speed:
+            energy = s.joules_per_token
+            rows.append(
+                ["predicted", f"{s.tokens_per_s:.0f} tokens/s at {s.clock_mhz} MHz"
+                 + (f", {energy[0] * 1e3:.0f}-{energy[1] * 1e3:.0f} mJ each" if energy else "")]
+            )  # fmt: skip
         rows += [[r.name, f"{r.needed:,} of {r.available:,}"] for r in found.fit.resources]
         rows += [["does not fit", reason] for reason in found.fit.why_not]
-        rows += [["not done", "synthesis, timing, any FPGA"]]
+        rows += [["resources", found.fit.tier], ["not done", "place and route, timing, any FPGA"]]
         print(aligned(rows, right=False))
-    return 0 if found.bit_exact and found.fit.fits else 3
+    same = found.speculative is None or found.speculative.identical
+    return 0 if found.bit_exact and same and found.fit.fits else 3

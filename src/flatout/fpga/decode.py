@@ -25,8 +25,9 @@ from flatout.fpga.simulate import Accelerator, MemoryModel
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
     """One continuation. guesses: of all passes; accepted: those that came true. plain_cycles: of the same
-    tokens one by one, by the model of cycles. tokens_per_weight_byte: against plain decoding, weights read
-    once a pass. identical: every token is the specification's greedy one."""
+    tokens one by one, by the model of cycles. tokens_per_pass: tokens for each time the weights are read.
+    gain: tokens a cycle over those of decoding one by one. identical: every token is the specification's
+    greedy one."""
 
     prompt: int
     tokens: tuple[int, ...]
@@ -35,16 +36,9 @@ class Decoding:
     accepted: int
     cycles: int
     plain_cycles: int
+    tokens_per_pass: float
+    gain: float
     identical: bool
-
-    @property
-    def tokens_per_pass(self) -> float:
-        return len(self.tokens) / self.passes
-
-    @property
-    def gain(self) -> float:
-        """Tokens a cycle over those of plain decoding."""
-        return self.plain_cycles / self.cycles
 
 
 def decode(
@@ -78,13 +72,21 @@ def decode(
             guesses, accepted = guesses + len(draft), accepted + right
             if progress is not None:
                 progress("decoding", min(len(tokens) - len(prompt), count), count)
-    first, last = len(prompt) - 1, len(tokens) - 1
+    produced = tuple(tokens[len(prompt) :])
+    starts = range(len(prompt) - 1, len(tokens) - 1)
+    plain = sum(predict_cycles(design, at, 1, memory) for at in starts)
     return Decoding(
-        prompt=len(prompt), tokens=tuple(tokens[len(prompt) :]), passes=passes, guesses=guesses,
-        accepted=accepted, cycles=cycles,
-        plain_cycles=sum(predict_cycles(design, at, 1, memory) for at in range(first, last)),
+        prompt=len(prompt),
+        tokens=produced,
+        passes=passes,
+        guesses=guesses,
+        accepted=accepted,
+        cycles=cycles,
+        plain_cycles=plain,
+        tokens_per_pass=len(produced) / passes,
+        gain=plain / cycles,
         identical=is_greedy(design.model, np.array(tokens), len(prompt)),
-    )  # fmt: skip
+    )
 
 
 def is_greedy(model: IntegerModel, tokens: np.ndarray, first: int) -> bool:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from flatout.core.model import Model
 from flatout.errors import ConfigError
-from flatout.fpga.boards import Board
+from flatout.fpga.boards import OTHER_BOARDS, Board
 from flatout.fpga.compile import Compiled, Shape, compile_model
 from flatout.fpga.cycles import predict_cycles
 from flatout.fpga.decode import Decoding, decode
+from flatout.fpga.emit import emit
 from flatout.fpga.fit import Fit, fit
 from flatout.fpga.model import KeyValues, forward, integer_model
 from flatout.fpga.simulate import Accelerator, MemoryModel, Pass
 from flatout.fpga.spec import FRACTIONS
+from flatout.fpga.synthesis import Synthesis
 from flatout.fpga.trace import cache_differences
 
 CLOCKS_MHZ = (250, 300)
@@ -53,7 +56,7 @@ class Speed:
 
     clock_mhz: int
     tokens_per_s: float
-    joules_per_token: tuple[float, float]
+    joules_per_token: tuple[float, float] | None
     tier: str = "predicted from simulated cycles; clock and power are assumptions"
 
 
@@ -65,6 +68,8 @@ class Evaluation:
     board: str
     recipe: str
     fit: Fit
+    boards: tuple[Fit, ...]
+    synthesis: Synthesis | None
     bit_exact: bool
     differences: int
     tokens: int
@@ -116,10 +121,13 @@ def evaluate(
     tokens: int,
     context: int,
     answer: int = 0,
+    synthesis: Synthesis | None = None,
+    out: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Simulate the first `tokens` of `text` and one token after `context`; compare with the specification.
-    answer: tokens to decode after the first PROMPT with guesses that are judged together.
+    answer: tokens to decode after the first PROMPT with guesses that are judged together. synthesis: of
+    `shape`, to be fitted instead of counts. out: where files for AMD's tools go.
 
     Raises ConfigError when the text is too short; UnsupportedModelError and ResourceError for a model that
     the accelerator cannot hold; BackendError without a simulator.
@@ -132,7 +140,9 @@ def evaluate(
     integers = integer_model(model, shape.lanes)
     room = PROMPT + answer + 2 * shape.columns if answer else 0
     design = compile_model(integers, shape, max(tokens, context + 1, room))
-    fitted = fit(design, board)
+    if out is not None:
+        emit(design, out, CLOCKS_MHZ[-1])
+    boards = tuple(fit(design, b, CLOCKS_MHZ[-1], synthesis) for b in (board, *OTHER_BOARDS))
     memory = memory_model(board, CLOCKS_MHZ[-1])
 
     checked = check_text(design, text[: tokens + 1], memory, say)
@@ -170,12 +180,14 @@ def evaluate(
     speed = []
     for clock in CLOCKS_MHZ:
         rate = clock * 1e6 / alone.cycles
-        low, high = board.power_w
-        speed.append(Speed(clock_mhz=clock, tokens_per_s=rate, joules_per_token=(low / rate, high / rate)))
+        joules = (board.power_w[0] / rate, board.power_w[1] / rate) if board.power_w else None
+        speed.append(Speed(clock_mhz=clock, tokens_per_s=rate, joules_per_token=joules))
     return Evaluation(
         board=board.name,
         recipe=model.recipe.name,
-        fit=fitted,
+        fit=boards[0],
+        boards=boards,
+        synthesis=synthesis,
         bit_exact=differences == 0,
         differences=differences,
         tokens=tokens,

@@ -1,8 +1,8 @@
 """What a design needs beside what a board has.
 
-DSP blocks and block RAM are counted from the structure of the RTL: every multiplier as tiles of 27 x 18,
-every memory as blocks of 512 x 72. Nothing here is synthesised: logic cells are not counted, and timing is
-not known.
+DSP blocks and block RAM are counted from the structure of the RTL (every multiplier as tiles of 27 x 18,
+every memory as blocks of 512 x 72), or all four kinds of cells are what Yosys made of it (`synthesis`).
+Neither knows wires: timing is not known. Not counted: the memory controller and what surrounds it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from flatout.fpga.boards import Board
 from flatout.fpga.compile import Compiled, Shape
+from flatout.fpga.synthesis import Synthesis
 
-CLOSURE = 0.8
-"""Share of DSP blocks and block RAM up to which timing usually closes (FINN's limit, platforms.py)."""
+CLOSURE = {"look-up tables": 0.7, "flip-flops": 0.5, "DSP blocks": 0.8, "block RAM (36 kbit)": 0.8}
+"""Share up to which timing usually closes (FINN's limits, platforms.py)."""
+COUNTED = "counted from the structure, not synthesised"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +30,17 @@ class Resource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """why_not: a sentence for each resource that does not suffice."""
+    """why_not: a sentence for each resource that does not suffice. bandwidth_share: of the board's memory,
+    what the design's bus carries at the fastest assumed clock."""
 
     board: str
+    device: str
+    source: str
     resources: tuple[Resource, ...]
     fits: bool
     why_not: tuple[str, ...]
-    tier: str = "counted from the structure, not synthesised"
+    bandwidth_share: float
+    tier: str
 
 
 def tiles(a: int, b: int) -> int:
@@ -48,12 +54,14 @@ def dsp_blocks(shape: Shape) -> int:
     """Multipliers of a design, in DSP48E2."""
     lanes, columns = shape.lanes, shape.columns
     dots = lanes  # two rows share each
-    scaling = 2 * (tiles(22, 13) + tiles(48, 17))
-    silu = tiles(32, 18) + tiles(32, 32) + tiles(17, 9)
+    rescale = tiles(25, 17) + tiles(24, 17)
+    scaling = 2 * (tiles(22, 13) + rescale)
+    silu = tiles(32, 18) + 2 * tiles(32, 17) + tiles(17, 9)
     weighing = lanes * tiles(27, 8) + tiles(17, 13) + tiles(17, 9)
-    vector = shape.words * (tiles(32, 16) + tiles(28, 28)) + tiles(13, 17)
-    read_out = lanes // 16 * tiles(48, 17)
-    addresses = tiles(32, 9) + tiles(24, 9)
+    lane = tiles(32, 16) + 2 * tiles(15, 15) + tiles(14, 15)
+    vector = shape.words * lane + tiles(13, 17)
+    read_out = lanes // 16 * rescale
+    addresses = 2 * tiles(32, 9) + tiles(24, 9)
     return columns * (dots + scaling + silu + weighing) + vector + read_out + addresses
 
 
@@ -71,19 +79,40 @@ def block_rams(shape: Shape) -> int:
     )
 
 
-def fit(compiled: Compiled, board: Board) -> Fit:
+def fit(compiled: Compiled, board: Board, clock_mhz: int, synthesis: Synthesis | None = None) -> Fit:
     """Compare the design and its memory image with `board`."""
-    found = (
-        Resource(name="DSP blocks", needed=dsp_blocks(compiled.shape), available=board.dsps,
-                 usable=int(board.dsps * CLOSURE)),
-        Resource(name="block RAM (36 kbit)", needed=block_rams(compiled.shape), available=board.bram36,
-                 usable=int(board.bram36 * CLOSURE)),
+    shape = compiled.shape
+    needed = {"DSP blocks": dsp_blocks(shape), "block RAM (36 kbit)": block_rams(shape)}
+    if synthesis is not None:
+        needed = {
+            "look-up tables": synthesis.luts, "flip-flops": synthesis.ffs, "DSP blocks": synthesis.dsps,
+            "block RAM (36 kbit)": round(synthesis.bram36 + 0.25),
+        }  # fmt: skip
+    available = {
+        "look-up tables": board.luts, "flip-flops": board.ffs, "DSP blocks": board.dsps,
+        "block RAM (36 kbit)": board.bram36,
+    }  # fmt: skip
+    found = [
+        Resource(name=name, needed=count, available=available[name],
+                 usable=int(available[name] * CLOSURE[name]))
+        for name, count in needed.items()
+    ]  # fmt: skip
+    found.append(
         Resource(name="memory (bytes)", needed=compiled.image.nbytes, available=board.memory_bytes,
-                 usable=board.memory_bytes // 2),
+                 usable=board.memory_bytes // 2)
     )  # fmt: skip
     why_not = tuple(
         f"{r.name}: {r.needed:,} needed, {r.usable:,} of {r.available:,} usable"
         for r in found
         if r.needed > r.usable
     )
-    return Fit(board=board.name, resources=found, fits=not why_not, why_not=why_not)
+    return Fit(
+        board=board.name,
+        device=board.device,
+        source=board.source,
+        resources=tuple(found),
+        fits=not why_not,
+        why_not=why_not,
+        bandwidth_share=min(1.0, shape.lanes * clock_mhz * 1e6 / board.bandwidth_bytes_s),
+        tier=COUNTED if synthesis is None else synthesis.tier,
+    )

@@ -148,6 +148,7 @@ int64_t simulation_run(void* handle, uint32_t count, const uint32_t* tokens, uin
         for (uint32_t i = 0; i <= top->logit_pair; i++)
           logits[static_cast<size_t>(c) * vocabulary + top->logit_index + i] = words[2 * c + i];
     }
+#ifdef PROBE
     if (vector_memory && top->running_pc != pc) {
       const size_t size = static_cast<size_t>(s->columns) * lanes * 2;
       for (uint32_t row = 0; row < rows; row++) {
@@ -156,6 +157,7 @@ int64_t simulation_run(void* handle, uint32_t count, const uint32_t* tokens, uin
         std::memcpy(vector_memory + (static_cast<size_t>(pc) * rows + row) * size, &top->probe_words, size);
       }
     }
+#endif
     pc = top->running_pc;
     if (by_instruction) by_instruction[top->running_pc]++;
     s->consumed += top->consuming;

