@@ -121,11 +121,16 @@ def _straight(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     return x + (rounded(x) - x).detach()
 
 
+def has_levels(tensor: QuantizedTensor) -> bool:
+    """Whether `levels_of` takes it."""
+    return tensor.minima is None and not tensor.format.is_native
+
+
 def levels_of(tensor: QuantizedTensor) -> Levels:
     """The levels that `tensor` is rounded to. Raises ConfigError for formats whose blocks are only taken from
     files."""
     fmt = tensor.format
-    if tensor.minima is not None or fmt.is_native:
+    if not has_levels(tensor):
         raise ConfigError("levels of w{8,4}a{8,16} formats can be trained", fmt.name, "w4a8-g64")
     scales = torch.from_numpy(tensor.scales.astype(np.float32))
     if not bool((scales.half().float() == scales).all()):
