@@ -17,6 +17,7 @@ from flatout.core.model import expected_weights
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Ceiling, Hardware, Workload, measurement, to_json
+from flatout.errors import BackendError
 from flatout.perf.profile import OpTime, PhaseTime, Profile, phase_parts
 from flatout.perf.roofline import op_floors, step_floor
 from flatout.perf.tables import Table
@@ -89,6 +90,24 @@ def _blocks(name: str, shape: tuple[int, ...]) -> QuantizedTensor:
     )
 
 
+def _result(a: float, b: float) -> SpeedResult:
+    return SpeedResult(
+        ratio=a / b,
+        low=a / b - 0.01,
+        high=a / b + 0.01,
+        coverage=0.96,
+        seconds_a=measurement("A", "s", [a]),
+        seconds_b=measurement("B", "s", [b]),
+        samples_a=(a,),
+        samples_b=(b,),
+        pairs=9,
+        thrown_away=0,
+        kept_noisy=0,
+        foreign_load=0.0,
+        stopped_because="the interval is within 2%",
+    )
+
+
 class FakeTokenizer:
     adds_bos = False
 
@@ -101,7 +120,8 @@ class FakeBench:
     """losses: nats a token by recipe name. speeds: factor over the original's speed by recipe name.
 
     sealed: losses on the hold-out (the clusters in `holdout`) where they differ from validation. baseline:
-    speed of transformers. Every expensive call is written to `calls` and given to `on_call`, which may raise.
+    speed of transformers. joules: of a workload by recipe name and "baseline", if there is
+    a meter. Every expensive call is written to `calls` and given to `on_call`, which may raise.
     """
 
     name, path, sha256, tokenizer_sha256 = "tiny", "/nowhere/tiny.gguf", "5e" * 32, "70" * 32
@@ -117,8 +137,10 @@ class FakeBench:
         baseline: float = 0.1,
         native: bool = True,
         on_call: Callable[[str], None] | None = None,
+        joules: Mapping[str, float] | None = None,
     ) -> None:
         self.losses, self.speeds, self.sealed, self.baseline = losses, speeds, sealed or {}, baseline
+        self.joules = joules or {}
         self.source, self.tokenizer = FakeSource(native), FakeTokenizer()
         self.calls: list[str] = []
         self.scored: dict[str, int] = {}
@@ -237,22 +259,28 @@ class FakeBench:
             b = self._seconds(second.name)[phase] * (workload.output if phase == "decode" else 1)
             before = self.baseline if first is None else self.speeds[first.name]
             a = b * self.speeds[second.name] / before
-            found[phase] = SpeedResult(
-                ratio=a / b,
-                low=a / b - 0.01,
-                high=a / b + 0.01,
-                coverage=0.96,
-                seconds_a=measurement("A", "s", [a]),
-                seconds_b=measurement("B", "s", [b]),
-                samples_a=(a,),
-                samples_b=(b,),
-                pairs=9,
-                thrown_away=0,
-                kept_noisy=0,
-                foreign_load=0.0,
-                stopped_because="the interval is within 2%",
-            )
+            found[phase] = _result(a, b)
         return found
+
+    def rehearse(self, recipe: Recipe, near: Path) -> None:
+        self._call(f"rehearse {recipe.name}")
+
+    def open_meter(self) -> None:
+        if not self.joules:
+            raise BackendError("energy needs a counter", "none", "--objective latency")
+
+    def race_energy(
+        self,
+        first: Recipe | None,
+        second: Recipe,
+        workload: Workload,
+        max_seconds: float,
+        min_pairs: int,
+        step: Any,
+    ) -> SpeedResult:
+        assert second in self.built
+        self._call(f"energy {'baseline' if first is None else first.name} {second.name}")
+        return _result(self.joules["baseline" if first is None else first.name], self.joules[second.name])
 
     def runner_name(self, recipe: Recipe | None) -> str:
         return "transformers" if recipe is None else "fake"

@@ -111,6 +111,8 @@ def sample() -> dict[str, Any]:
             "trace": None,
         },
         "traffic": None,
+        "energy": None,
+        "money": None,
         "hardware": {
             "name": "AMD EPYC 9B45",
             "cores": 2,

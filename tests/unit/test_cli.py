@@ -22,13 +22,14 @@ FLAGS = {
     "doctor": {"--json"},
     "profile": {"--batch", "--prompt", "--output", "--threads", "--json"},
     "optimize": {
-        "--out", "--max-loss", "--recipe", "--objective", "--workload", "--text", "--trace", "--threads",
-        "--fresh", "--resume", "--json",
+        "--out", "--max-loss", "--recipe", "--objective", "--workload", "--text", "--trace", "--portable",
+        "--max-memory", "--dollars-per-hour", "--threads", "--fresh", "--resume", "--json",
     },
     "verify": {
         "--against", "--margin", "--text", "--task", "--task-margin", "--limit", "--speed-seconds", "--rerun",
         "--json",
     },
+    "export": {"--to", "--out", "--recipe", "--vocabulary", "--text", "--json"},
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
     "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--json"},
     "train": {"--out", "--fresh", "--resume", "--json"},

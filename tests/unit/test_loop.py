@@ -508,7 +508,7 @@ def test_workloads() -> None:
     for bad in ("", "12", "1+2x", "a+b", "-1+2", "1+2x0", "0+1"):
         with pytest.raises(ConfigError):
             parse_workload(bad, "latency")
-    with pytest.raises(ConfigError, match="latency, throughput or memory"):
+    with pytest.raises(ConfigError, match="latency, throughput, energy, memory or money"):
         parse_workload(None, "speed")
 
 

@@ -23,9 +23,13 @@ def optimize(
     out: Annotated[Path, typer.Option(help="Folder for the artifact: new, empty or an artifact.")],
     max_loss: Annotated[str, typer.Option(help="Largest increase of the perplexity.")] = "1%",
     recipe: Annotated[
-        str | None, typer.Option(help="Use this one instead of searching, e.g. native or w8a8-g64.")
+        str | None,
+        typer.Option(
+            help="Use this one instead of searching: a name such as native or w8a8-g64, a file or an "
+            "artifact that holds one, or ARTIFACT:NAME of a candidate."
+        ),
     ] = None,
-    objective: Annotated[str, typer.Option(help="latency, throughput or memory.")] = "latency",
+    objective: Annotated[str, typer.Option(help="latency, throughput, energy, memory or money.")] = "latency",
     workload: Annotated[
         str | None, typer.Option(help="What must be fast: PROMPT+OUTPUTxBATCH tokens, e.g. 512+64x1.")
     ] = None,
@@ -35,6 +39,16 @@ def optimize(
     trace: Annotated[
         Path | None,
         typer.Option(help="CSV of requests (ContextTokens, GeneratedTokens): the median is the workload."),
+    ] = None,
+    portable: Annotated[
+        str | None,
+        typer.Option(help="A program that must load the result too: transformers, vllm."),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most that weights and cache may take, e.g. 800MB.")
+    ] = None,
+    dollars_per_hour: Annotated[
+        float | None, typer.Option(help="What this machine costs; the objective money needs it.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
     fresh: Annotated[
@@ -59,6 +73,9 @@ def optimize(
             text=text,
             trace=trace,
             threads=threads,
+            portable=portable,
+            max_memory=max_memory,
+            dollars_per_hour=dollars_per_hour,
             fresh=fresh,
             listen=listen,
             note=note,
@@ -104,12 +121,30 @@ def summary(result: Mapping[str, Any]) -> str:
         "",
         f"recipe {result['optimized']['recipe']}; against {result['baseline']['name']}: {gains}",
         certificate,
+        *([] if result["energy"] is None else [_energy(result["energy"])]),
+        *([] if result["money"] is None else [_money(result["money"])]),
         *([] if result["traffic"] is None else [_traffic(result["traffic"])]),
         result["verdict"],
         f"report: {result['report']}",
         f"next: flatout run {result['artifact']}",
     ]
     return "\n".join(lines)
+
+
+def _energy(found: Mapping[str, Any]) -> str:
+    joules, (low, high) = found["joules_per_token"], found["interval"]
+    return (
+        f"energy above idle: {joules['optimized']:.3g} J an output token, {joules['baseline']:.3g} with "
+        f"transformers: {times(found['ratio'])} ({times(low)} to {times(high)})"
+    )
+
+
+def _money(found: Mapping[str, Any]) -> str:
+    dollars = found["dollars_per_million_tokens"]
+    return (
+        f"at ${found['dollars_per_hour']:.2f} an hour a million output tokens cost "
+        f"${dollars['optimized']:.2f}, ${dollars['baseline']:.2f} with transformers"
+    )
 
 
 def _traffic(found: Mapping[str, Any]) -> str:

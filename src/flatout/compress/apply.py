@@ -4,6 +4,7 @@ method say."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,19 +31,25 @@ def compress(
     by `recipe.method`: rtn searches each 4-bit group's range; gptq needs `calibration`, token lists whose
     activations decide how errors are spread, and rounds embedding and head to nearest; smooth first
     rescales, by the same text, what feeds linears with one activation scale a token; smooth-gptq does both
-    (compress/library.py); native rounds nothing.
+    (compress/library.py); native rounds nothing. Before that, the recipe's structure is cut and its sparsity
+    made (compress/reduce.py).
 
     Raises ConfigError for a recipe that does not fit before any work, and UnsupportedModelError where
     blocks are missing.
     """
     recipe.check(source.spec)
-    if recipe.method == "native":
-        return assemble(source, recipe)
     documents = [np.asarray(document, dtype=np.int64) for document in calibration or () if len(document)]
     if recipe.needs_calibration and not documents:
-        raise ConfigError(
-            f"method {recipe.method} needs calibration text", "none", "method rtn, or give token lists"
-        )
+        what = f"recipe {recipe.name}" if recipe.reduces else f"method {recipe.method}"
+        raise ConfigError(f"{what} needs calibration text", "none", "method rtn, or give token lists")
+    if recipe.reduces:
+        from flatout.compress.reduce import reduced  # loads PyTorch
+
+        source = reduced(source, recipe, documents, progress)
+        model = compress(source, replace(recipe, sparsity="", structure=()), calibration, progress)
+        return replace(model, recipe=recipe)
+    if recipe.method == "native":
+        return assemble(source, recipe)
     spec = source.spec
     if recipe.method == "smooth-gptq":
         from flatout.compress.library import Library  # loads PyTorch
@@ -74,4 +81,4 @@ def to_nearest(source: Source, name: str, fmt: Format) -> Weight:
         return float_weight(source, name)
     if fmt.is_native or native_format(source, name) == fmt.name:
         return native_weight(source, name, fmt)
-    return round_to_nearest(float_weight(source, name), fmt, search_clip=fmt.bits == 4)
+    return round_to_nearest(float_weight(source, name), fmt, search_clip=fmt.bits < 8)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from flatout.core.coded import open_weights
 from flatout.core.compressed_tensors import from_tensors, to_tensors
 from flatout.core.config import spec_from_config, spec_to_config
 from flatout.core.files import map_file, read_json_object, sha256_of, write_atomic
@@ -30,9 +30,11 @@ from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.fuse import source_names
 from flatout.core.later import Later
 from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
+from flatout.core.portable import loads_in
 from flatout.core.quantization_config import EMBEDDING, HEAD, cannot_express, to_config
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
-from flatout.core.safetensors import SafetensorsFile, open_safetensors, to_bfloat16, write_safetensors
+from flatout.core.safetensors import SafetensorsFile, to_bfloat16, write_safetensors
+from flatout.core.scratch import replace_folder, scratch_folder
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import to_json
@@ -68,7 +70,6 @@ def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest:
     disk is too small or not writable.
     """
     import shutil
-    import tempfile
 
     out = Path(out).absolute()
     _refuse_own_keys(manifest)
@@ -85,11 +86,11 @@ def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest:
                 f"{free / 1e6:.0f} MB free",
                 "another disk",
             )
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            folder = Path(temporary) / "artifact"
+        with scratch_folder(out.parent, f".{out.name}.flatout-") as temporary:
+            folder = temporary / "artifact"
             folder.mkdir()
             _write_folder(folder, model, tokenizer, layout, tensors, manifest)
-            _replace_folder(out, folder, Path(temporary) / "old")
+            replace_folder(folder, out)
     except OSError as error:
         raise ResourceError(
             "the output folder must be writable", f"{out}: {error}", "another folder"
@@ -103,18 +104,6 @@ def _refuse_own_keys(manifest: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"flatout.json keeps {', '.join(_OWN_KEYS)} for itself", ", ".join(clash), "other names"
         )
-
-
-def _replace_folder(out: Path, folder: Path, aside: Path) -> None:
-    """Put `folder` in the place of `out`, whose old contents go to `aside` and come back if that fails."""
-    if out.exists():
-        os.rename(out, aside)
-    try:
-        os.rename(folder, out)
-    except BaseException:
-        if aside.exists() and not out.exists():
-            os.rename(aside, out)
-        raise
 
 
 def check_output(out: str | Path) -> None:
@@ -165,13 +154,6 @@ def _write_folder(
         "files": {p.name: sha256_of([p]) for p in files},
     }
     _write_json(folder / MANIFEST, own | {key: to_json(value) for key, value in manifest.items()})
-
-
-def loads_in(spec: ModelSpec, recipe: Recipe) -> dict[str, str]:
-    """Which programs load a folder of this recipe: "yes", or "no" with the reason (docs/compatibility.md)."""
-    cannot = cannot_express(spec, recipe)
-    reason = f"no: compressed-tensors has no form for {', '.join(cannot)}"
-    return {"flatout": "yes", "transformers": reason if cannot else "yes"}
 
 
 def _layout(model: Model) -> _Layout:
@@ -246,7 +228,7 @@ def load_artifact(path: str | Path) -> tuple[Model, Tokenizer, dict[str, Any]]:
     spec = replace(spec_from_config(config, where=str(path / "config.json")), tie_embeddings=manifest["tied"])
     recipe = recipe_from_json(manifest.get("recipe"))
     layout = _Layout(tied=manifest["tied"], shared=manifest["head_is_embedding"])
-    file = open_safetensors(path / _WEIGHTS)
+    file = open_weights(path / _WEIGHTS)
 
     def read(fused: str, shape: tuple[int, ...], fmt: Format) -> Weight:
         return _read(file, spec, "embedding" if fused == "head" and layout.shared else fused, shape, fmt)
@@ -285,21 +267,31 @@ def _check_file(file: Path, found: str, expected: str) -> None:
 
 def recipe_from_json(value: Any) -> Recipe:
     """The Recipe that `to_json` wrote. Raises ModelFileError for anything else."""
-    keys = ("name", "layers", "embedding", "head", "kv_cache", "method", "overrides")
-    sound = isinstance(value, dict) and set(value) == set(keys)
-    overrides = value["overrides"] if sound else None
-    if (
-        not isinstance(overrides, list)
-        or not all(isinstance(value[key], str) for key in keys[:-1])
-        or not all(
-            isinstance(o, list) and len(o) == 2 and all(isinstance(s, str) for s in o) for o in overrides
+    texts = ("name", "layers", "embedding", "head", "kv_cache", "method")
+    later = {"sparsity": "", "structure": []}  # artifacts written before these existed lack them
+    value = later | value if isinstance(value, dict) else {}
+    sound = (
+        set(value) == {*texts, "overrides", *later}
+        and all(isinstance(value[key], str) for key in (*texts, "sparsity"))
+        and _pairs(value["overrides"], str)
+        and _pairs(value["structure"], int)
+    )
+    if not sound:
+        raise ModelFileError(
+            f"a recipe has {', '.join(texts)}, overrides", str(value)[:120], "re-create the artifact"
         )
-    ):
-        raise ModelFileError(f"a recipe has {', '.join(keys)}", str(value)[:120], "re-create the artifact")
+    pairs = {key: tuple((name, what) for name, what in value[key]) for key in ("overrides", "structure")}
     try:
-        return Recipe(**{**value, "overrides": tuple((place, fmt) for place, fmt in overrides)})
+        return Recipe(**{**value, **pairs})
     except FlatoutError as error:
         raise ModelFileError("a recipe must be valid", str(error), "re-create the artifact") from error
+
+
+def _pairs(value: Any, kind: type) -> bool:
+    """Whether `value` is a list of [text, `kind`]."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and [type(item) for item in pair] == [str, kind] for pair in value
+    )
 
 
 def _read(file: SafetensorsFile, spec: ModelSpec, fused: str, shape: tuple[int, ...], fmt: Format) -> Weight:

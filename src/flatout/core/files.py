@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 import reprlib
-import secrets
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from flatout.core.scratch import temporary_file
 from flatout.errors import ModelFileError, ResourceError
 
 REMEDY = "download or convert the file again"
@@ -121,16 +121,12 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
     Raises ResourceError when the folder is missing, not writable or full.
     """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
+        with temporary_file(path) as (temporary, file):
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise ResourceError(
             "the output must be writable",

@@ -49,9 +49,14 @@ class Hardware:
         return max(found, key=lambda c: c.threads)
 
 
+OBJECTIVES = ("latency", "throughput", "energy", "memory", "money")
+"""What a search makes less of: seconds (of one sequence, or of several), joules above idle, bytes, or
+dollars, which on one machine are seconds again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is run: batch sequences of `prompt` tokens each generate `output` tokens.
+    """What is run: batch sequences of `prompt` tokens each generate `output` tokens, and what has to be won.
 
     The default is the median request of the Azure LLM inference trace 2023 (Patel et al., "Splitwise", ISCA
     2024; conversation and code together: 1,046 tokens in, 90 out), rounded.
@@ -60,15 +65,17 @@ class Workload:
     batch: int = 1
     prompt: int = 1024
     output: int = 96
-    objective: str = "latency"  # latency | throughput | memory
+    objective: str = "latency"  # one of OBJECTIVES
 
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "output"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1", str(getattr(self, name)), f"{name}=1")
-        if self.objective not in ("latency", "throughput", "memory"):
+        if self.objective not in OBJECTIVES:
             raise ConfigError(
-                "the objective is latency, throughput or memory", repr(self.objective), "latency"
+                f"the objective is {', '.join(OBJECTIVES[:-1])} or {OBJECTIVES[-1]}",
+                repr(self.objective),
+                "latency",
             )
 
     def seconds(self, prefill_s: float, decode_s: float) -> float:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flatout.core.costs import kv_bytes_per_token, weight_bytes
 from flatout.core.formats import Recipe
 from flatout.core.spec import ModelSpec
-from flatout.core.types import Hardware, Measurement, Workload, measurement
+from flatout.core.types import Hardware, Measurement, Workload, measurement, to_json
 from flatout.engine.runner import Runner
 from flatout.errors import BackendError
 from flatout.hardware.ceilings import measure_ceilings
@@ -169,7 +170,8 @@ def _assess(
     phases: list[PhaseTime] = []
     ops: list[OpTime] = []
     for phase, parts in phase_parts(runner.spec, recipe, hardware, workload, threads).items():
-        phases.append(_phase_time(phase, parts, samples[phase].whole, workload))
+        measured = measurement(f"{phase} time", "s", samples[phase].whole)
+        phases.append(_phase_time(phase, parts, measured, workload))
         ops += _op_times(phase, parts, samples[phase].ops)
     return Profile(
         runner=runner.name,
@@ -187,13 +189,55 @@ def _assess(
     )
 
 
+def profile_to_json(profile: Profile) -> dict[str, Any]:
+    """What was measured, as plain JSON; the rest follows from what it was measured on."""
+    measured = ("runner", "peak_resident_bytes", "warnings")
+    return {
+        **{name: to_json(getattr(profile, name)) for name in measured},
+        "phases": {phase.phase: to_json(phase.measured) for phase in profile.phases},
+        "ops": [[op.phase, op.op, op.seconds, op.share] for op in profile.ops],
+    }
+
+
+def profile_from_json(
+    value: Mapping[str, Any],
+    spec: ModelSpec,
+    recipe: Recipe,
+    hardware: Hardware,
+    workload: Workload,
+    threads: int,
+) -> Profile:
+    """The profile that `profile_to_json` was given, of the same model, recipe, machine and workload."""
+    parts = phase_parts(spec, recipe, hardware, workload, threads)
+    floors = {phase: op_floors(those) for phase, those in parts.items()}
+    return Profile(
+        runner=value["runner"],
+        spec=spec,
+        recipe=recipe,
+        workload=workload,
+        threads=threads,
+        hardware=hardware,
+        phases=tuple(
+            _phase_time(phase, parts[phase], Measurement(**measured), workload)
+            for phase, measured in value["phases"].items()
+        ),
+        ops=tuple(
+            _op_time(phase, op, seconds, share, floors[phase].get(op))
+            for phase, op, seconds, share in value["ops"]
+        ),
+        weight_bytes=weight_bytes(spec, recipe),
+        kv_bytes_per_token=spec.num_layers * kv_bytes_per_token(spec, recipe.kv_cache),
+        peak_resident_bytes=value["peak_resident_bytes"],
+        warnings=tuple(value["warnings"]),
+    )
+
+
 def _peak_resident_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage's unit
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _phase_time(phase: str, parts: tuple[Part, ...], seconds: list[float], workload: Workload) -> PhaseTime:
-    measured = measurement(f"{phase} time", "s", seconds)
+def _phase_time(phase: str, parts: tuple[Part, ...], measured: Measurement, workload: Workload) -> PhaseTime:
     floor = step_floor(parts)
     tokens = workload.batch * (workload.prompt if phase == "prefill" else 1)
     return PhaseTime(
@@ -216,11 +260,14 @@ def _op_times(
     times = []
     for op in dict.fromkeys(name for row in rows for name in row):
         seconds = statistics.median(row.get(op, 0.0) for row in rows)
-        floor = floors.get(op)
-        fraction = floor.floor_s / seconds if floor is not None and seconds > 0 else None
         share = seconds / whole if whole > 0 else 0.0
-        times.append(OpTime(phase=phase, op=op, seconds=seconds, share=share, floor=floor, fraction=fraction))
+        times.append(_op_time(phase, op, seconds, share, floors.get(op)))
     return times
+
+
+def _op_time(phase: str, op: str, seconds: float, share: float, floor: Floor | None) -> OpTime:
+    fraction = floor.floor_s / seconds if floor is not None and seconds > 0 else None
+    return OpTime(phase=phase, op=op, seconds=seconds, share=share, floor=floor, fraction=fraction)
 
 
 def _warnings(phases: list[PhaseTime], ops: list[OpTime]) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +22,13 @@ import numpy as np
 
 import flatout
 from flatout.compress.apply import compress
-from flatout.core.artifact import load_artifact, save_artifact
+from flatout.core.artifact import check_output, load_artifact, save_artifact
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.costs import moment_bytes
 from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
+from flatout.core.scratch import replace_folder, scratch_folder
 from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import Hardware, Workload
@@ -37,16 +37,18 @@ from flatout.engine.runner import Runner
 from flatout.errors import BackendError, EvidenceError
 from flatout.hardware.ceilings import measure_ceilings
 from flatout.hardware.detect import available_cores
+from flatout.hardware.energy import EnergyMeter, open_meter
 from flatout.perf.profile import Profile, profile_model
 from flatout.perf.tables import Table, latency_table, profile_stand_in
 from flatout.search.context import Losses, Step
 from flatout.search.preflight import MOST_MOMENTS
 from flatout.search.recipes import ORIGINAL
+from flatout.search.rehearsal import rehearse
 from flatout.verify.baseline import TransformersBaseline
-from flatout.verify.drivers import RunnerDriver
+from flatout.verify.drivers import Driver, RunnerDriver
 from flatout.verify.foreign_load import until_quiet
 from flatout.verify.quality import BLOCK, Cluster, Divergence, check_scores, divergence, score_model
-from flatout.verify.race import race_workload
+from flatout.verify.race import race_energy, race_workload
 from flatout.verify.speed import SpeedResult
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ _KEPT = 3  # built recipes that stay loaded
 _CALIBRATION = 24  # passages that calibrate, about 11,000 tokens
 _LIBRARY = 10  # passages that calibrate mixed recipes, about 4,500 tokens
 _RACE_SHARE = {"prefill": 0.3, "decode": 0.7}  # of a race's time
+_SCRATCH = ".flatout-work-"  # folders beside the output that are gone when the search ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +90,7 @@ class CpuBench:
         self._library: Library | None = None
         self._reference: Runner | None = None
         self._baseline: TransformersBaseline | None = None
+        self._meter: EnergyMeter | None = None
 
     @property
     def name(self) -> str:
@@ -185,7 +189,7 @@ class CpuBench:
         def progress(what: str, done: int, of: int) -> None:
             step(f"{recipe.name}: {what}", done, of)
 
-        if recipe.method == "smooth-gptq":
+        if recipe.method == "smooth-gptq" and not recipe.reduces:
             model = self._calibrated(calibration, progress).model(recipe, progress)
         else:
             used = calibration[:_CALIBRATION] if recipe.needs_calibration else ()
@@ -260,8 +264,8 @@ class CpuBench:
         step: Step,
     ) -> dict[str, SpeedResult]:
         return race_workload(
-            self._transformers() if first is None else RunnerDriver(self._runner(first)),
-            RunnerDriver(self._runner(second)),
+            self._driver(first),
+            self._driver(second),
             self.tokenizer,
             workload,
             prefill_s=_RACE_SHARE["prefill"] * max_seconds,
@@ -270,20 +274,57 @@ class CpuBench:
             progress=lambda phase, done, total: step(f"{phase}: {done} clean pairs", min(done, total), total),
         )
 
+    def open_meter(self) -> None:
+        busy = np.ones((256, 256), dtype=np.float32)
+        self._meter = open_meter("cpu", lambda: busy @ busy)
+
+    def race_energy(
+        self,
+        first: Recipe | None,
+        second: Recipe,
+        workload: Workload,
+        max_seconds: float,
+        min_pairs: int,
+        step: Step,
+    ) -> SpeedResult:
+        if self._meter is None:
+            self.open_meter()
+        assert self._meter is not None
+        return race_energy(
+            self._driver(first),
+            self._driver(second),
+            self.tokenizer,
+            workload,
+            self._meter,
+            max_seconds=max_seconds,
+            min_pairs=min_pairs,
+            progress=lambda done, total: step(f"energy: {done} clean pairs", min(done, total), total),
+        )
+
+    def _driver(self, recipe: Recipe | None) -> Driver:
+        return self._transformers() if recipe is None else RunnerDriver(self._runner(recipe))
+
+    def rehearse(self, recipe: Recipe, near: Path) -> None:
+        near.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(near, _SCRATCH) as folder:
+            rehearse(self._checkpoint, recipe, self.tokenizer, self._threads, folder)
+
     def runner_name(self, recipe: Recipe | None) -> str:
         return self._transformers().name if recipe is None else self._runner(recipe).name
 
     def weights_sha256(self, recipe: Recipe, near: Path) -> str:
         near.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=near, prefix=".flatout-") as folder:
-            out = save_artifact(self._model(recipe), self.tokenizer, Path(folder) / "candidate", {})
+        with scratch_folder(near, _SCRATCH) as folder:
+            out = save_artifact(self._model(recipe), self.tokenizer, folder / "candidate", {})
             return sha256_of([out / "model.safetensors"])
 
     def save(self, recipe: Recipe, out: Path, manifest: Mapping[str, Any], witness: Cluster) -> None:
         self._reference = self._baseline = None
         expected = score_model(self._runner(recipe), [witness])
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".flatout-") as folder:
-            trial = save_artifact(self._model(recipe), self.tokenizer, Path(folder) / "candidate", manifest)
+        out = out.absolute()
+        check_output(out)
+        with scratch_folder(out.parent, _SCRATCH) as folder:
+            trial = save_artifact(self._model(recipe), self.tokenizer, folder / "candidate", manifest)
             model, _, _ = load_artifact(trial)
             again = CpuRunner(model, threads=self._threads, num_pages=self._pages)
             if not np.array_equal(expected[0], score_model(again, [witness])[0]):
@@ -292,4 +333,4 @@ class CpuBench:
                     f"{recipe.name} does not",
                     "report this: the artifact was not written",
                 )
-        save_artifact(self._model(recipe), self.tokenizer, out, manifest)
+            replace_folder(trial, out)

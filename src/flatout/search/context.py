@@ -19,6 +19,7 @@ from flatout.search.stages import Stages
 from flatout.search.texts import Texts, tokens_of
 from flatout.search.traffic import Trace
 from flatout.search.trials import Run, TrialStore
+from flatout.verify.ledger import next_k
 from flatout.verify.quality import Cluster, Divergence, Encoder, tokens_sha256
 from flatout.verify.speed import SpeedResult
 
@@ -112,6 +113,28 @@ class Bench(Protocol):
         """Interleaved A/B of "prefill" and "decode"; `first` None is transformers in bf16."""
         ...
 
+    def rehearse(self, recipe: Recipe, near: Path) -> None:
+        """Take a small part of the model under `recipe` through rounding, saving, loading and running; `near`
+        is a folder whose disk it may use meanwhile. Raises what goes wrong on the way."""
+        ...
+
+    def open_meter(self) -> None:
+        """Find the energy counters of what runs candidates, for `race_energy`. Raises BackendError that names
+        what is missing."""
+        ...
+
+    def race_energy(
+        self,
+        first: Recipe | None,
+        second: Recipe,
+        workload: Workload,
+        max_seconds: float,
+        min_pairs: int,
+        step: Step,
+    ) -> SpeedResult:
+        """Like `race`, of the whole workload, in joules above idle instead of seconds."""
+        ...
+
     def runner_name(self, recipe: Recipe | None) -> str:
         """What runs a built recipe, for people; None is the baseline."""
         ...
@@ -144,6 +167,8 @@ class Context:
     hardware: Hardware
     note: Callable[[str], None]
     requests: Trace | None = None
+    opened: int = 0
+    """Candidates that this process has judged on the hold-out."""
 
     def build(self, recipe: Recipe) -> None:
         """Build a recipe on the bench, with the calibration text if its method asks for it."""
@@ -172,6 +197,13 @@ class Context:
         if recipe.needs_calibration:
             inputs["calibration"] = tokens_sha256(self.texts.calibration)
         return inputs
+
+    def next_opening(self) -> int:
+        """Number of the next opening of the hold-out as this run counts them, which plans alike when it is
+        resumed behind one."""
+        holdout, original = self.texts.holdout.sha256, self.bench.sha256
+        first = self.timed("opening", "first", {"holdout": holdout}, lambda: {"k": next_k(holdout, original)})
+        return int(first["k"]) + self.opened
 
     def _scores(
         self,

@@ -8,22 +8,27 @@ search goes on where it stopped. The artifact is written once, at the end, and r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flatout.core.files import write_atomic
+from flatout.core.scratch import remove_leftovers
 from flatout.core.sources import cache_dir
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Workload, to_json
+from flatout.engine.cpu import check_formats
 from flatout.hardware.detect import detect
 from flatout.search.context import Bench, Context
+from flatout.search.portable import check_portable, restrict
 from flatout.search.preflight import check_output, preflight
 from flatout.search.prove import Proof, prove
 from flatout.search.recipes import ORIGINAL, Candidate, candidates, recipe_from_name
-from flatout.search.request import Request, parse_max_loss, parse_workload
+from flatout.search.request import Request, parse_bytes, parse_max_loss, parse_workload
 from flatout.search.result import assemble
+from flatout.search.saved import saved_recipe
 from flatout.search.screen import VALIDATION, Screen
 from flatout.search.stages import Listener, Stages
 from flatout.search.texts import read_texts, tokens_of
@@ -67,6 +72,9 @@ def optimize(
     text: str | Path | None = None,
     trace: str | Path | None = None,
     threads: int | None = None,
+    portable: str | None = None,
+    max_memory: str | int | None = None,
+    dollars_per_hour: float | None = None,
     fresh: bool = False,
     render: Callable[[Json], str] | None = None,
     listen: Listener | None = None,
@@ -75,15 +83,18 @@ def optimize(
 ) -> Json:
     """Make `model` as fast as this machine allows inside a quality budget, and write it to the folder `out`.
 
-    max_loss: largest perplexity increase, "1%" or 0.01. recipe: fixes one (search/recipes.py has the grammar)
-    instead of searching. workload: what has to be fast, "512+64x8" or a Workload; its default depends on the
+    max_loss: largest perplexity increase, "1%" or 0.01. recipe: fixes one instead of searching, by its name
+    (search/recipes.py has the grammar) or as an earlier search saved it (search/saved.py). objective: one of
+    core.types.OBJECTIVES. workload: what has to be fast, "512+64x8" or a Workload; its default depends on the
     objective. text: a file to choose and judge by instead of the shipped passages. trace: a CSV file of
     requests, whose median is the workload unless one is given; the result says which few candidates would
-    serve them best (`traffic`). fresh: ignore results of
-    earlier runs. render turns the result into the page that is written beside the model. Returns the JSON
-    object of the command contract.
+    serve them best (`traffic`). portable: a program that must load the result too (core/portable.py).
+    max_memory: of weights and cache, "800MB" or bytes. dollars_per_hour: what the machine costs, which the
+    objective money needs. fresh: ignore results of earlier runs. render turns the result into the page that
+    is written beside the model. Returns the JSON object of the command contract.
 
-    Raises ConfigError for nonsense, ResourceError when memory or disk will not do, EvidenceError for a text
+    Raises ConfigError for nonsense, ResourceError when memory or disk will not do, BackendError for energy
+    without a counter, EvidenceError for a text
     that decides nothing, and what reading the model raises.
     """
     requests = None if trace is None else read_trace(Path(trace))
@@ -98,15 +109,20 @@ def optimize(
         text=None if text is None else Path(text),
         threads=threads,
         trace=None if trace is None else Path(trace),
+        portable=portable,
+        max_memory=None if max_memory is None else parse_bytes(max_memory),
+        dollars_per_hour=dollars_per_hour,
     )
     check_output(request.out, Path(request.model))
     stages = Stages(_STAGES, listen)
     with stages.stage("read the model"):
         bench = (open_bench or _cpu_bench)(request)
         needs = preflight(bench.source.spec, request.workload, request.out)
-        chosen = _candidates(bench, recipe)
+        chosen = _candidates(bench, request)
         texts = read_texts(bench.tokenizer, bench.tokenizer_sha256, bench.source.spec, request.text)
     store = TrialStore(cache_dir() / "trials" / bench.sha256[:32], fresh)
+    for folder in (cache_dir(), cache_dir() / "openings", store.folder):
+        remove_leftovers(folder)
     run = Run(store, to_json(request) | {"out": str(request.out.absolute())})
     tell = note or (lambda message: None)
     if run.resumed:
@@ -123,6 +139,13 @@ def optimize(
         requests=requests,
     )
     stages.planned.update(_plan(context, len(chosen)))
+    with stages.stage("read the model"):
+        if request.workload.objective == "energy":
+            bench.open_meter()
+        for candidate in dict.fromkeys((chosen[0].recipe, ORIGINAL)):
+            bench.rehearse(candidate, request.out.absolute().parent)
+    needs = replace(needs, seconds=sum(stages.planned.values()))
+    tell(str(needs))
     result = _search(context, chosen, render)
     run.finish()
     return result | {"preflight": to_json(needs)}
@@ -134,11 +157,20 @@ def _cpu_bench(request: Request) -> Bench:
     return CpuBench(request.model, request.threads, request.workload)
 
 
-def _candidates(bench: Bench, recipe: str | None) -> list[Candidate]:
-    original = Candidate(recipe=ORIGINAL, why="original precision")
-    if recipe is None:
-        return candidates(bench.source)
-    asked = recipe_from_name(recipe, bench.source)
+def _candidates(bench: Bench, request: Request) -> list[Candidate]:
+    """What is tried: the one that is asked for, or all that fit the model; the original is the last."""
+    original, source = Candidate(recipe=ORIGINAL, why="original precision"), bench.source
+    if request.recipe is None:
+        listed = candidates(source)
+        return listed if request.portable is None else restrict(listed, request.portable, source)
+    asked = saved_recipe(request.recipe, request.out)
+    if asked is None:
+        asked = recipe_from_name(request.recipe, source)
+    else:
+        asked.check(source.spec)
+        check_formats(asked)
+    if request.portable is not None:
+        check_portable(asked, request.portable, source)
     return [original] if asked == ORIGINAL else [Candidate(recipe=asked, why="asked for"), original]
 
 

@@ -17,6 +17,7 @@ from flatout.core.spec import ModelSpec
 from flatout.core.types import Workload
 from flatout.errors import ConfigError, ResourceError
 from flatout.hardware.detect import free_memory
+from flatout.search.units import megabytes, seconds
 
 _RUNTIME_BYTES = 700 << 20  # interpreter, torch, transformers and their thread stacks, resident
 _STORE_BYTES = 64 << 20  # tokenizer files, report and trials
@@ -30,12 +31,18 @@ no more."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """Predicted needs beside what there is, in bytes."""
+    """Predicted needs beside what there is: bytes, and seconds of the whole search."""
 
     memory_bytes: int
     memory_available_bytes: int
     disk_bytes: int
     disk_free_bytes: int
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """One line for people."""
+        parts = [f"about {seconds(self.seconds)}", f"at most {megabytes(self.memory_bytes)} of memory"]
+        return f"needs {', '.join(parts)} and {megabytes(self.disk_bytes)} of disk"
 
 
 def check_output(out: Path, model: Path | None = None) -> None:

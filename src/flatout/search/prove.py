@@ -17,6 +17,7 @@ from flatout.search.context import Context
 from flatout.search.recipes import ORIGINAL
 from flatout.search.rows import Row
 from flatout.search.screen import Screen, original_side
+from flatout.search.units import megabytes
 from flatout.verify.certificate import Certificate, Side
 from flatout.verify.examination import examine
 
@@ -32,10 +33,11 @@ class _Rules:
 _ORIGINAL, _BASELINE = _Rules(8.0, 6), _Rules(24.0, 9)
 """What nobody uses today is raced for the shorter time; six pairs give a 95 % interval, too."""
 
-_CERTAIN = 0.98  # lower bound of the time ratio that "not slower" needs when memory is the objective
+_CERTAIN = 0.98  # lower bound of the time ratio that "not slower" needs where something else has to be won
 
 Race = dict[str, Any]
-"""JSON of a SpeedResult for "prefill" and "decode", and their "workload" ratio."""
+"""JSON of a SpeedResult for "prefill" and "decode", their "workload" ratio, and "energy", the JSON of another
+SpeedResult in joules of the whole workload above idle, where energy is the objective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,13 @@ def run_race(context: Context, first: Recipe | None, second: Recipe, rules: _Rul
         phases = context.bench.race(
             first, second, workload, rules.max_seconds, rules.min_pairs, context.stages.step
         )
-        return {"a": context.bench.runner_name(first), "b": context.bench.runner_name(second), **phases}
+        names = {"a": context.bench.runner_name(first), "b": context.bench.runner_name(second)}
+        if workload.objective != "energy":
+            return {**names, **phases}
+        joules = context.bench.race_energy(
+            first, second, workload, rules.max_seconds, rules.min_pairs, context.stages.step
+        )
+        return {**names, **phases, "energy": joules}
 
     sides = {"first": context.inputs(first) if first else "baseline", "second": context.inputs(second)}
     race = context.timed(
@@ -91,6 +99,8 @@ def prove(screen: Screen, finalists: list[Row]) -> Proof:
     """Race and certify the finalists in turn; the original comes back when none is faster and certified."""
     context = screen.context
     reason = "no candidate is expected to keep the quality budget"
+    if screen.context.request.max_memory is not None:
+        reason += f" in {megabytes(screen.context.request.max_memory)}"
     if all(row.name == ORIGINAL.name for row in screen.rows):
         reason = "original precision was asked for"
     for row in finalists:
@@ -143,15 +153,21 @@ def _original(screen: Screen, reason: str) -> Proof:
 
 
 def _wins(screen: Screen, row: Row, race: Race) -> bool:
-    """Whether the objective is won beyond doubt: time, or memory at a time that is not worse."""
-    if screen.context.request.workload.objective != "memory":
-        return bool(race["workload"]["low"] > 1)
-    smaller = row.memory_bytes < screen.row(ORIGINAL.name).memory_bytes
-    return smaller and bool(race["workload"]["low"] > _CERTAIN)
+    """Whether the objective is won beyond doubt: time, or energy or memory at a time that is not worse."""
+    objective, time_ratio = screen.context.request.workload.objective, race["workload"]["low"]
+    if objective == "memory":
+        smaller = row.memory_bytes < screen.row(ORIGINAL.name).memory_bytes
+        return smaller and bool(time_ratio > _CERTAIN)
+    if objective == "energy":
+        return bool(race["energy"]["low"] > 1 and time_ratio > _CERTAIN)
+    return bool(time_ratio > 1)
 
 
 def _better(context: Context) -> str:
-    return "smaller at the same speed" if context.request.workload.objective == "memory" else "faster"
+    objective = context.request.workload.objective
+    if objective in ("memory", "energy"):
+        return "smaller at the same speed" if objective == "memory" else "less hungry at the same speed"
+    return "faster"
 
 
 def certify_row(screen: Screen, row: Row) -> Certificate:
@@ -161,7 +177,7 @@ def certify_row(screen: Screen, row: Row) -> Certificate:
     context.note(f"certificate of {row.name}: {plan}")
     context.build(row.recipe)
     out = context.request.out.absolute()
-    return examine(
+    certificate = examine(
         context.texts.holdout,
         plan,
         original=original_side(context),
@@ -178,3 +194,5 @@ def certify_row(screen: Screen, row: Row) -> Certificate:
         hardware=context.hardware.name,
         divergence=context.bench.divergence(row.recipe, context.texts.validation),
     )
+    context.opened += 1
+    return certificate

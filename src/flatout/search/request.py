@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from flatout.core.portable import ENGINES
 from flatout.core.types import Workload
 from flatout.errors import ConfigError
 from flatout.search.traffic import Trace
 
 _WORKLOAD = re.compile(r"(?P<prompt>\d{1,7})\+(?P<output>\d{1,7})(x(?P<batch>\d{1,4}))?")
-_DEFAULT_BATCH = {"latency": 1, "throughput": 8, "memory": 1}
+_BYTES = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kMGT]?i?B?)")
+_DEFAULT_BATCH = {"throughput": 8, "money": 8}  # otherwise 1
+_LEAST_MEMORY = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One search. max_loss is a fraction: 0.01 allows the perplexity to grow by one per cent. trace: requests
-    that the workload stands for (search/traffic.py)."""
+    that the workload stands for (search/traffic.py). portable: a program that must load the result too
+    (core/portable.py). max_memory: bytes of weights and cache. dollars_per_hour: what the machine costs."""
 
     model: str
     out: Path
@@ -27,8 +32,23 @@ class Request:
     text: Path | None = None
     threads: int | None = None
     trace: Path | None = None
+    portable: str | None = None
+    max_memory: int | None = None
+    dollars_per_hour: float | None = None
 
     def __post_init__(self) -> None:
+        if self.portable is not None and self.portable not in ENGINES:
+            raise ConfigError(
+                f"--portable is one of {', '.join(ENGINES)}", repr(self.portable), f"--portable {ENGINES[0]}"
+            )
+        if self.dollars_per_hour is not None and not 0 < self.dollars_per_hour < math.inf:
+            raise ConfigError(
+                "a price is dollars an hour above 0", str(self.dollars_per_hour), "--dollars-per-hour 0.50"
+            )
+        if self.workload.objective == "money" and self.dollars_per_hour is None:
+            raise ConfigError(
+                "the objective money needs a price", "none", "--dollars-per-hour with this machine's price"
+            )
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise ConfigError("threads lie between 1 and 1024", str(self.threads), "the number of cores")
 
@@ -49,6 +69,18 @@ def parse_max_loss(text: str | float) -> float:
         remedy = f"--max-loss {number}%" if not percent and 1 <= value < 100 else "--max-loss 1%"
         raise ConfigError(rule, repr(shown), remedy)
     return value
+
+
+def parse_bytes(text: str | int) -> int:
+    """'800MB', '1.5 GiB' or a number of bytes. Raises ConfigError for anything else, or less than 1 MiB."""
+    match = _BYTES.fullmatch(str(text).strip())
+    if match is not None:
+        unit = match["unit"].rstrip("B")
+        base = 1024.0 if unit.endswith("i") else 1000.0
+        value = round(float(match["number"]) * base ** " kMGT".index(unit[:1] or " "))
+        if value >= _LEAST_MEMORY:
+            return value
+    raise ConfigError("--max-memory is a size of at least 1MiB", repr(str(text)), "--max-memory 800MB")
 
 
 def parse_workload(text: str | None, objective: str, trace: Trace | None = None) -> Workload:

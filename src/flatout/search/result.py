@@ -59,7 +59,7 @@ def assemble(
             "layers": bench.source.spec.num_layers,
         },
         "verdict": verdict(context, proof, columns),
-        "passed": met(context, proof),
+        "passed": met(screen, proof),
         "fallback": proof.fallback,
         "threads": bench.threads,
         "request": {
@@ -67,6 +67,9 @@ def assemble(
             "max_loss": request.max_loss,
             "recipe": request.recipe,
             "workload": to_json(request.workload),
+            "portable": request.portable,
+            "max_memory": request.max_memory,
+            "dollars_per_hour": request.dollars_per_hour,
             "text": None if request.text is None else str(request.text),
             "trace": None if request.trace is None else str(request.trace),
         },
@@ -78,6 +81,8 @@ def assemble(
         "speedup_interval": _intervals(speedup),
         "speedup_by_compression": _ratios(compression, "ratio"),
         "speedup_by_compression_interval": _intervals(compression),
+        "energy": _energy(context, proof),
+        "money": _money(context, columns),
         "quality": quality,
         "floor_fraction": columns["optimized"]["floor_fraction"],
         "ops": _ops(profiles, proof.row.name),
@@ -94,11 +99,13 @@ def assemble(
     }
 
 
-def met(context: Context, proof: Proof) -> bool:
-    """Whether what was asked for was delivered: a certified model and, where one recipe was asked for, that
-    one."""
-    asked = context.request.recipe
-    return proof.certificate.passed and asked in (None, proof.row.name)
+def met(screen: Screen, proof: Proof) -> bool:
+    """Whether what was asked for was delivered: a certified model, small enough and, where one recipe was
+    asked for, that one."""
+    request = screen.context.request
+    asked = request.recipe is None or proof.row.name == screen.rows[0].name
+    fits = request.max_memory is None or proof.row.memory_bytes <= request.max_memory
+    return proof.certificate.passed and asked and fits
 
 
 def _columns(
@@ -202,6 +209,39 @@ def _quality(proof: Proof) -> Json:
     }
 
 
+def _energy(context: Context, proof: Proof) -> Json | None:
+    """Joules above idle of an output token, prompt included, and the ratio of the baseline's to the delivered
+    model's; None unless energy was the objective."""
+    joules = proof.against_baseline.get("energy")
+    if joules is None:
+        return None
+    workload = context.request.workload
+    tokens = workload.batch * workload.output
+    return {
+        "joules_per_token": {
+            "baseline": joules["seconds_a"]["median"] / tokens,
+            "optimized": joules["seconds_b"]["median"] / tokens,
+        },
+        "ratio": joules["ratio"],
+        "interval": [joules["low"], joules["high"]],
+    }
+
+
+def _money(context: Context, columns: Mapping[str, Json]) -> Json | None:
+    """Dollars of a million output tokens, prompts included, at the machine's price; None without one."""
+    price, workload = context.request.dollars_per_hour, context.request.workload
+    if price is None:
+        return None
+    per_second = price / 3600 * 1e6 / (workload.batch * workload.output)
+    return {
+        "dollars_per_hour": price,
+        "dollars_per_million_tokens": {
+            name: per_second * sum(column[f"{phase}_s"]["median"] for phase in PHASES)
+            for name, column in columns.items()
+        },
+    }
+
+
 def _ratios(race: Race, edge: str) -> dict[str, float]:
     return {phase: race[phase][edge] for phase in ("decode", "prefill", "workload")}
 
@@ -268,6 +308,7 @@ def _candidate(row: Row) -> Json:
     predicted = row.predicted
     return {
         "name": row.name,
+        "recipe": to_json(row.recipe),
         "why": row.candidate.why,
         "status": row.status,
         "reason": row.reason,

@@ -24,13 +24,24 @@ from flatout.core.formats import Recipe
 from flatout.core.types import Prediction, Workload
 from flatout.errors import EvidenceError, UnsupportedModelError
 from flatout.perf.predict import Calibration, StepTimes, calibrate, predict, refit
-from flatout.perf.profile import Profile
+from flatout.perf.profile import Profile, profile_from_json, profile_to_json
 from flatout.perf.tables import add_residuals, residuals
 from flatout.search.context import Context
-from flatout.search.joint import METHOD, Joint, Observation, formats_of, space_of, stand_ins
+from flatout.search.joint import (
+    METHOD,
+    SPREAD,
+    Joint,
+    Observation,
+    formats_of,
+    place_bytes,
+    space_of,
+    stand_ins,
+)
+from flatout.search.portable import restrict_space
 from flatout.search.recipes import ORIGINAL, Candidate
 from flatout.search.rows import Row, by_suitability, loss_of, memory_bytes, two_standard_errors
 from flatout.search.solve import Solution
+from flatout.search.units import megabytes
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
 from flatout.verify.quality import ClusterLoss, pair_scores, tokens_sha256
@@ -67,10 +78,12 @@ class Screen:
         self.residuals: list[float] = []
         self.joint: Joint | None = None
         self.frontier: list[Solution] = []  # the predicted trade-off, least loss first
+        self._prepared = False
         self._table: Calibration | None = None
         self._earlier: list[float] = []  # residuals of earlier searches on this machine
         self._rooms: list[float] = []  # nats a token that candidates could lose and still be certified
         self._undecided: set[str] = set()  # failed on the text of a plan, but not beyond its doubt
+        self._refuse_too_large()
 
     def run(self) -> list[Row]:
         """Screen every candidate and return those that passed, the best first."""
@@ -89,11 +102,19 @@ class Screen:
             self._decide(rows[0], self.losses(rows[0].recipe, len(self.context.texts.validation)))
             self._undecided.discard(rows[0].name)
 
+    def _refuse_too_large(self) -> None:
+        limit = self.context.request.max_memory
+        for row in self.rows:
+            if limit is not None and row.memory_bytes > limit and row.recipe != ORIGINAL:
+                reason = f"takes {megabytes(row.memory_bytes)}, at most {megabytes(limit)} are allowed"
+                self._set(row.name, status="rejected", reason=reason)
+
     def _find(self) -> None:
         """Add the recipe that is best by all that is known, unless it is no better than what was measured."""
         if self.context.request.recipe is not None or not self._rooms:
             return
-        if self._table is None:
+        if not self._prepared:
+            self._prepared = True
             self._prepare()
         if self.joint is None or self._table is None or self.joint.proposed >= _PROPOSALS:
             return
@@ -139,10 +160,18 @@ class Screen:
         """Measure the latency table and the sensitivities, once a search."""
         context = self.context
         space, step = space_of(context.bench.source), context.stages.step
+        if context.request.portable is not None:
+            restricted = restrict_space(space, context.request.portable)
+            if restricted is None:
+                return
+            space = restricted
         workload = context.request.workload
         with context.stages.stage("time every format"):
             table = context.bench.table(stand_ins(space), context.hardware, workload, step)
-        self._table, self._earlier = table.calibration(), residuals(context.hardware)
+        self._table = table.calibration()
+        self._earlier = context.timed(
+            "residuals", "earlier", {}, lambda: {"earlier": residuals(context.hardware)}
+        )["earlier"]
         choices = space.choices()
         calibration = context.texts.calibration
         key = {
@@ -166,9 +195,27 @@ class Screen:
             losses, nearest = (
                 {(place, name): loss for place, name, loss in known[part]} for part in ("spread", "nearest")
             )
-            self.joint = Joint(space, losses, nearest, context.hardware, workload, context.bench.threads)
+            self.joint = Joint(
+                space,
+                losses,
+                nearest,
+                context.hardware,
+                workload,
+                context.bench.threads,
+                self._room_for_choices(),
+            )
             for row in self.rows:
                 self._observe(row)
+
+    def _room_for_choices(self) -> float:
+        """Bytes that the choices of a joint recipe may take together: the limit less norms and biases."""
+        limit, spec = self.context.request.max_memory, self.context.bench.source.spec
+        if limit is None:
+            return math.inf
+        chosen = formats_of(ORIGINAL, spec).items()
+        workload = self.context.request.workload
+        counted = sum(place_bytes(spec, workload, place, name) for place, name in chosen)
+        return limit - (memory_bytes(self.context, ORIGINAL) - counted)
 
     def _calibration(self) -> Calibration | None:
         """What has been measured, as predictions use it."""
@@ -183,7 +230,8 @@ class Screen:
         if self.joint is None or expected is None or row.loss is None or row.recipe == ORIGINAL:
             return
         measured, high = math.log1p(row.loss.value), math.log1p(row.loss.high)
-        error = (high - measured) / 2
+        other = 0.0 if row.recipe.method == METHOD else SPREAD * expected
+        error = math.hypot((high - measured) / 2, other)
         self.joint.seen.append(Observation(expected=expected, measured=measured, error=error))
 
     def ranked(self, rows: list[Row]) -> list[Row]:
@@ -272,7 +320,7 @@ class Screen:
             loss = loss_of(self.losses(row.recipe, QUICK))
             if loss.low > max_loss:
                 reason = f"loses {loss.value:.1%} on {loss.tokens:,} tokens"
-                self._set(row.name, loss=loss, status="rejected", reason=reason)
+                self._observe(self._set(row.name, loss=loss, status="rejected", reason=reason))
                 return
             losses = self.losses(row.recipe)
         except (EvidenceError, UnsupportedModelError) as error:  # broken logits, or no kernel for the format
@@ -315,7 +363,12 @@ class Screen:
         """How much sealed text a certificate takes, from validation losses, or `less` nats below them."""
         context = self.context
         return plan_opening(
-            losses, context.texts.holdout, original_side(context), margin=context.request.max_loss, less=less
+            losses,
+            context.texts.holdout,
+            original_side(context),
+            margin=context.request.max_loss,
+            less=less,
+            k=context.next_opening(),
         )
 
     def losses(self, recipe: Recipe, passages: int = VALIDATION) -> list[ClusterLoss]:
@@ -325,38 +378,38 @@ class Screen:
         return pair_scores(clusters, original, self.context.scores(recipe, clusters))
 
     def _measure(self, row: Row) -> Row:
-        """Build and profile; keeps the times for this run and corrects later predictions."""
-        context = self.context
-        inputs = {
-            **context.inputs(row.recipe),
-            "workload": context.request.workload,
-            "code": context.bench.code,
+        """Build and profile; the times correct later predictions."""
+        context, known = self.context, self.context.store.hits
+        prefill, decode = self.profile(row.name).seconds
+        times = {
+            "prefill_s": prefill,
+            "decode_s": decode,
+            "workload_s": context.request.workload.seconds(prefill, decode),
         }
-
-        def compute() -> dict[str, float]:
-            prefill, decode = self.profile(row.name).seconds
-            return {
-                "prefill_s": prefill,
-                "decode_s": decode,
-                "workload_s": context.request.workload.seconds(prefill, decode),
-            }
-
-        times = context.timed("time", row.name, inputs, compute)
         if row.workload is not None and row.workload.tier != "datasheet":
             residual = math.log(times["workload_s"] / row.workload.mid)
             self.residuals.append(residual)
-            if self._table is not None:
+            if self._table is not None and context.store.hits == known:  # measured now, not before a kill
                 add_residuals(context.hardware, [residual])
         return self._set(row.name, times=times)
 
     def profile(self, name: str) -> Profile:
-        """Where the time of a candidate goes; measured once a process."""
+        """Where the time of a candidate goes; measured once a run."""
         if name not in self.profiles:
             context, recipe = self.context, self.row(name).recipe
-            context.build(recipe)
             workload = context.request.workload
             short = replace(workload, output=min(workload.output, _PROFILE_STEPS))
-            self.profiles[name] = context.bench.profile(recipe, context.hardware, short, _PROFILE_S)
+            where = (context.hardware, short)
+
+            def compute() -> dict[str, Any]:
+                context.build(recipe)
+                return profile_to_json(context.bench.profile(recipe, *where, _PROFILE_S))
+
+            inputs = {**context.inputs(recipe), "workload": workload, "code": context.bench.code}
+            found = context.timed("profile", name, inputs, compute)
+            self.profiles[name] = profile_from_json(
+                found, context.bench.source.spec, recipe, *where, context.bench.threads
+            )
         return self.profiles[name]
 
     def row(self, name: str) -> Row:

@@ -126,10 +126,12 @@ def plan_opening(
     alpha: float = 0.05,
     ledger: Path | None = None,
     less: float = 0.0,
+    k: int | None = None,
 ) -> Plan:
     """How many hold-out clusters the next opening should score, from validation losses only.
 
     less: nats a token by which the loss is taken to be smaller than seen, to ask what is still possible.
+    k: number of the opening, by default the next one in the ledger.
     Raises EvidenceError for fewer validation clusters than a spread can be estimated from, or a worn-out
     hold-out.
     """
@@ -140,7 +142,7 @@ def plan_opening(
             str(len(validation)),
             "a longer text",
         )
-    k = next_k(holdout.sha256, original.sha256, ledger)
+    k = next_k(holdout.sha256, original.sha256, ledger) if k is None else k
     level = alpha_k(k, alpha)
     seen = moments(*arrays(validation))
     seen = replace(seen, delta=seen.delta - less)

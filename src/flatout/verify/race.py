@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from flatout.core.types import Workload
+from flatout.hardware.energy import EnergyMeter
 from flatout.verify.drivers import Driver, workload_prompts
 from flatout.verify.quality import Encoder
 from flatout.verify.speed import SpeedResult, ab_test
@@ -22,6 +23,29 @@ def decode_window(workload: Workload) -> tuple[int, int]:
     """(tokens before, steps): the steps in the middle of the output that a sample times."""
     steps = min(workload.output, DECODE_STEPS)
     return workload.prompt + (workload.output - steps) // 2, steps
+
+
+def race_energy(
+    a: Driver,
+    b: Driver,
+    tokenizer: Encoder,
+    workload: Workload,
+    meter: EnergyMeter,
+    *,
+    max_seconds: float,
+    min_pairs: int = 9,
+    progress: Callable[[int, int], None] | None = None,
+) -> SpeedResult:
+    """Interleaved A/B of the joules above idle that the whole workload takes, prefill included; wherever the
+    result says seconds it means joules."""
+    prompts = workload_prompts(tokenizer, workload)
+    return ab_test(
+        lambda: meter.joules(lambda: a.decode(prompts, workload.output)),
+        lambda: meter.joules(lambda: b.decode(prompts, workload.output)),
+        min_pairs=min_pairs,
+        max_seconds=max_seconds,
+        progress=progress,
+    )
 
 
 def race_workload(
