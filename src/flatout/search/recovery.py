@@ -37,7 +37,7 @@ from flatout.kernels.linear import as_tensor
 from flatout.search.rows import Loss, loss_of
 from flatout.search.texts import Texts
 from flatout.train.config import TrainConfig
-from flatout.train.constraints import Constraint, has_levels, inside, levels_of
+from flatout.train.constraints import Constraint, Mask, has_levels, inside, levels_of
 from flatout.train.data import pack
 from flatout.train.distill import Distillation, distillation
 from flatout.train.trainable import make_trainable, source_weights, to_model
@@ -97,8 +97,8 @@ def climb(
 ) -> Recovery:
     """Climb `rungs` until one is certified, and write the best model to the folder `out`.
 
-    config: of both distillations. original: scores the checkpoint; serve: the runner of a model. Raises ConfigError for a rung that is none, and what reading,
-    rounding and scoring raise.
+    config: of both distillations. original: scores the checkpoint; serve: the runner of a model. Raises
+    ConfigError for a rung that is none, and what reading, rounding and scoring raise.
     """
     unknown = [name for name in rungs if name not in RUNGS]
     if unknown or not rungs:
@@ -189,7 +189,8 @@ def distilled(
     rung: str,
     progress: Progress | None = None,
 ) -> Model:
-    """`start` after following the predictions of `source` on `documents`; blocks taken from a file stay.
+    """`start` after following the predictions of `source` on `documents`; blocks taken from a file stay, and
+    so does what is pruned.
 
     rung: "lora-kd", or "full-kd" for all weights. Weights start inside the cells of their codes, so the first
     step has the loss of `start`.
@@ -197,13 +198,17 @@ def distilled(
     device = open_device(config.device)
     weights, constraints, kept = {}, dict[str, Constraint](), dict[str, Weight]()
     for name, weight in start.weights.items():
-        if isinstance(weight, QuantizedTensor) and has_levels(weight):
-            constraints[name] = levels_of(weight)
-            weights[name] = inside(as_tensor(float_weight(source, name)), weight)
-        else:
-            weights[name] = as_tensor(dense(weight).astype(np.float32))
-            if isinstance(weight, QuantizedTensor):
-                kept[name] = weight
+        values = as_tensor(dense(weight).astype(np.float32))
+        pruned = bool(start.recipe.sparsity) and values.ndim == 2 and name.startswith("layers.")
+        weights[name] = values
+        if isinstance(weight, QuantizedTensor) and not has_levels(weight):
+            kept[name] = weight
+        elif isinstance(weight, QuantizedTensor):
+            constraints[name] = levels_of(weight, pruned)
+            if not start.recipe.reduces:  # else the original is another weight
+                weights[name] = inside(as_tensor(float_weight(source, name)), weight)
+        elif pruned:
+            constraints[name] = Mask((values != 0).float())
     student = make_trainable(
         start.spec,
         weights,
