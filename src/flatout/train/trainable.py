@@ -172,7 +172,8 @@ def make_trainable(
 ) -> Trainable:
     """`weights` (float32, by fused name) as something to train on `device`.
 
-    rank: train thin matrices beside the linears of the layers and nothing else, 0 trains all weights.
+    rank: train thin matrices beside the linears of the layers and scales of constraints, nothing else; 0
+    trains all weights.
     fixed: weights that stay. frozen: train nothing (a teacher).
     """
     placed = {name: weight.detach().to(device, torch.float32, copy=True) for name, weight in weights.items()}
