@@ -86,9 +86,7 @@ def train(
     highest = int(data.tokens.max())
     if highest >= model.spec.vocab_size:
         raise ConfigError(
-            f"token ids are below {model.spec.vocab_size}",
-            str(highest),
-            "the model's own tokenizer",
+            f"token ids are below {model.spec.vocab_size}", str(highest), "the model's own tokenizer"
         )
     device = next(iter(parameters.values())).device
     optimizer = _adamw(parameters, config)
@@ -116,12 +114,12 @@ def train(
                     )
             if step - first > _WARMING:
                 tokens, warm = tokens + count, warm + time.perf_counter() - start
-            if saving:
-                save_state(folder, parameters, optimizer, step, identity)
             if judging or logging:
                 record = {"step": step, "loss": loss, "rate": config.rate(step - 1), "norm": float(norm)}
                 record |= {"seconds": time.perf_counter() - began}
                 log.write(record | dict(evaluate() if judging and evaluate is not None else {}))
+            if saving:  # after the log, whose lines are dropped where the state does not reach
+                save_state(folder, parameters, optimizer, step, identity)
             if progress is not None:
                 progress(f"training, loss {loss:.4f}", step, config.steps)
     return Outcome(
