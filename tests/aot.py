@@ -105,7 +105,8 @@ def kernels(
             types["out"] = I64 if epilogue.value == gemm.ARGMAX.value else BF16
             constants = {
                 "K": 4096, "BLOCK_T": tokens, "BLOCK_N": 128, "BLOCK_K": 64, "CUT": cut, "SCALED": eight,
-                "EPILOGUE": epilogue, "FETCH": 4, "COMPUTE": tl.float8e4nv if eight else tl.bfloat16, "PDL": pdl,
+                "EPILOGUE": epilogue, "FETCH": 4, "PDL": pdl,
+                "COMPUTE": tl.float8e4nv if eight else tl.bfloat16,
             }  # fmt: skip
             yield f"gemm {eight} {tokens}", gemm.gemm, types, constants, 4 if tokens == 64 else 8
     if fp8:

@@ -31,7 +31,7 @@ FLAGS = {
     },
     "export": {"--to", "--out", "--recipe", "--vocabulary", "--text", "--json"},
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
-    "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--json"},
+    "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--answer", "--json"},
     "train": {"--out", "--fresh", "--resume", "--json"},
     "run": {
         "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner",

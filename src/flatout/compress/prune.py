@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.apply import Progress
 from flatout.compress.gptq import Factor, factorise
 from flatout.compress.inputs import Documents
 from flatout.compress.magnitude import magnitude
+from flatout.compress.method import Progress
 from flatout.compress.sparsegpt import sparsegpt
 from flatout.compress.wanda import wanda
 from flatout.core.fuse import Source, float_weight, source_names

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flatout.compress.apply import Progress
+from flatout.compress.method import Progress
 from flatout.compress.prune import Layer, LinearReport, expected_names, pruned_layers
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.coded import open_weights

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flatout.compress.apply import Progress
+from flatout.compress.method import Progress
 from flatout.compress.prune import prune
 from flatout.compress.structure import restructured
 from flatout.core.formats import Recipe

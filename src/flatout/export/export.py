@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from flatout.compress.apply import Progress, compress
+from flatout.compress.apply import compress
+from flatout.compress.method import Progress
 from flatout.core.artifact import (
     check_output,
     is_artifact,

