@@ -27,7 +27,7 @@ from flatout.compress.apply import compress
 from flatout.core.artifact import save_artifact, update_manifest
 from flatout.core.checkpoint import Checkpoint
 from flatout.core.files import sha256_of
-from flatout.core.formats import METHODS, Recipe
+from flatout.core.formats import Recipe
 from flatout.core.fuse import float_weight
 from flatout.core.model import Model, Weight, dense
 from flatout.core.quantized import QuantizedTensor
@@ -46,7 +46,7 @@ from flatout.verify.certificate import Certificate, Side, certificate_to_json
 from flatout.verify.examination import Plan, examine, plan_opening
 from flatout.verify.quality import pair_scores, score_model
 
-RUNGS = (*(name for name in ("rtn", "gptq", "tune") if name in METHODS), "lora-kd", "full-kd")
+RUNGS = ("rtn", "gptq", "tune", "lora-kd", "full-kd")
 _RANK = 16
 _LIKELY = 0.5  # chance to pass that an opening takes
 
