@@ -170,6 +170,23 @@ def test_gradients_of_levels_are_those_of_a_learned_step() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["w4a8-g64", "w4a8-g32-asym", "w8a8"])
+def test_what_is_pruned_stays_zero_on_its_levels(name: str) -> None:
+    weight = np.random.default_rng(0).standard_normal((5, 128)).astype(np.float32)
+    weight[:, ::2] = 0
+    tensor = round_to_nearest(weight, parse_format(name))
+    levels = levels_of(tensor, pruned=True)
+    moved = torch.from_numpy(weight) + 0.3
+    moved.requires_grad_()
+    found = levels(moved)
+    assert bool((found[:, ::2] == 0).all())
+    assert bool((found[:, 1::2] != 0).any())
+    found.square().sum().backward()
+    assert moved.grad is not None
+    assert bool((moved.grad[:, ::2] == 0).all())
+    assert torch.equal(found.detach(), torch.from_numpy(levels.pack(moved.detach()).dequantize()))
+
+
 def test_blocks_of_a_file_are_no_levels_to_train() -> None:
     with pytest.raises(ConfigError, match="can be trained"):
         levels_of(native_blocks("q4_1", 4, 64, seed=0))

@@ -239,6 +239,20 @@ def test_the_state_of_another_run_is_refused(
         train(fresh(), text_loss, data, config, tmp_path, purpose=purpose)
 
 
+def test_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="token ids are below 320"):
+        train(fresh(), text_loss, pack([np.array([1, 2, 320, 3])], 2), CONFIG, tmp_path)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(fresh(), text_loss, pack(documents(), 24), replace(CONFIG, steps=5), tmp_path)
+    events = reading.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(tmp_path))
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     model = fresh()
     with torch.no_grad():
@@ -306,6 +320,7 @@ def test_a_folder_comes_out_that_runs_and_goes_on(tmp_path: Path) -> None:
 
     again = run(training(config=replace(CONFIG, steps=40)), tmp_path / "m")
     assert again["steps"] == 40
+    assert again["loss"] == result["loss"]
     assert again["heldout_loss"] == result["heldout_loss"]
 
 

@@ -69,7 +69,8 @@ class Mask:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Levels:
     """The levels of an integer format. start, zeros float32 (N, G): scales at the start, and zeros; stretch
-    (N, G), trained: the logarithm of what a scale has been multiplied by."""
+    (N, G), trained: the logarithm of what a scale has been multiplied by; keep float32 (N, K): 0 where a
+    weight is pruned, which every format can say."""
 
     format: Format
     start: Tensor
@@ -77,6 +78,7 @@ class Levels:
     zeros: Tensor
     low: int
     high: int
+    keep: Tensor | None = None
 
     def scales(self) -> Tensor:
         """float32 (N, G), values that float16 holds."""
@@ -84,6 +86,7 @@ class Levels:
 
     def codes(self, weight: Tensor, scales: Tensor) -> Tensor:
         """float32 (N, G, K / G) integers in [low, high]."""
+        weight = weight if self.keep is None else weight * self.keep
         grouped = weight.reshape(*scales.shape, -1) / scales[:, :, None]
         return torch.clamp(_straight(grouped, torch.round) + self.zeros[:, :, None], self.low, self.high)
 
@@ -113,6 +116,7 @@ class Levels:
             zeros=self.zeros.to(device),
             low=self.low,
             high=self.high,
+            keep=None if self.keep is None else self.keep.to(device),
         )
 
 
@@ -121,11 +125,18 @@ def _straight(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     return x + (rounded(x) - x).detach()
 
 
-def levels_of(tensor: QuantizedTensor) -> Levels:
-    """The levels that `tensor` is rounded to. Raises ConfigError for formats whose blocks are only taken from
-    files."""
+def has_levels(tensor: QuantizedTensor) -> bool:
+    """Whether `levels_of` takes it."""
+    return tensor.minima is None and not tensor.format.is_native
+
+
+def levels_of(tensor: QuantizedTensor, pruned: bool = False) -> Levels:
+    """The levels that `tensor` is rounded to. pruned: what is zero stays zero.
+
+    Raises ConfigError for formats whose blocks are only taken from files.
+    """
     fmt = tensor.format
-    if tensor.minima is not None or fmt.is_native:
+    if not has_levels(tensor):
         raise ConfigError("levels of w{8,4}a{8,16} formats can be trained", fmt.name, "w4a8-g64")
     scales = torch.from_numpy(tensor.scales.astype(np.float32))
     if not bool((scales.half().float() == scales).all()):
@@ -141,6 +152,7 @@ def levels_of(tensor: QuantizedTensor) -> Levels:
         zeros=zeros,
         low=-127 if signed else 0,
         high=127 if signed else (1 << fmt.bits) - 1,
+        keep=torch.from_numpy((tensor.dequantize() != 0).astype(np.float32)) if pruned else None,
     )
 
 

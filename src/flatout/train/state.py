@@ -11,6 +11,7 @@ that are newer than the state are dropped when a run goes on, since those steps 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,14 @@ def load_state(
 
 
 class Log:
-    """Appends records with the key "step" to train.jsonl and to TensorBoard's files."""
+    """Appends records with the key "step" to train.jsonl and to TensorBoard's files. last: the loss of the
+    last one that was there, NaN if none was."""
 
     def __init__(self, folder: Path, step: int, note: Callable[[str], None]) -> None:
         self._path = folder / _LOG
-        write_bytes(self._path, "".join(_kept(self._path, step)).encode())
+        kept = _kept(self._path, step)
+        self.last: float = json.loads(kept[-1])["loss"] if kept else math.nan
+        write_bytes(self._path, "".join(kept).encode())
         self._file = self._path.open("a", encoding="utf-8")
         self._board: Any = None
         try:

@@ -12,7 +12,7 @@ N rows and K columns of a weight, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -167,24 +167,27 @@ def make_trainable(
     constraints: Mapping[str, Constraint] | None = None,
     rank: int = 0,
     frozen: bool = False,
+    fixed: Collection[str] = (),
     seed: int = 0,
 ) -> Trainable:
     """`weights` (float32, by fused name) as something to train on `device`.
 
-    rank: train thin matrices beside the linears of the layers and nothing else, 0 trains all weights.
-    frozen: train nothing (a teacher).
+    rank: train thin matrices beside the linears of the layers and scales of constraints, nothing else; 0
+    trains all weights.
+    fixed: weights that stay. frozen: train nothing (a teacher).
     """
     placed = {name: weight.detach().to(device, torch.float32, copy=True) for name, weight in weights.items()}
     chosen = {name: constraint.to(torch.device(device)) for name, constraint in (constraints or {}).items()}
     if frozen:
         return Trainable(spec=spec, parameters={}, fixed=placed, constraints=chosen)
     if rank == 0:
-        parameters = {name: weight.requires_grad_() for name, weight in placed.items()}
-        return Trainable(spec=spec, parameters=parameters, constraints=chosen)
+        free = {name: weight.requires_grad_() for name, weight in placed.items() if name not in fixed}
+        still = {name: weight for name, weight in placed.items() if name in fixed}
+        return Trainable(spec=spec, parameters=free, fixed=still, constraints=chosen)
     draw = torch.Generator().manual_seed(seed)
     thin = {}
     for name, weight in placed.items():
-        if weight.ndim == 2 and name.startswith("layers."):
+        if weight.ndim == 2 and name.startswith("layers.") and name not in fixed:
             n, k = weight.shape
             a = torch.randn(rank, k, generator=draw) / math.sqrt(k)
             thin[f"{name}.a"] = a.to(device).requires_grad_()
@@ -193,13 +196,16 @@ def make_trainable(
 
 
 @torch.no_grad()
-def to_model(trainable: Trainable, recipe: Recipe) -> Model:
-    """What was trained as a Model under `recipe`: constraints that round give its integer weights.
+def to_model(trainable: Trainable, recipe: Recipe, kept: Mapping[str, Weight] | None = None) -> Model:
+    """What was trained as a Model under `recipe`: constraints that round give its integer weights. kept:
+    weights that were not trained, as they are delivered.
 
     Raises ConfigError where the recipe wants integers and no constraint makes them.
     """
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Weight] = dict(kept or {})
     for name, _, fmt in expected_weights(trainable.spec, recipe):
+        if name in weights:
+            continue
         if not fmt.is_integer:
             weights[name] = trainable.weight(name).float().cpu().numpy()
             continue

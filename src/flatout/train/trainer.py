@@ -75,20 +75,26 @@ def train(
     """Train `model`, whose tensors change in place, and keep state and log in `folder`.
 
     purpose: words that tell this objective from others, part of the run's identity. evaluate: numbers that
-    join the log every `judge_every` steps. Raises ConfigError when the loss is no longer finite.
+    join the log every `judge_every` steps. Raises ConfigError for token ids that the model does not have, and
+    when the loss is no longer finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parameters = model.trained()
     if not parameters:
         raise ConfigError("training needs something to train", "a frozen model", "frozen=False")
+    highest = int(data.tokens.max())
+    if highest >= model.spec.vocab_size:
+        raise ConfigError(
+            f"token ids are below {model.spec.vocab_size}", str(highest), "the model's own tokenizer"
+        )
     device = next(iter(parameters.values())).device
     optimizer = _adamw(parameters, config)
     identity = _identity(parameters, data, config, purpose)
     first = load_state(folder, parameters, optimizer, identity)
-    loss, tokens, warm, began = math.nan, 0, 0.0, time.perf_counter()
-    step = first
+    tokens, warm, began, step = 0, 0.0, time.perf_counter(), first
     with closing(Log(folder, first, note)) as log, _deterministic(device), _patient() as stopping:
+        loss = log.last
         while step < config.steps and not stopping.is_set():
             start = time.perf_counter()
             for group in optimizer.param_groups:
@@ -108,12 +114,12 @@ def train(
                     )
             if step - first > _WARMING:
                 tokens, warm = tokens + count, warm + time.perf_counter() - start
-            if saving:
-                save_state(folder, parameters, optimizer, step, identity)
             if judging or logging:
                 record = {"step": step, "loss": loss, "rate": config.rate(step - 1), "norm": float(norm)}
                 record |= {"seconds": time.perf_counter() - began}
                 log.write(record | dict(evaluate() if judging and evaluate is not None else {}))
+            if saving:  # after the log, whose lines are dropped where the state does not reach
+                save_state(folder, parameters, optimizer, step, identity)
             if progress is not None:
                 progress(f"training, loss {loss:.4f}", step, config.steps)
     return Outcome(

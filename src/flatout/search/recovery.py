@@ -1,0 +1,232 @@
+"""The recovery ladder: one recipe, filled by ever dearer methods until the certificate passes.
+
+    rtn       rounded to nearest, no text
+    gptq      errors spread over the columns to come
+    tune      rounding and scales of whole layers tuned
+    lora-kd   thin matrices beside the linears distilled through the rounding, with the scales
+    full-kd   all weights distilled through the rounding, with the scales
+
+A rung of distillation starts from the best model so far and follows the original's predictions on the
+calibration text. Each rung is judged on the validation text by the runner that serves, and told with its
+minutes and what a minute brought. The sealed text is opened only for a rung that is likely to pass, since
+every opening makes the next one stricter (verify/examination.py), and the first certificate that passes ends
+the climb.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from flatout.compress.apply import compress
+from flatout.core.artifact import save_artifact, update_manifest
+from flatout.core.checkpoint import Checkpoint
+from flatout.core.files import sha256_of
+from flatout.core.formats import Recipe
+from flatout.core.fuse import float_weight
+from flatout.core.model import Model, Weight, dense
+from flatout.core.quantized import QuantizedTensor
+from flatout.engine.runner import Runner
+from flatout.errors import ConfigError
+from flatout.kernels.linear import as_tensor
+from flatout.search.rows import Loss, loss_of
+from flatout.search.texts import Texts
+from flatout.train.config import TrainConfig
+from flatout.train.constraints import Constraint, Mask, has_levels, inside, levels_of
+from flatout.train.data import pack
+from flatout.train.distill import Distillation, distillation
+from flatout.train.trainable import make_trainable, source_weights, to_model
+from flatout.train.trainer import Progress, open_device, train
+from flatout.verify.certificate import Certificate, Side, certificate_to_json
+from flatout.verify.examination import Plan, examine, plan_opening
+from flatout.verify.quality import pair_scores, score_model
+
+RUNGS = ("rtn", "gptq", "tune", "lora-kd", "full-kd")
+_RANK = 16
+_LIKELY = 0.5  # chance to pass that an opening takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """One method tried. loss: on validation text; gain_per_minute: by how much it lowered the best perplexity
+    increase so far, a fraction, for each of its minutes; None for the first. verdict: of the certificate, ""
+    when the sealed text was not opened."""
+
+    name: str
+    minutes: float
+    loss: Loss
+    gain_per_minute: float | None
+    plan: Plan
+    verdict: str = ""
+
+    def __str__(self) -> str:
+        """One line for people."""
+        gain = "" if self.gain_per_minute is None else f", {100 * self.gain_per_minute:+.2f} points a minute"
+        judged = f"certificate {self.verdict.replace('_', ' ')}" if self.verdict else str(self.plan)
+        return f"{self.name}: loss {self.loss.value:+.2%} after {self.minutes:.1f} min{gain}; {judged}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Recovery:
+    """The rungs climbed and the best model. certificate: the one that passed, or None."""
+
+    rungs: tuple[Rung, ...]
+    model: Model
+    certificate: Certificate | None
+
+
+def climb(
+    source: Checkpoint,
+    recipe: Recipe,
+    texts: Texts,
+    out: Path,
+    config: TrainConfig,
+    *,
+    original: Runner,
+    serve: Callable[[Model], Runner],
+    margin: float = 0.01,
+    rungs: Sequence[str] = RUNGS,
+    ledger: Path | None = None,
+    tell: Callable[[Rung], None] = lambda rung: None,
+    progress: Progress | None = None,
+) -> Recovery:
+    """Climb `rungs` until one is certified, and write the best model to the folder `out`.
+
+    config: of both distillations. original: scores the checkpoint; serve: the runner of a model. Raises
+    ConfigError for a rung that is none, and what reading, rounding and scoring raise.
+    """
+    unknown = [name for name in rungs if name not in RUNGS]
+    if unknown or not rungs:
+        raise ConfigError(f"rungs are of {', '.join(RUNGS)}", ", ".join(unknown) or "none", "all of them")
+    recipe.check(source.spec)
+    calibration = [cluster.tokens for cluster in texts.calibration]
+    before = score_model(original, texts.validation)
+    side = Side(source=source.name, sha256=source.sha256, recipe="original", runner=original.name)
+    climbed: list[Rung] = []
+    best: Model | None = None
+    certificate: Certificate | None = None
+    for name in rungs:
+        start = time.perf_counter()
+        if name.endswith("-kd"):
+            model = distilled(source, best or compress(source, recipe), config, calibration, name, progress)
+        else:
+            model = compress(source, replace(recipe, method=name), calibration, progress)
+        minutes = (time.perf_counter() - start) / 60
+        runner = serve(model)
+        losses = pair_scores(texts.validation, before, score_model(runner, texts.validation))
+        loss, least = loss_of(losses), min((rung.loss.value for rung in climbed), default=None)
+        plan = plan_opening(losses, texts.holdout, side, margin=margin, ledger=ledger)
+        rung = Rung(
+            name=name,
+            minutes=minutes,
+            loss=loss,
+            gain_per_minute=None if least is None else (least - loss.value) / minutes,
+            plan=plan,
+        )
+        if best is None or least is None or loss.value < least:
+            best = model
+        if plan.chance >= _LIKELY:
+            certificate = _certify(source, model, runner, original, side, texts, plan, margin, ledger, out)
+            rung = replace(rung, verdict=certificate.verdict)
+        climbed.append(rung)
+        tell(rung)
+        if certificate is not None and certificate.passed:
+            best = model
+            break
+    assert best is not None
+    passed = certificate if certificate is not None and certificate.passed else None
+    save_artifact(best, source.tokenizer, out, {"derived_from": source.sha256, "recovery": climbed})
+    if passed is not None:
+        update_manifest(out, {"certificate": certificate_to_json(passed)})
+    return Recovery(rungs=tuple(climbed), model=best, certificate=passed)
+
+
+def _certify(
+    source: Checkpoint,
+    model: Model,
+    runner: Runner,
+    original: Runner,
+    side: Side,
+    texts: Texts,
+    plan: Plan,
+    margin: float,
+    ledger: Path | None,
+    out: Path,
+) -> Certificate:
+    """Open the sealed text for `model`."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".flatout-") as folder:
+        stored = save_artifact(model, source.tokenizer, Path(folder) / "candidate", {})
+        sha256 = sha256_of([stored / "model.safetensors"])
+    return examine(
+        texts.holdout,
+        plan,
+        original=side,
+        optimised=Side(
+            source=str(out),
+            sha256=sha256,
+            recipe=model.recipe.name,
+            runner=runner.name,
+            derived_from=side.sha256,
+        ),
+        score_original=lambda clusters: score_model(original, clusters, sound=True),
+        score_optimised=lambda clusters: score_model(runner, clusters, sound=True),
+        margin=margin,
+        ledger=ledger,
+    )
+
+
+def distilled(
+    source: Checkpoint,
+    start: Model,
+    config: TrainConfig,
+    documents: Sequence[Sequence[int]],
+    rung: str,
+    progress: Progress | None = None,
+) -> Model:
+    """`start` after following the predictions of `source` on `documents`; blocks taken from a file stay, and
+    so does what is pruned.
+
+    rung: "lora-kd", or "full-kd" for all weights. Weights start inside the cells of their codes, so the first
+    step has the loss of `start`.
+    """
+    device = open_device(config.device)
+    weights, constraints, kept = {}, dict[str, Constraint](), dict[str, Weight]()
+    for name, weight in start.weights.items():
+        values = as_tensor(dense(weight).astype(np.float32))
+        pruned = bool(start.recipe.sparsity) and values.ndim == 2 and name.startswith("layers.")
+        weights[name] = values
+        if isinstance(weight, QuantizedTensor) and not has_levels(weight):
+            kept[name] = weight
+        elif isinstance(weight, QuantizedTensor):
+            constraints[name] = levels_of(weight, pruned)
+            if not start.recipe.reduces:  # else the original is another weight
+                weights[name] = inside(as_tensor(float_weight(source, name)), weight)
+        elif pruned:
+            constraints[name] = Mask((values != 0).float())
+    student = make_trainable(
+        start.spec,
+        weights,
+        device=device,
+        constraints=constraints,
+        rank=_RANK if rung == "lora-kd" else 0,
+        fixed=list(kept),
+        seed=config.seed,
+    )
+    teacher = make_trainable(source.spec, source_weights(source), device=device, frozen=True)
+    with tempfile.TemporaryDirectory(prefix="flatout-") as folder:
+        train(
+            student,
+            distillation(teacher, Distillation()),
+            pack(documents, config.length),
+            replace(config, weight_decay=0.0),
+            folder,
+            purpose=rung,
+            progress=progress,
+        )
+    return to_model(student, start.recipe, kept)
