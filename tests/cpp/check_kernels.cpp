@@ -43,7 +43,9 @@ constexpr Format kFormats[] = {
     {"w4a8-g32", 4, 32, 1, 32, Zero::kSymmetric, false}, {"w4a8-g64-asym", 4, 64, 1, 64, Zero::kAsymmetric, false},
     {"w8a16", 8, 0, 2, 0, Zero::kSymmetric, false},      {"w4a16-g32", 4, 32, 2, 0, Zero::kSymmetric, false},
     {"q4_0", 4, 32, 1, 32, Zero::kSymmetric, true},      {"q4_1", 4, 32, 1, 32, Zero::kMinimum, true},
-    {"q8_0", 8, 32, 1, 32, Zero::kSymmetric, true},
+    {"q8_0", 8, 32, 1, 32, Zero::kSymmetric, true},      {"w6a8", 6, 0, 1, 0, Zero::kSymmetric, true},
+    {"w5a8-g32", 5, 32, 1, 32, Zero::kSymmetric, false}, {"w5a16", 5, 0, 2, 0, Zero::kSymmetric, false},
+    {"w6a16-g64-asym", 6, 64, 2, 0, Zero::kAsymmetric, false},
 };
 
 static void check_integer_linear(const Ops& ops, const Format& f, int m, int n, int k) {
@@ -51,11 +53,11 @@ static void check_integer_linear(const Ops& ops, const Format& f, int m, int n, 
   std::vector<uint8_t> codes((size_t)n * k), zeros((size_t)n * groups);
   Floats scales((size_t)n * groups), minima(scales);
   std::vector<uint16_t> half_scales(scales.size()), half_minima(scales.size());
-  for (uint8_t& c : codes) c = (uint8_t)(random_bits() % (f.bits == 8 ? 256 : 16));
+  for (uint8_t& c : codes) c = (uint8_t)(random_bits() % (1u << f.bits));
   for (size_t i = 0; i < scales.size(); ++i) {
     const Half s = random_half(), low = random_half();
     scales[i] = s.value, half_scales[i] = s.bits, minima[i] = low.value, half_minima[i] = low.bits;
-    zeros[i] = (uint8_t)(random_bits() % (f.bits == 8 ? 256 : 16));
+    zeros[i] = (uint8_t)(random_bits() % (1u << f.bits));
   }
   Source source;
   source.kind = WeightKind::kInteger;
@@ -86,7 +88,7 @@ static void check_integer_linear(const Ops& ops, const Format& f, int m, int n, 
           const int w = f.zero == Zero::kAsymmetric ? code - zeros[at]
                         : f.zero == Zero::kMinimum  ? code
                         : f.bits == 8               ? (int8_t)code
-                                                    : code - 8;
+                                                    : code - (1 << (f.bits - 1));
           dot[0] += (int64_t)(f.planes == 1 ? a : high) * w;
           dot[1] += (int64_t)(a - 128 * high) * w;
           total += a;

@@ -27,7 +27,7 @@ MIXED = Recipe(
     overrides=(("layers.0.down", "w4a16-g64-asym"), ("layers.1.o", "bf16"), ("layers.1.qkv", "w4a8-g32")),
 )
 WEIGHT_ONLY = ["bf16", "w4a16-g64", "w4a16-g32-asym", "w8a16", "w8a16-g32-asym"]
-ACTIVATIONS = ["w8a8", "w8a8-g64", "w8a8-g64-asym", "w4a8-g32", "q4_0", "q8_0"]
+ACTIVATIONS = ["w8a8", "w8a8-g64", "w8a8-g64-asym", "w4a8-g32", "w6a8", "w5a8-g64", "q4_0", "q8_0"]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -24,6 +24,13 @@ FORMATS = [
     "w8a16-g32-asym",
     "w4a16-g32",
     "w4a16-g128-asym",
+    "w5a8",
+    "w5a8-g32",
+    "w5a16-g64-asym",
+    "w6a8",
+    "w6a8-g64",
+    "w6a8-asym",
+    "w6a16",
     "q4_0",
     "q4_1",
     "q8_0",
@@ -84,7 +91,7 @@ def test_integer_linear_equals_the_reference_bit_for_bit(isa, name):
         np.testing.assert_array_equal(run(isa, x, weight), expected, err_msg=f"{tokens} x {rows} x {columns}")
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("name", ["w8a8", "w8a16", "w6a8", "w5a16"])
 @pytest.mark.parametrize("columns", [4, 60, 100, 576, 1536])
 @pytest.mark.parametrize("isa", _cpu.isas())
 def test_one_scale_a_row_takes_any_width(isa, columns, name):
@@ -141,7 +148,7 @@ def test_largest_codes_do_not_overflow(isa):
     [
         ({"group": 48}, "multiple of 32"),
         ({"scales": np.ones((16, 3), np.float32)}, "one value a row and group"),
-        ({"bits": 5}, "4 or 8 bits"),
+        ({"bits": 7}, "4, 5, 6 or 8 bits"),
         ({"activation": "int4"}, "int8 or int16"),
         ({"x": np.ones((1, 64), np.float32)}, "as wide as the weight"),
         ({"scales": np.ones((16, 2), np.float64)}, "float16 or float32"),

@@ -96,7 +96,18 @@ def test_round_trip(name: str, table: bool, rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["w8a8", "w8a8-g32", "w8a8-g64-asym", "w8a16", "w8a16-asym", "w4a8-g32", "w4a16-g32-asym"]
+    "name",
+    [
+        "w8a8",
+        "w8a8-g32",
+        "w8a8-g64-asym",
+        "w8a16",
+        "w8a16-asym",
+        "w6a8",
+        "w5a16-g64",
+        "w4a8-g32",
+        "w4a16-g32-asym",
+    ],
 )
 def test_library_decompresses_to_our_numbers(name: str) -> None:
     from compressed_tensors.compressors import BaseCompressor
@@ -132,7 +143,7 @@ def test_reads_what_the_library_writes(name: str, stored: str) -> None:
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([4, 8]), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([4, 5, 6, 8]), st.integers(0, 2**32 - 1))
 def test_packing_equals_the_library(k: int, n: int, bits: int, seed: int) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -246,7 +257,7 @@ def test_third_party_targets_and_ignore() -> None:
     ids=str,
 )
 def test_unknown_schemes_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match="4- or 8-bit integers by channel or group"):
+    with pytest.raises(UnsupportedModelError, match="integers of 4, 5, 6 or 8 bits by channel or group"):
         read_schemes(third_party(**changes), ["model.layers.0.mlp.up_proj"])
 
 

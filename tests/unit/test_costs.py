@@ -98,7 +98,9 @@ def test_mixed_recipe_counts_each_layer() -> None:
     assert down.bytes == (64 * 128 + 2 * 64) + 2 * 64 * 128
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "w8a8", "w8a8-g64", "w4a8-g32", "w4a16-g32-asym", "q4_1"])
+@pytest.mark.parametrize(
+    "name", ["fp32", "bf16", "w8a8", "w8a8-g64", "w4a8-g32", "w5a8-g64", "w6a16", "w4a16-g32-asym", "q4_1"]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_weight_bytes_against_the_arrays(name: str, family: str) -> None:
     """The bytes counted are those of the arrays, packed: 4-bit codes two a byte, bf16 at half of float32."""

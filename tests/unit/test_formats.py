@@ -31,6 +31,8 @@ TABLE = {
     "w4a8-g32-asym": (4, 32, "asymmetric", "int8", 32),
     "w4a16-g64": (4, 64, "symmetric", "int16", 0),
     "w8a16": (8, 0, "symmetric", "int16", 0),
+    "w6a8": (6, 0, "symmetric", "int8", 0),
+    "w5a16-g32-asym": (5, 32, "asymmetric", "int16", 0),
 }
 
 

@@ -55,7 +55,7 @@ def by_definition(weight: np.ndarray, hessian: np.ndarray, name: str, damping: f
     return result
 
 
-@pytest.mark.parametrize("name", ["w4a8-g32", "w4a16-g32-asym", "w8a8-g32"])
+@pytest.mark.parametrize("name", ["w4a8-g32", "w4a16-g32-asym", "w8a8-g32", "w5a8-g32", "w6a8-g64"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_follows_the_definition(name: str, seed: int) -> None:
     weight, hessian = problem(5, 64, seed)

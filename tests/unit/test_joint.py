@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatout.core.artifact import recipe_from_json
-from flatout.core.formats import Recipe
+from flatout.core.formats import Recipe, parse_format
 from flatout.core.spec import ModelSpec
 from flatout.core.types import to_json
 from flatout.perf.profile import phase_parts
@@ -42,12 +42,12 @@ FLOAT, BLOCKS = space_of(FakeSource(native=False)), space_of(FakeSource())
 
 def test_the_space_fits_the_model() -> None:
     assert set(FLOAT.linears) == set(SPEC.linears())
-    assert all("w4a8-g64" in formats for formats in FLOAT.linears.values())
+    assert all("w4a8-g32" in formats for formats in FLOAT.linears.values())
     assert "q4_1" not in FLOAT.linears["down"]
     assert "q4_1" in BLOCKS.linears["down"]
     assert BLOCKS.heads == ("q8_0",)
-    narrow = ModelSpec(**{**to_json(SPEC), "hidden_size": 96, "rope_scaling": None, "eos_token_ids": ()})
-    assert "w4a8-g64" not in space_of(FakeSource(native=False, spec=narrow)).linears["qkv"]
+    narrow = ModelSpec(**{**to_json(SPEC), "hidden_size": 48, "rope_scaling": None, "eos_token_ids": ()})
+    assert "w4a8-g32" not in space_of(FakeSource(native=False, spec=narrow)).linears["qkv"]
 
 
 @pytest.mark.parametrize("space", [FLOAT, BLOCKS], ids=["float", "blocks"])
@@ -73,7 +73,9 @@ def test_what_cannot_be_smoothed_is_not_asked_for() -> None:
     pairs = conflicts(BLOCKS)
     assert (("layers.2.down", "w8a8"), ("layers.2.gate_up", "q4_1")) in pairs
     assert (("layers.0.o", "w8a8"), ("layers.0.qkv", "q4_1")) in pairs
-    assert len(pairs) == 2 * SPEC.num_layers
+    smoothed = [name for name in BLOCKS.linears["down"] if parse_format(name).scales_tokens]
+    assert smoothed == ["w8a8", "w6a8", "w5a8"]
+    assert len(pairs) == 2 * SPEC.num_layers * len(smoothed)
     assert conflicts(FLOAT) == []
 
 
@@ -92,8 +94,8 @@ def losses_of(space: Space) -> dict[tuple[str, str], float]:
     for place, formats in space.choices().items():
         layer = int(place.split(".")[1]) if place.startswith("layers") else 0
         for name in formats:
-            four = name.startswith(("w4", "q4"))
-            found[place, name] = 4e-3 * 10 ** (-1.5 * layer) * (1.0 if four else 0.01)
+            coarse = not name.startswith(("w8", "q8", "int8", "bf16"))
+            found[place, name] = 4e-3 * 10 ** (-1.5 * layer) * (1.0 if coarse else 0.01)
     return found
 
 
@@ -203,7 +205,7 @@ def test_measured_losses_correct_the_next_choice(tmp_path: Path, scale: float) -
     found = [row for name, row in rows(result).items() if name.startswith("joint-")]
     assert 2 <= len([row for row in found if row["measured"]]) <= 4
     assert result["optimized"]["recipe"] != found[0]["name"]
-    assert found[0]["status"] == "failed"
+    assert found[0]["status"] in ("failed", "rejected")
     assert result["passed"]
     assert result["optimized"]["recipe"] == found[-1]["name"]
 

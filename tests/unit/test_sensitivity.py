@@ -38,7 +38,7 @@ def test_the_head_by_autograd(library: Library) -> None:
     """One document, the head's weights: F is the squared gradient of the drawn tokens' likelihood, taken here
     by PyTorch from the logits."""
     text = documents(SPEC, 1, 24)
-    weights, _ = sensitivities(library, text, choices(SPEC, "w8a16"))
+    weights, _, _ = sensitivities(library, text, choices(SPEC, "w8a16"))
     from flatout.models.llama import Llama
 
     hidden = Llama(library.source).hidden(text[0])
@@ -62,15 +62,18 @@ def test_expected_losses_are_near_measured_ones(library: Library) -> None:
     """Second order, other text, one draw a token: within a factor of 1.6 for every kind and format, and
     within 15 % on average."""
     formats = ("w8a8-g32", "w8a16", "w4a8-g32")
-    weights, activations = sensitivities(library, documents(SPEC, 24, 48), choices(SPEC, *formats))
-    kinds = [(kind, name) for kind in KINDS for name in formats] + [("head", "w8a8-g32")]
+    weights, activations, _ = sensitivities(library, documents(SPEC, 24, 48), choices(SPEC, *formats))
+    kinds = [(kind, name) for kind in KINDS for name in formats] + [
+        ("head", "w8a8-g32"),
+        ("kv_cache", "int8"),
+    ]
     probes = [text[8:] for text in documents(SPEC, 8, 72)]
     measured = divergences(library, probes, kinds)
     logs = []
     for kind, name in kinds:
         total = summed(weights, kind, name) + summed(activations, kind, name)
-        if kind == "head":  # the embedding is in it too
-            total *= 0.5
+        if kind in ("head", "kv_cache"):
+            total *= 0.5 if kind == "head" else 1.0  # the embedding is in it too
             assert 0.4 < measured[kind, name] / total < 2.5
             continue
         logs.append(np.log(measured[kind, name] / total))
@@ -94,7 +97,7 @@ def test_blocks_of_the_file_lose_nothing_by_their_weights() -> None:
     source = tiny_source(SPEC, layers="q4_1", head="q8_0")
     library = Library(source, documents(SPEC, 2, 48))
     asked = choices(SPEC, "q4_1", "w8a8-g32") | {"head": ("q8_0",)}
-    weights, activations = sensitivities(library, documents(SPEC, 2, 32), asked)
+    weights, activations, _ = sensitivities(library, documents(SPEC, 2, 32), asked)
     assert all(weights[place, "q4_1"] == 0 for place in asked if place.startswith("layers"))
     assert all(activations[place, "q4_1"] > 0 for place in asked if place.startswith("layers"))
     assert weights["layers.0.o", "w8a8-g32"] > 0

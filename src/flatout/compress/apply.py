@@ -74,4 +74,4 @@ def to_nearest(source: Source, name: str, fmt: Format) -> Weight:
         return float_weight(source, name)
     if fmt.is_native or native_format(source, name) == fmt.name:
         return native_weight(source, name, fmt)
-    return round_to_nearest(float_weight(source, name), fmt, search_clip=fmt.bits == 4)
+    return round_to_nearest(float_weight(source, name), fmt, search_clip=fmt.bits < 8)

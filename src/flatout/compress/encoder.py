@@ -18,7 +18,7 @@ DEFAULT_FORMAT = "bf16"
 
 
 def compress_encoder(source: EncoderCheckpoint, name: str) -> EncoderModel:
-    """The encoder with its linears in format `name`: fp32, bf16, or w{8,4}a{8,16} rounded to nearest.
+    """The encoder with its linears in format `name`: fp32, bf16, or w{8,6,5,4}a{8,16} rounded to nearest.
 
     Raises ConfigError for another format, or one whose groups do not divide a width, before any work.
     """
@@ -27,7 +27,7 @@ def compress_encoder(source: EncoderCheckpoint, name: str) -> EncoderModel:
     weights: dict[str, Weight] = {}
     for fused, _, how in expected_encoder_weights(source.spec, fmt):
         array = source.array(fused)
-        weights[fused] = round_to_nearest(array, how, search_clip=how.bits == 4) if how.is_integer else array
+        weights[fused] = round_to_nearest(array, how, search_clip=how.bits < 8) if how.is_integer else array
     return EncoderModel(spec=source.spec, format=fmt, weights=weights)
 
 

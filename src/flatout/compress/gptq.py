@@ -61,12 +61,6 @@ class Factor:
     upper: np.ndarray
     importance: np.ndarray
 
-    @property
-    def kept(self) -> float:
-        """The part of rounding's expected squared error that spreading leaves, equal steps assumed: column j
-        leaves 1 / U[j, j]^2 where rounding to nearest leaves H[j, j]."""
-        return float((1 / np.diag(self.upper).astype(np.float64) ** 2).sum() / self.importance.sum())
-
 
 def factorise(hessian: np.ndarray, damping: float = 0.01, order: bool = True) -> Factor:
     """The Factor of second moments (K, K); arguments as for `gptq`."""

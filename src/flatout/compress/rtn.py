@@ -1,9 +1,10 @@
 """Round to nearest: the scale of each group from its extremes (or from a search), the codes by rounding.
 
-Symmetric 8-bit codes span [-127, 127] with scale amax / 127; symmetric 4-bit codes span -8..7 around the
-zero 8 with scale amax / 7.5, which leaves no error above half a step; asymmetric codes span min(w,
-0)..max(w, 0) with an integer zero. Scales are float16 (float32 where a scale exceeds float16's range) and
-codes are rounded against the scale as stored, so the rounding of scales costs nothing extra.
+Symmetric 8-bit codes span [-127, 127] with scale amax / 127; those of b < 8 bits span -2^(b - 1) to
+2^(b - 1) - 1 around the zero 2^(b - 1) with scale amax / (2^(b - 1) - 1/2), which leaves no error above half
+a step; asymmetric codes span min(w, 0)..max(w, 0) with an integer zero. Scales are float16 (float32 where a
+scale exceeds float16's range) and codes are rounded against the scale as stored, so the rounding of scales
+costs nothing extra.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def check_roundable(fmt: Format) -> None:
     """Raise ConfigError unless rounding can produce `fmt`."""
     if not fmt.is_integer or fmt.is_native:
         raise ConfigError(
-            "rounding makes w{8,4}a{8,16} formats; GGUF blocks are only taken from a file that has them",
+            "rounding makes w{8,6,5,4}a{8,16} formats; GGUF blocks are only taken from a file that has them",
             fmt.name,
             "w8a8-g64",
         )
@@ -67,7 +68,8 @@ def make_grid(grouped: np.ndarray, fmt: Format, clip: float = 1.0) -> Grid:
     """The grid of `grouped` float32 (N, groups, width) whose range is its own times `clip`."""
     if fmt.zero == "symmetric":
         amax = np.abs(grouped).max(axis=2) * np.float32(clip)
-        half_range, zero, low, high = (127.0, 0, -127, 127) if fmt.bits == 8 else (7.5, 8, 0, 15)
+        zero, low, high = (0, -127, 127) if fmt.bits == 8 else (1 << (fmt.bits - 1), 0, (1 << fmt.bits) - 1)
+        half_range = (high - low) / 2
         scales = _storable(amax / np.float32(half_range))
         return Grid(scales=scales, zeros=np.full_like(scales, zero), low=low, high=high)
     top = (1 << fmt.bits) - 1

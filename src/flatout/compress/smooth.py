@@ -224,7 +224,7 @@ def _is_rounded(source: Source, recipe: Recipe, name: str) -> bool:
 
 def smoothable(source: Source, recipe: Recipe, name: str) -> bool:
     fmt = _format(recipe, name)
-    if fmt.activation != "int8" or fmt.activation_group or not _is_rounded(source, recipe, name):
+    if not fmt.scales_tokens or not _is_rounded(source, recipe, name):
         return False
     layer, _, linear = name.rpartition(".")
     if linear not in _FED_BY:

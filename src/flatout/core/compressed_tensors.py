@@ -42,14 +42,20 @@ class TensorFile(Protocol):
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned codes (N, K) of 4 or 8 bits as int32 (N, ceil(K * bits / 32)), the first code in the lowest
+    """Unsigned codes (N, K) of 4 to 8 bits as int32 (N, ceil(K * bits / 32)), the first code in the lowest
     bits."""
     n, k = codes.shape
-    padded = np.zeros((n, -(-k * bits // 32) * 32 // bits), dtype=np.uint8)
+    eights = -(-k // 32) * 4  # a word's worth of any width
+    padded = np.zeros((n, 8 * eights), dtype=np.uint8)
     padded[:, :k] = codes
     if bits == 4:
-        padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
-    return np.ascontiguousarray(padded).view("<i4")
+        data = padded[:, 0::2] | (padded[:, 1::2] << 4)
+    elif bits == 8:
+        data = padded
+    else:  # eight codes fill `bits` bytes
+        words = sum(padded[:, i::8].astype("<u8") << np.uint64(i * bits) for i in range(8))
+        data = np.asarray(words).view(np.uint8).reshape(n, eights, 8)[:, :, :bits].reshape(n, -1)
+    return np.ascontiguousarray(data[:, : 4 * -(-k * bits // 32)]).view("<i4")
 
 
 def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
@@ -66,6 +72,16 @@ def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
         pairs |= pairs << 4
         pairs &= 0x0F0F
         data = pairs.view(np.uint8)
+    elif bits != 8:
+        n, eights = len(data), -(-columns // 8)
+        bytes_of = np.zeros((n, eights, 8), dtype=np.uint8)
+        filled = np.zeros((n, eights * bits), dtype=np.uint8)
+        filled[:, : data.shape[1]] = data[:, : eights * bits]
+        bytes_of[:, :, :bits] = filled.reshape(n, eights, bits)
+        words = bytes_of.reshape(n, -1).view("<u8")
+        data = np.empty((n, 8 * eights), dtype=np.uint8)
+        for i in range(8):
+            data[:, i::8] = (words >> np.uint64(i * bits)).astype(np.uint8) & np.uint8((1 << bits) - 1)
     return data[:, :columns]
 
 

@@ -196,7 +196,7 @@ class EncoderModel:
 def check_encoder_format(spec: EncoderSpec, fmt: Format) -> None:
     """Raise ConfigError unless every linear of `spec` can be in `fmt`."""
     if fmt.is_native:
-        raise ConfigError("encoders take fp32, bf16 or w{8,4}a{8,16} formats", fmt.name, "w8a8")
+        raise ConfigError("encoders take fp32, bf16 or w{8,6,5,4}a{8,16} formats", fmt.name, "w8a8")
     wrong = [f"{name}: width {k}" for name, (_, k) in spec.linears().items() if fmt.group and k % fmt.group]
     if wrong:
         raise ConfigError(f"groups must divide the width ({fmt.name})", ", ".join(wrong), "w8a8")

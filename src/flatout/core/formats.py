@@ -4,8 +4,8 @@ Grammar of a format name (docs/formats.md has the table):
 
     fp32 | bf16                              floats, multiplied as floats
     fp8                                      e4m3 with a scale a row, times bf16 or e4m3 with a scale a token
-    w{8,4}a8[-g{32,64,128}][-asym]           integer codes times int8 activations, exact int32 sums
-    w{8,4}a16[-g{32,64,128}][-asym]          integer codes times 15-bit activations, exact int32 sums
+    w{8,6,5,4}a8[-g{32,64,128}][-asym]       integer codes times int8 activations, exact int32 sums
+    w{8,6,5,4}a16[-g{32,64,128}][-asym]      integer codes times 15-bit activations, exact int32 sums
     q4_0 | q4_1 | q8_0                       the GGUF blocks as stored (32 wide), times int8 activations
 
 Every integer weight is   w[n, k] = scale[n, k // group] * (code[n, k] - zero[n, k // group])
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 
-_GRAMMAR = re.compile(r"w(?P<bits>[48])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
+_GRAMMAR = re.compile(r"w(?P<bits>[4568])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
 METHODS = ("rtn", "gptq", "smooth", "smooth-gptq", "native")
 """How codes are made: rounding to nearest, GPTQ, either of them after smoothing activations, or as the file
 has."""
@@ -31,7 +31,7 @@ _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmet
 class Format:
     """One number format.
 
-    bits: 4 or 8 for integer codes, 16 or 32 for floats. group: weights sharing a scale along K, 0 = the
+    bits: 4, 5, 6 or 8 for integer codes, 16 or 32 for floats. group: weights sharing a scale along K, 0 = the
     whole row. zero: "symmetric" (codes are signed around zero), "asymmetric" (integer zero point a group)
     or "minimum" (float minimum a group). activation: "int8" (dynamic), "bf16" or "fp32". activation_group:
     activations sharing one dynamic scale along K, 0 = the whole token.
@@ -52,6 +52,11 @@ class Format:
     def is_native(self) -> bool:
         """Taken from the GGUF file without re-rounding."""
         return self.name in _NATIVE
+
+    @property
+    def scales_tokens(self) -> bool:
+        """Whether activations are int8 with one scale a token: what smoothing is for."""
+        return self.is_integer and self.activation == "int8" and not self.activation_group
 
     def groups(self, k: int) -> int:
         """Scales a row of length k holds."""
@@ -80,7 +85,7 @@ def parse_format(name: str) -> Format:
     match = _GRAMMAR.fullmatch(name)
     if match is None:
         raise ConfigError(
-            "a format is fp32, bf16, fp8, q4_0, q4_1, q8_0 or w{8,4}a{8,16}[-g{32,64,128}][-asym]",
+            "a format is fp32, bf16, fp8, q4_0, q4_1, q8_0 or w{8,6,5,4}a{8,16}[-g{32,64,128}][-asym]",
             repr(name),
             "w8a8-g64",
         )
@@ -169,5 +174,5 @@ class Recipe:
 def uniform(name: str, kv_cache: str = "int8", head: str | None = None, method: str = "rtn") -> Recipe:
     """The recipe that uses one format everywhere; head and embedding stay at 8 bits for 4-bit formats."""
     fmt = parse_format(name)
-    head = head or ("w8a8-g64" if fmt.bits == 4 and not fmt.is_native else name)
+    head = head or ("w8a8-g64" if fmt.bits < 8 and not fmt.is_native else name)
     return Recipe(name=name, layers=name, embedding=head, head=head, kv_cache=kv_cache, method=method)

@@ -131,13 +131,14 @@ def is_packed(fmt: Format, is_table: bool) -> bool:
     """
     if fmt.zero == "minimum":
         return True
-    return fmt.zero == "symmetric" and not is_table and (fmt.bits == 4 or fmt.activation != "int8")
+    return fmt.zero == "symmetric" and not is_table and (fmt.bits < 8 or fmt.activation != "int8")
 
 
 def read_schemes(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Scheme]:
     """The scheme of every quantised module among `modules` under a `quantization_config` of anyone's making.
 
-    Raises UnsupportedModelError for schemes other than integer weights of 4 or 8 bits by channel or group.
+    Raises UnsupportedModelError for schemes other than integer weights of 4, 5, 6 or 8 bits by channel or
+    group.
     """
     method = config.get("quant_method")
     if method != "compressed-tensors":
@@ -189,7 +190,7 @@ def _scheme(group: Mapping[str, Any], module: str) -> Scheme:
     known = (
         isinstance(weights, dict)
         and weights.get("type", "int") == "int"
-        and weights.get("num_bits") in (4, 8)
+        and weights.get("num_bits") in (4, 5, 6, 8)
         and weights.get("strategy") in ("channel", "group", None)
         and weights.get("actorder") in (None, "weight", "static")
         and not weights.get("dynamic")
@@ -202,7 +203,7 @@ def _scheme(group: Mapping[str, Any], module: str) -> Scheme:
         )
     if not known or not isinstance(weights, dict):
         raise UnsupportedModelError(
-            "weights are read as 4- or 8-bit integers by channel or group, activations as dynamic",
+            "weights are read as integers of 4, 5, 6 or 8 bits by channel or group, activations as dynamic",
             f"{module}: {str(weights)[:120]}, {str(activations)[:120]}",
             "the float model",
         )

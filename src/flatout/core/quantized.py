@@ -18,10 +18,10 @@ from flatout.errors import ModelFileError
 class QuantizedTensor:
     """An (N, K) weight: w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g]), or scales * codes + minima.
 
-    codes: int8 (N, K) in [-127, 127] for 8-bit symmetric; uint8 (N, K) in [0, 15] for every 4-bit format
-    and in [0, 255] for 8-bit asymmetric. scales: float16 or float32 (N, K // group). zeros: uint8 (N, K //
-    group) for "asymmetric", otherwise None; 4-bit symmetric codes carry the constant zero 8. minima: like
-    scales for "minimum".
+    codes: int8 (N, K) in [-127, 127] for 8-bit symmetric; uint8 (N, K) below 2^bits for all others. scales:
+    float16 or float32 (N, K // group). zeros: uint8 (N, K // group) for "asymmetric", otherwise None;
+    symmetric codes of fewer than 8 bits carry the constant zero 2^(bits - 1). minima: like scales for
+    "minimum".
     """
 
     format: Format
@@ -62,8 +62,8 @@ class QuantizedTensor:
 
     @property
     def integer_zero(self) -> int:
-        """The constant zero of symmetric formats (8 for 4 bits, 0 for 8 bits)."""
-        return 8 if self.format.bits == 4 and self.format.zero == "symmetric" else 0
+        """The constant zero of symmetric formats: 2^(bits - 1), or 0 for 8 bits."""
+        return 1 << (self.format.bits - 1) if self.format.bits < 8 and self.format.zero == "symmetric" else 0
 
     def dequantize(self) -> np.ndarray:
         """The weight as float32 (N, K)."""

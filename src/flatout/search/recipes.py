@@ -92,9 +92,9 @@ def _uniform(body: str, source: Source) -> Recipe:
     if not fmt.is_integer:
         return float_recipe(body)
     head = body
-    if fmt.bits == 4 and not fmt.is_native:
-        head = eight_bit(source.spec.hidden_size)
-    elif fmt.activation == "int8" and not fmt.activation_group:
+    if fmt.bits < 8 and not fmt.is_native:
+        head = eight_bit(source.spec.hidden_size) if fmt.group else "w8a16"
+    elif fmt.scales_tokens:
         head = "w8a16"
     if not fmt.is_native and native_format(source, "head") == native_format(source, "embedding") == "q8_0":
         head = "q8_0"

@@ -27,7 +27,16 @@ from flatout.perf.predict import Calibration, StepTimes, calibrate, predict, ref
 from flatout.perf.profile import Profile, profile_from_json, profile_to_json
 from flatout.perf.tables import add_residuals, residuals
 from flatout.search.context import Context
-from flatout.search.joint import METHOD, Joint, Observation, formats_of, place_bytes, space_of, stand_ins
+from flatout.search.joint import (
+    METHOD,
+    SPREAD,
+    Joint,
+    Observation,
+    formats_of,
+    place_bytes,
+    space_of,
+    stand_ins,
+)
 from flatout.search.portable import restrict_space
 from flatout.search.recipes import ORIGINAL, Candidate
 from flatout.search.rows import Row, by_suitability, loss_of, memory_bytes, two_standard_errors
@@ -221,7 +230,8 @@ class Screen:
         if self.joint is None or expected is None or row.loss is None or row.recipe == ORIGINAL:
             return
         measured, high = math.log1p(row.loss.value), math.log1p(row.loss.high)
-        error = (high - measured) / 2
+        other = 0.0 if row.recipe.method == METHOD else SPREAD * expected
+        error = math.hypot((high - measured) / 2, other)
         self.joint.seen.append(Observation(expected=expected, measured=measured, error=error))
 
     def ranked(self, rows: list[Row]) -> list[Row]:
@@ -310,7 +320,7 @@ class Screen:
             loss = loss_of(self.losses(row.recipe, QUICK))
             if loss.low > max_loss:
                 reason = f"loses {loss.value:.1%} on {loss.tokens:,} tokens"
-                self._set(row.name, loss=loss, status="rejected", reason=reason)
+                self._observe(self._set(row.name, loss=loss, status="rejected", reason=reason))
                 return
             losses = self.losses(row.recipe)
         except (EvidenceError, UnsupportedModelError) as error:  # broken logits, or no kernel for the format

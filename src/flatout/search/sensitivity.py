@@ -9,12 +9,18 @@ with g the gradient of the negative log-likelihood of tokens drawn from the mode
 information; Martens, "New Insights and Perspectives on the Natural Gradient Method", 2020).
 Rounding errors are independent and have the mean square step^2 / 12, so the cross terms vanish:
 
-    weights       1/2 sum over n, k of  F[n, k] * step[n, group of k]^2 / 12 * kept
+    weights       1/2 sum over n, k of  F[n, k] * step[n, group of k]^2 / 12
     activations   1/2 sum over t, k of  (dL / dx[t, k])^2 * (x[t, k] - rounded x[t, k])^2
 
-F[n, k] is the mean over documents of (dL / dW[n, k])^2, which sees that a weight's error is the same at every
-token; `kept` is the part of the error that GPTQ leaves (compress/gptq.py:Factor.kept). In a smoothed linear
-the weight is W s and its input x / s. All places come from the same pass; nothing is rounded for it.
+F[n, k] is the mean over documents of G[n, k]^2, G = dL / dW, which sees that a weight's error is the same at
+every token. GPTQ's errors are not independent: with its factor U (compress/gptq.py) column i's error e_i
+becomes e_i U[i, :] / U[i, i] of the row, so that with G for every document
+
+    (G U^T)[n, i]^2 / U[i, i]^2   stands in place of   G[n, i]^2
+
+On text that U has not seen this also counts how well U generalises; the diagonal of U alone would promise two
+to three times less loss than 8-bit weights have. In a smoothed linear the weight is W s and its input x / s.
+All places come from the same pass; nothing is rounded for it.
 
 Limits: errors are small and do not interact. `divergences` measures a few choices as they are, each alone in
 an otherwise exact model, and the search corrects the sum by what whole candidates lose.
@@ -26,13 +32,14 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flatout.compress.gptq import Factor
 from flatout.compress.inputs import Documents
 from flatout.compress.library import Library
 from flatout.compress.rtn import group_rows, make_grid, round_to_nearest
@@ -46,19 +53,19 @@ Progress = Callable[[str, int, int], None]
 Losses = dict[tuple[str, str], float]
 """(place, format) -> nats a token. Places: layers.I.LINEAR, head, kv_cache."""
 
+Left = dict[tuple[str, bool], float]
+"""(place, smoothed or not) -> the part of its weights' loss that GPTQ leaves."""
+
 _GROUP = 32  # columns whose F is kept as one sum: the narrowest group of any format
 _SEED = 0
 _EVERY = 4  # rows of a layer's weight whose F is computed: one in four stands for the others
-_STRIDE = 3  # layers of which GPTQ's part is computed: one in three, taken for its neighbours too
+_STRIDE = (
+    3  # layers of which the part that GPTQ leaves is computed: one in three, taken for its neighbours too
+)
 _PASSAGES, _PASSAGE = 4, 256  # passages that pass forward and back, and their tokens
 _PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
 _MEASURED = 20  # choices whose divergence is measured
 _LEAST, _MOST = 2e-4, 0.02  # expected nats a token of a choice, in all layers, that is worth measuring
-
-
-def is_smoothed(fmt: Format) -> bool:
-    """Whether recipes of method smooth-gptq smooth a linear of this format."""
-    return fmt.is_integer and fmt.activation == "int8" and not fmt.activation_group
 
 
 def rounded_inputs(x: Tensor, fmt: Format) -> Tensor:
@@ -109,31 +116,74 @@ class _ProbedCache(Documents):
         return super().attend(layer, q, k, v, positions, window)
 
 
+def by_rounding(gradient: Tensor, factor: Factor) -> Tensor:
+    """The gradient (N, K) of a weight by the rounding of each column, in the order in which GPTQ takes them:
+    error e of column i becomes e U[i, :] / U[i, i] of the whole row."""
+    upper = torch.from_numpy(factor.upper)
+    spread: Tensor = gradient[:, torch.from_numpy(factor.columns)] @ (upper / upper.diagonal()[:, None]).T
+    return spread
+
+
+class _RoundedCache(Documents):
+    """Attention within documents whose keys and values are rounded as a cache of this format does."""
+
+    def __init__(self, lengths: Sequence[int], format_name: str) -> None:
+        super().__init__(lengths)
+        self._format = format_name
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
+    ) -> Tensor:
+        k, v = (round_keys_or_values(x, self._format) for x in (k, v))
+        return super().attend(layer, q, k, v, positions, window)
+
+
 class _Place:
     """Sums of one linear over documents, for the formats asked for."""
 
     def __init__(self, library: Library, name: str, formats: Iterable[str]) -> None:
         self.name, self.formats = name, [parse_format(f) for f in formats]
-        self.smoothing = as_tensor(library.smoothing(name)) if any(map(is_smoothed, self.formats)) else None
+        self.smoothing = (
+            as_tensor(library.smoothing(name)) if any(f.scales_tokens for f in self.formats) else None
+        )
         self.every = 1 if name == "head" else _EVERY  # a head's rows are tokens, and few of them are frequent
         self.activations = dict.fromkeys([f.name for f in self.formats], 0.0)
         self.fisher: Tensor | float = 0.0  # (N / every, K / _GROUP)
         self.smoothed: Tensor | float = 0.0  # (N / every, 1): that of W s
+        # smoothed or not -> its factor, and sums of G^2 (2, N / every) as GPTQ leaves it and as it is
+        self.factors = {
+            smoothed: library.factor(name, smoothed)
+            for smoothed in {f.scales_tokens for f in self.formats if _is_spread(library, name, f)}
+            if int(name.split(".")[1]) % _STRIDE == 0
+        }
+        self.left: dict[bool, Tensor | float] = dict.fromkeys(self.factors, 0.0)
 
     def see(self, x: Tensor, gradient: Tensor, back: Tensor) -> None:
-        squares = (gradient[:, :: self.every].T @ x).square_()
+        of_weight = gradient[:, :: self.every].T @ x
+        for smoothed, factor in self.factors.items():
+            own = of_weight / self.smoothing if smoothed and self.smoothing is not None else of_weight
+            sums = [one.square().sum(dim=1) for one in (by_rounding(own, factor), own)]
+            self.left[smoothed] = self.left[smoothed] + torch.stack(sums)
+        squares = of_weight.square_()
         n, k = squares.shape
         self.fisher = self.fisher + squares.view(n, -1, _GROUP if k % _GROUP == 0 else k).sum(dim=2)
         if self.smoothing is not None:
             self.smoothed = self.smoothed + (squares @ self.smoothing.square().reciprocal())[:, None]
         known: dict[tuple[str, int, bool], float] = {}
         for fmt in self.formats:
-            key = (fmt.activation, fmt.activation_group, is_smoothed(fmt))
+            key = (fmt.activation, fmt.activation_group, fmt.scales_tokens)
             if key not in known:
-                s = self.smoothing if is_smoothed(fmt) and self.smoothing is not None else 1.0
+                s = self.smoothing if fmt.scales_tokens and self.smoothing is not None else 1.0
                 error = s * (x / s - rounded_inputs(x / s, fmt))
                 known[key] = 0.5 * float((back * error).square_().sum())
             self.activations[fmt.name] += known[key]
+
+    def left_of(self, library: Library, weight: np.ndarray) -> Iterator[tuple[bool, float]]:
+        """(smoothed or not, the part of the weight's loss that GPTQ leaves); rows count by their steps."""
+        for smoothed, sums in self.left.items():
+            rows = weight[:: self.every] * (library.smoothing(self.name) if smoothed else 1.0)
+            after, before = (sums * torch.from_numpy(np.square(np.abs(rows).max(axis=1)))).sum(dim=1)
+            yield smoothed, float(after / before) if before else 1.0
 
     def weights(self, source: Source, library: Library, weight: np.ndarray, fmt: Format) -> float:
         """Loss by rounding the weight (N, K): 0 where the file's own blocks are kept."""
@@ -146,7 +196,7 @@ class _Place:
         if not fmt.is_integer:
             error = _bf16_error(weight) * (fmt.bits != 32)
             return share * 0.5 * float((error.view(*fisher.shape, -1).square().mean(dim=2) * fisher).sum())
-        if is_smoothed(fmt):
+        if fmt.scales_tokens:
             weight = weight * library.smoothing(self.name)
             assert isinstance(self.smoothed, Tensor)
             fisher = self.smoothed
@@ -187,11 +237,11 @@ def expected_losses(
     documents: calibration token ids, of which a few thousand tokens are used.
     """
     passages = [document[:_PASSAGE] for document in documents[:_PASSAGES]]
-    weights, activations = sensitivities(library, passages, choices, progress)
+    weights, activations, left = sensitivities(library, passages, choices, progress)
     sums: dict[tuple[str, str], float] = {}
-    for place, name in weights:
+    for (place, name), loss in activations.items():
         key = (place.rpartition(".")[2], name)
-        sums[key] = sums.get(key, 0.0) + weights[place, name] + activations[place, name]
+        sums[key] = sums.get(key, 0.0) + weights.get((place, name), 0.0) + loss
     worth = sorted((key for key in sums if _LEAST < sums[key] < _MOST), key=lambda key: -sums[key])
     probes = [document[:_PROBE] for document in documents[-_PROBES:]]
     measured = divergences(library, probes, worth[:_MEASURED], progress)
@@ -203,21 +253,24 @@ def expected_losses(
         ratio = ratios.get((place.rpartition(".")[2], name), usual)
         own, rest = weights.get((place, name), 0.0), activations[place, name]
         nearest[place, name] = ratio * (own + rest)
-        left = 1.0 if place == "kv_cache" else kept(library, place, parse_format(name))
-        spread[place, name] = ratio * (own * left + rest)
+        # What weights lose beyond expectation is what their errors have in common, and that GPTQ takes out.
+        spread[place, name] = own * _kept(library, left, place, name) + ratio * rest
     return spread, nearest
 
 
-def kept(library: Library, name: str, fmt: Format) -> float:
-    """The part of a weight's error that smooth-gptq leaves, of a layer near `name`; heads are rounded to
-    nearest."""
+def _is_spread(library: Library, name: str, fmt: Format) -> bool:
+    """Whether smooth-gptq rounds this weight by GPTQ: heads are rounded to nearest."""
     stored = fmt.is_native or native_format(library.source, name) == fmt.name
-    if name == "head" or not fmt.is_integer or stored:
+    return name != "head" and fmt.is_integer and not stored
+
+
+def _kept(library: Library, left: Left, place: str, name: str) -> float:
+    """The part of a weight's loss that GPTQ leaves, by the nearest layer of which it is known."""
+    if place == "kv_cache" or not _is_spread(library, place, parse_format(name)):
         return 1.0
-    _, layer, linear = name.split(".")
-    last = library.source.spec.num_layers - 1
-    near = min(round(int(layer) / _STRIDE) * _STRIDE, last)
-    return library.factor(f"layers.{near}.{linear}", is_smoothed(fmt)).kept
+    _, layer, linear = place.split(".")
+    near = min((library.source.spec.num_layers - 1) // _STRIDE, round(int(layer) / _STRIDE)) * _STRIDE
+    return left[f"layers.{near}.{linear}", parse_format(name).scales_tokens]
 
 
 def sensitivities(
@@ -225,8 +278,9 @@ def sensitivities(
     documents: Sequence[Sequence[int]],
     choices: Mapping[str, Sequence[str]],
     progress: Progress | None = None,
-) -> tuple[Losses, Losses]:
-    """Expected loss by (weights, activations) of every choice, weights rounded to nearest.
+) -> tuple[Losses, Losses, Left]:
+    """Expected loss by (weights, activations) of every choice, weights rounded to nearest; and the part of
+    the former that GPTQ leaves.
 
     choices: place -> formats; those of kv_cache are KV formats, and those of the head stand for the embedding
     too, whose rounding counts as an activation's. documents: calibration token ids, each passed
@@ -276,7 +330,12 @@ def sensitivities(
             by_activations[name, fmt.name] = place.activations[fmt.name] / tokens
     for name, loss in tables.items():
         by_activations["head", name] += loss / tokens
-    return by_weights, by_activations
+    left = {
+        (name, smoothed): part
+        for name, place in places.items()
+        for smoothed, part in place.left_of(library, weight(name).numpy())
+    }
+    return by_weights, by_activations, left
 
 
 @torch.no_grad()
@@ -287,7 +346,8 @@ def divergences(
     progress: Progress | None = None,
 ) -> dict[tuple[str, str], float]:
     """Measured KL(original || rounded) in nats a token of each (kind, format): a linear rounded to nearest in
-    all layers at once, or the head, everything else exact. kind: qkv, o, gate_up, down or head."""
+    all layers at once, the head, or the cache, everything else exact. kind: qkv, o, gate_up, down, head or
+    kv_cache."""
     source = library.source
     spec = source.spec
     lengths = [len(document) for document in documents]
@@ -297,12 +357,15 @@ def divergences(
     embedded = Llama(source).embed(ids)
     weight = _float_weights(source)
 
-    def log_probabilities(kind: str, fmt: Format | None) -> Tensor:
+    def log_probabilities(kind: str, format_name: str) -> Tensor:
+        cache = _RoundedCache(lengths, format_name) if kind == "kv_cache" else Documents(lengths)
+
         def linear(name: str, x: Tensor) -> Tensor:
             w = weight(name)
-            if fmt is None or name.rpartition(".")[2] != kind:
+            if name.rpartition(".")[2] != kind:
                 return x @ w.T
-            if is_smoothed(fmt):
+            fmt = parse_format(format_name)
+            if fmt.scales_tokens:
                 s = as_tensor(library.smoothing(name))
                 x, w = x / s, w * s
             if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
@@ -313,18 +376,16 @@ def divergences(
 
         x = embedded
         for layer in range(spec.num_layers):
-            x = decoder_layer(
-                spec, layer, x, positions, turns, linear=linear, vector=weight, cache=Documents(lengths)
-            )
+            x = decoder_layer(spec, layer, x, positions, turns, linear=linear, vector=weight, cache=cache)
         normed = rms_norm(x, weight("norm"), spec.rms_norm_eps, spec.norm_offset)
         return torch.log_softmax(linear("head", normed), dim=1)
 
-    exact = log_probabilities("", None)
+    exact = log_probabilities("", "")
     likely = exact.exp()
     found = {}
     for done, (kind, name) in enumerate(kinds):
         if progress is not None:
             progress(f"measuring {kind} in {name}", done, len(kinds))
-        rounded = log_probabilities(kind, parse_format(name))
+        rounded = log_probabilities(kind, name)
         found[kind, name] = float((likely * (exact - rounded)).sum() / len(ids))
     return found

@@ -100,7 +100,7 @@ Source quantized_source(const AnyMatrix& codes, const AnyMatrix& scales, const n
   s.k = (int)codes.shape(1);
   s.bits = bits;
   s.group = group;
-  if (bits != 4 && bits != 8) throw std::invalid_argument("codes have 4 or 8 bits");
+  if (bits < 4 || bits > 8 || bits == 7) throw std::invalid_argument("codes have 4, 5, 6 or 8 bits");
   if (codes.itemsize() != 1) throw std::invalid_argument("codes must be bytes");
   if (group < 0 || (group && (s.k % group || group % 32)) || (bits == 4 && group == 0))
     throw std::invalid_argument("the group must be a multiple of 32 that divides the width");

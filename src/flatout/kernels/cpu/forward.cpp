@@ -131,7 +131,7 @@ void Model::lookup(int32_t token, float* out) const {
       const size_t at = (size_t)token * groups + g;
       const float scale = value(embedding_scales_, at);
       const float minimum = e.zero == Zero::kMinimum ? value(embedding_minima_, at) : 0.0f;
-      const int zero = e.zero == Zero::kAsymmetric ? embedding_zeros_.data[at] : (e.bits == 4 && e.zero == Zero::kSymmetric ? 8 : 0);
+      const int zero = e.zero == Zero::kAsymmetric ? embedding_zeros_.data[at] : (e.bits < 8 && e.zero == Zero::kSymmetric ? 1 << (e.bits - 1) : 0);
       const bool is_signed = e.bits == 8 && e.zero == Zero::kSymmetric;
       for (int k = g * group; k < (g + 1) * group; ++k) {
         const int code = is_signed ? (int8_t)embedding_codes_.data[row + k] : embedding_codes_.data[row + k];

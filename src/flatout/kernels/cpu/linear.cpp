@@ -8,17 +8,11 @@
 // Bytes: the panel once a call. Operations: 2 * 16 * K a token.
 #include <algorithm>
 
+#include "codes.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace flatout {
 namespace FLATOUT_ISA {
-
-// Sixteen low and sixteen high nibbles a 32-bit lane: column groups 2i and 2i + 1.
-static inline u8x64 low_nibbles(u8x64 v) { return v & (u8x64)splat_i32(0x0f0f0f0f); }
-static inline u8x64 high_nibbles(u8x64 v) {
-  return (u8x64)((u32x16)v >> 4) & (u8x64)splat_i32(0x0f0f0f0f);
-}
 
 // Tokens a block: as many as their sums fit the registers.
 #if defined(__AVX512F__)
@@ -40,7 +34,9 @@ static inline int32_t four(const int8_t* p) {
 template <int BITS, int PLANES, int MB, int PANELS, int LINES>
 static void integer_block(const Linear& w, const uint8_t* const* panel, const Activations& a, int first,
                           float* const* out) {
-  constexpr int kColumns = 32 / BITS;  // of a line
+  constexpr bool kChunks = BITS == 5 || BITS == 6;
+  constexpr int kStep = kChunks ? chunk_lines(BITS) : 1;  // lines that are multiplied together
+  constexpr int kColumns = kChunks ? chunk_columns(BITS) : 32 / BITS;
   const int lines = LINES ? LINES : w.group * BITS / 32;
   const size_t values = group_index(first, 0, w.groups);  // all MB tokens lie in one tile
   // What the next panels hold, side by side as these are read: from main memory two streams are faster than one.
@@ -58,7 +54,7 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
   for (int m = 0; m < MB; ++m)
     for (int c = 0; c < PLANES; ++c) codes[c][m] = a.codes[c] + (size_t)(first + m) * w.row_stride;
   for (int g = 0; g < w.groups; ++g) {
-    // Two sums of each product: of the low and the high nibbles, or of even and odd lines.
+    // Two sums of each product: of even and odd column groups.
     i32x16 dot[2][PANELS][PLANES][MB];
 #pragma GCC unroll 16
     for (int p = 0; p < PANELS; ++p)
@@ -70,9 +66,22 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
     const auto multiply = [&](int i, int odd) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int p = 0; p < PANELS; ++p) {
-        __builtin_prefetch(ahead[p], 0, 2);
-        ahead[p] += 64;
-        const u8x64 v = load<u8x64>(line[p] + 64 * i);
+#pragma GCC unroll 8
+        for (int l = 0; l < kStep; ++l, ahead[p] += 64) __builtin_prefetch(ahead[p], 0, 2);
+        const uint8_t* from = line[p] + (size_t)64 * kStep * i;
+        if constexpr (kChunks) {
+          const u8x64 rest = load<u8x64>(from + 64 * (kStep - 1));
+#pragma GCC unroll 8
+          for (int q = 0; q < kColumns / 4; ++q) {
+            const u8x64 v = chunk_codes<BITS>(load<u8x64>(from + 64 * (q / 2)), rest, q);
+#pragma GCC unroll 16
+            for (int c = 0; c < PLANES; ++c)
+              for (int m = 0; m < MB; ++m)
+                dot[q % 2][p][c][m] = dot_us(dot[q % 2][p][c][m], v, four(codes[c][m] + kColumns * i + 4 * q));
+          }
+          continue;
+        }
+        const u8x64 v = load<u8x64>(from);
 #pragma GCC unroll 16
         for (int c = 0; c < PLANES; ++c)
           for (int m = 0; m < MB; ++m) {
@@ -90,9 +99,14 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
 #pragma GCC unroll 16
       for (int i = 0; i < LINES; ++i) multiply(i, i % 2);
     } else {
+      const int steps = lines / kStep;
       int i = 0;
-      for (; i + 2 <= lines; i += 2) multiply(i, 0), multiply(i + 1, 1);
-      if (i < lines) multiply(i, 0);
+      if constexpr (kChunks) {
+        while (i < steps) multiply(i++, 0);
+      } else {
+        for (; i + 2 <= steps; i += 2) multiply(i, 0), multiply(i + 1, 1);
+        if (i < steps) multiply(i, 0);
+      }
     }
     const float* a_scale = a.scales + values + g * kTileRows;
 #pragma GCC unroll 16
@@ -128,10 +142,12 @@ template <int BITS, int PLANES, int MB, int PANELS>
 static void integer_lines(const Linear& w, const uint8_t* const* panel, const Activations& a, int first,
                           float* const* out) {
 #if defined(__AVX512F__)
-  const int lines = w.group * BITS / 32;
-  if (lines == 4) return integer_block<BITS, PLANES, MB, PANELS, 4>(w, panel, a, first, out);
-  if (lines == 8) return integer_block<BITS, PLANES, MB, PANELS, 8>(w, panel, a, first, out);
-  if (lines == 16) return integer_block<BITS, PLANES, MB, PANELS, 16>(w, panel, a, first, out);
+  if constexpr (BITS == 4 || BITS == 8) {
+    const int lines = w.group * BITS / 32;
+    if (lines == 4) return integer_block<BITS, PLANES, MB, PANELS, 4>(w, panel, a, first, out);
+    if (lines == 8) return integer_block<BITS, PLANES, MB, PANELS, 8>(w, panel, a, first, out);
+    if (lines == 16) return integer_block<BITS, PLANES, MB, PANELS, 16>(w, panel, a, first, out);
+  }
 #endif
   return integer_block<BITS, PLANES, MB, PANELS, 0>(w, panel, a, first, out);
 }
@@ -185,11 +201,14 @@ static void block(const Linear& w, const uint8_t* const* panel, const Activation
                                      : bf16_block<MB>(w, panel[p], a, first, out[p]);
     return;
   }
-  if (w.bits == 8)
-    return w.planes == 1 ? integer_lines<8, 1, MB, PANELS>(w, panel, a, first, out)
-                         : integer_lines<8, 2, MB, PANELS>(w, panel, a, first, out);
-  return w.planes == 1 ? integer_lines<4, 1, MB, PANELS>(w, panel, a, first, out)
-                       : integer_lines<4, 2, MB, PANELS>(w, panel, a, first, out);
+  const auto run = [&]<int BITS>() {
+    return w.planes == 1 ? integer_lines<BITS, 1, MB, PANELS>(w, panel, a, first, out)
+                         : integer_lines<BITS, 2, MB, PANELS>(w, panel, a, first, out);
+  };
+  w.bits == 8   ? run.template operator()<8>()
+  : w.bits == 6 ? run.template operator()<6>()
+  : w.bits == 5 ? run.template operator()<5>()
+                : run.template operator()<4>();
 }
 
 void linear_panels(const Linear& w, const uint8_t* const* panel, int panels, const int8_t* const*,

@@ -6,8 +6,8 @@
 // another 40 go to storing and scaling the sums (measured on a Xeon of the fourth generation's kind).
 #include <algorithm>
 
+#include "codes.h"
 #include "kernels.h"
-#include "simd.h"
 #include "tiles.h"
 
 namespace flatout {
@@ -30,24 +30,41 @@ void begin_linear(const Linear& w, int tokens) {
 
 void end_linear() { _tile_release(); }
 
-// One scale a row, 8 bits: tiles read the packed codes as they are.
-static bool whole_row(const Linear& w) { return w.groups == 1 && w.bits == 8 && w.zero == Zero::kSymmetric; }
+// One scale a row: tiles multiply unsigned codes around 128, those of 8 bits as they are packed.
+static bool whole_row(const Linear& w) {
+  return w.kind == WeightKind::kInteger && w.groups == 1 && w.zero == Zero::kSymmetric;
+}
 
-// Codes as signed bytes around their zero where that fits (4 bits, 8-bit symmetric); 8-bit asymmetric codes are moved
-// by 128 and corrected by their zero afterwards.
+template <int BITS>
+static void unpack_chunks(const Linear& w, const uint8_t* panel, u8x64 offset, int8_t* scratch) {
+  constexpr int kQuads = chunk_columns(BITS) / 4;
+  for (int k = 0; k < w.k_padded; k += 4 * kQuads, panel += 64 * chunk_lines(BITS)) {
+    const u8x64 rest = load<u8x64>(panel + 64 * (kQuads / 2));
+#pragma GCC unroll 8
+    for (int q = 0; q < kQuads; ++q, scratch += 64)
+      store(scratch, chunk_codes<BITS>(load<u8x64>(panel + 64 * (q / 2)), rest, q) - offset);
+  }
+}
+
+// Codes as signed bytes around their zero where that fits (fewer than 8 bits, 8-bit symmetric); 8-bit asymmetric codes are
+// moved by 128 and corrected by their zero afterwards.
 void prepare_panel(const Linear& w, const uint8_t* panel, int8_t* scratch) {
-  if (w.kind != WeightKind::kInteger || whole_row(w)) return;
-  const uint8_t zero = w.zero == Zero::kSymmetric ? (uint8_t)w.integer_zero : (w.bits == 8 ? 128 : 0);
-  const u8x64 offset = u8x64{} + zero;  // unsigned: moving 8-bit codes by 128 wraps
+  if (w.kind != WeightKind::kInteger || (whole_row(w) && w.bits == 8)) return;
+  const int zero = whole_row(w)                  ? w.integer_zero - 128
+                   : w.zero == Zero::kSymmetric ? w.integer_zero
+                   : w.bits == 8                ? 128
+                                                : 0;
+  const u8x64 offset = u8x64{} + (uint8_t)zero;  // unsigned: moving 8-bit codes by 128 wraps
+  if (w.bits == 6) return unpack_chunks<6>(w, panel, offset, scratch);
+  if (w.bits == 5) return unpack_chunks<5>(w, panel, offset, scratch);
   const size_t lines = (size_t)w.k_padded * w.bits / 32;
   for (size_t i = 0; i < lines; ++i) {
-    u8x64 v = load<u8x64>(panel + 64 * i);
+    const u8x64 v = load<u8x64>(panel + 64 * i);
     if (w.bits == 8) {
       store(scratch + 64 * i, v - offset);
     } else {
-      u8x64 mask = (u8x64)splat_i32(0x0f0f0f0f);
-      store(scratch + 128 * i, (v & mask) - offset);
-      store(scratch + 128 * i + 64, ((u8x64)((u32x16)v >> 4) & mask) - offset);
+      store(scratch + 128 * i, low_nibbles(v) - offset);
+      store(scratch + 128 * i + 64, high_nibbles(v) - offset);
     }
   }
 }
@@ -173,8 +190,9 @@ static inline void fetch(const uint8_t* tile) {
 
 // One scale a row: 2 x 2 tiles share their operands, four products to four loads; the fp32 work of the last block is
 // done between the products of the next.
-static void whole_row_panels(const Linear& w, const uint8_t* const* panel, const Activations& a, int first, int count,
-                             float* const* out) {
+// `codes`: those of each panel, a byte each.
+static void whole_row_panels(const Linear& w, const uint8_t* const* panel, const uint8_t* const* codes,
+                             const Activations& a, int first, int count, float* const* out) {
   WholeRowBlock blocks[2];
   blocks[1].units = 0;
   int side = 0;
@@ -192,8 +210,8 @@ static void whole_row_panels(const Linear& w, const uint8_t* const* panel, const
     _tile_zero(3);
     for (int k = 0; k < w.k_padded; k += 64) {
       _tile_loadd(4, upper + k, w.row_stride);
-      _tile_loadd(6, panel[0] + (size_t)k * kLanes, 64);
-      _tile_loadd(7, panel[1] + (size_t)k * kLanes, 64);
+      _tile_loadd(6, codes[0] + (size_t)k * kLanes, 64);
+      _tile_loadd(7, codes[1] + (size_t)k * kLanes, 64);
       _tile_dpbsud(0, 4, 6);
       _tile_dpbsud(1, 4, 7);
       if (lower) {
@@ -262,7 +280,10 @@ void linear_panels_amx(const Linear& w, const uint8_t* const* panel, int panels,
   if (w.kind == WeightKind::kFloat32 || count < kTileMinimum)
     return linear_panels(w, panel, panels, scratch, a, first, count, out);
   const uint8_t* panel_pair[2] = {panel[0], panel[panels - 1]};  // a last single panel is computed twice
-  if (whole_row(w)) return whole_row_panels(w, panel_pair, a, first, count, out);
+  if (whole_row(w)) {
+    const uint8_t* unpacked[2] = {(const uint8_t*)scratch[0], (const uint8_t*)scratch[panels - 1]};
+    return whole_row_panels(w, panel_pair, w.bits == 8 ? panel_pair : unpacked, a, first, count, out);
+  }
   const auto grouped = w.zero == Zero::kMinimum                       ? grouped_block<1, true, false>
                        : w.zero == Zero::kAsymmetric && w.planes == 2 ? grouped_block<2, false, true>
                        : w.zero == Zero::kAsymmetric                  ? grouped_block<1, false, true>

@@ -82,6 +82,36 @@ static inline __attribute__((always_inline)) void multiply_4(const uint8_t* line
 #endif
 }
 
+// The same for a chunk of 5- or 6-bit codes. Without VNNI two products of 63 * 128 and another two stay below 32767.
+template <int BITS, int STREAMS>
+static inline __attribute__((always_inline)) void multiply_chunk(const uint8_t* chunk, const int8_t* const* x, int at,
+                                                                 __m256i* sums) {
+  constexpr int kQuads = chunk_columns(BITS) / 4;
+  const __m256i nibble = _mm256_set1_epi8(15), upper = _mm256_set1_epi8(BITS == 5 ? 0x10 : 0x30);
+  const __m256i rest = load_bytes(chunk + 64 * (kQuads / 2));
+#pragma GCC unroll 4
+  for (int q = 0; q < kQuads; q += 2) {
+    const __m256i v = load_bytes(chunk + 32 * q);
+    __m256i codes[2] = {_mm256_and_si256(v, nibble), _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int up = 4 - (BITS - 4) * (q + i);
+      const __m256i moved = up >= 0 ? _mm256_slli_epi16(rest, up) : _mm256_srli_epi16(rest, -up);
+      codes[i] = _mm256_or_si256(codes[i], _mm256_and_si256(moved, upper));
+    }
+#pragma GCC unroll 16
+    for (int s = 0; s < STREAMS; ++s) {
+      const __m256i a = spread(x[s] + at + 4 * q), b = spread(x[s] + at + 4 * q + 4);
+#if defined(__AVXVNNI__)
+      sums[s] = _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(sums[s], codes[0], a), codes[1], b);
+#else
+      const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(codes[0], a), _mm256_maddubs_epi16(codes[1], b));
+      add_now(sums[s], add_pairs(both));
+#endif
+    }
+  }
+}
+
 // MB tokens of one panel. Stream s is plane s / MB of token s % MB.
 template <int BITS, int PLANES, int MB>
 static void integer_block(const Linear& w, const uint8_t* panel, const Activations& a, int first, float* out) {
@@ -114,6 +144,16 @@ static void integer_block(const Linear& w, const uint8_t* panel, const Activatio
                                 sums[half][j % kChains]);
             if (STREAMS > 2) forget();
           }
+        }
+      }
+    } else if constexpr (BITS == 5 || BITS == 6) {
+      for (int i = 0; i < lines; i += chunk_lines(BITS)) {
+        for (int j = 0; j < chunk_lines(BITS); ++j) __builtin_prefetch(line + 64 * (i + j) + kPrefetchBytes);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          multiply_chunk<BITS, STREAMS>(line + 64 * i + 32 * half, x, column + i / chunk_lines(BITS) * chunk_columns(BITS),
+                                        sums[half][0]);
+          if (STREAMS > 1) forget();
         }
       }
     } else {
@@ -269,6 +309,8 @@ void linear_panels(const Linear& w, const uint8_t* const* panel, int panels, con
   const auto run = w.kind == WeightKind::kFloat32    ? float_panels<false>
                    : w.kind == WeightKind::kBFloat16 ? float_panels<true>
                    : w.bits == 8 ? (w.planes == 1 ? integer_panels<8, 1> : integer_panels<8, 2>)
+                   : w.bits == 6 ? (w.planes == 1 ? integer_panels<6, 1> : integer_panels<6, 2>)
+                   : w.bits == 5 ? (w.planes == 1 ? integer_panels<5, 1> : integer_panels<5, 2>)
                                  : (w.planes == 1 ? integer_panels<4, 1> : integer_panels<4, 2>);
   run(w, panel, panels, a, first, count, out);
 }

@@ -21,13 +21,19 @@ constexpr int kPrefetchBytes = 16384;  // how far ahead of the multiply weights 
 
 inline int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
+// A chunk of codes with 5 or 6 bits: 64-byte lines, the last one of upper bits, and the columns that they hold.
+constexpr int chunk_lines(int bits) { return bits == 5 ? 5 : 3; }
+constexpr int chunk_columns(int bits) { return bits == 5 ? 32 : 16; }
+
 enum class WeightKind { kFloat32, kBFloat16, kInteger };
 enum class Zero { kSymmetric, kAsymmetric, kMinimum };
 
 // A packed (n, k) weight. Panels of 16 rows go in pairs, and each thread's pairs lie one after another, behind those of the
 // weight that it multiplies before, so that fetching past an end is never wasted. In a panel:
 //   integer  [k / 4][16 rows][4 columns] codes (4 bits: byte b of line i holds column group 2i in its low nibble and
-//            2i + 1 in its high nibble), then scales [groups][16], then minima [groups][16] or zeros [groups][16] bytes
+//            2i + 1 in its high nibble; 5 and 6 bits: chunks of chunk_lines, the lower four bits of 32 or 16 columns
+//            like that, then a line whose byte b holds the upper bits of column group 0 lowest, then of 1, 2, ...),
+//            then scales [groups][16], then minima [groups][16] or zeros [groups][16] bytes
 //   fp32     [k][16]                   bf16  [k / 2][16][2]
 // Integer codes are stored unsigned: w = scale * (code - zero), zero constant (symmetric), per group, or a float minimum.
 struct Linear {

@@ -132,8 +132,20 @@ void pack_codes(const Source& s, const Linear& w, int lane, const uint8_t* in, u
   if (s.bits == 8) {
     for (int i = 0; i < whole; ++i) out[(size_t)i * kLanes] = load(i);
     for (int i = whole; i < w.k_padded / 4; ++i) out[(size_t)i * kLanes] = quad(i);
-  } else {
+  } else if (s.bits == 4) {
     for (int i = 0; i < w.k_padded / 8; ++i) out[(size_t)i * kLanes] = (quad(2 * i) & 0x0f0f0f0f) | quad(2 * i + 1) << 4;
+  } else {
+    const int quads = chunk_columns(s.bits) / 4, upper_bits = s.bits - 4;
+    const uint32_t upper = 0x01010101u * ((1u << upper_bits) - 1);
+    for (int first = 0; first < w.k_padded / 4; first += quads, out += chunk_lines(s.bits) * kLanes) {
+      uint32_t* rest = out + (size_t)quads / 2 * kLanes;
+      *rest = 0;
+      for (int q = 0; q < quads; q += 2) {
+        const uint32_t low = quad(first + q), high = quad(first + q + 1);
+        out[(size_t)q / 2 * kLanes] = (low & 0x0f0f0f0f) | (high & 0x0f0f0f0f) << 4;
+        *rest |= (low >> 4 & upper) << q * upper_bits | (high >> 4 & upper) << (q + 1) * upper_bits;
+      }
+    }
   }
 }
 
@@ -177,7 +189,7 @@ Linear plan_linear(const Source& s, bool interleaved) {
   const int line = s.kind == WeightKind::kInteger ? 64 : s.kind == WeightKind::kBFloat16 ? 32 : 16;
   w.row_stride = (round_up(w.k_padded, line) / line | 1) * line;
   if (s.kind == WeightKind::kInteger) {
-    w.integer_zero = s.zero != Zero::kSymmetric ? 0 : (s.bits == 8 ? 128 : 8);
+    w.integer_zero = s.zero != Zero::kSymmetric ? 0 : 1 << (s.bits - 1);
     const size_t scale_bytes = kLanes * w.scale_bytes();
     w.scales_offset = (size_t)w.k_padded * kLanes * s.bits / 8;
     w.extra_offset = w.scales_offset + scale_bytes;
