@@ -16,6 +16,7 @@ operations / measured rate of a large product + attention's at the bf16 rate. Ne
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -37,11 +38,15 @@ from flatout.core.model import Model
 from flatout.core.spec import ModelSpec, RopeScaling
 from flatout.core.types import measurement, to_json
 from flatout.engine.cuda import CudaRunner, open_device
+from flatout.engine.cuda_compile import compile_ahead
 from flatout.engine.cuda_weights import GpuWeights, load_weights, random_weights
 from flatout.engine.engine import Engine, SamplingParams
 from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import StepInput
 from flatout.hardware.meter import Meter, nvml_counters
+from flatout.kernels import gpu, gpu_linear
+from flatout.kernels.gpu import Activations, Product
+from flatout.kernels.packed import dequantize, pack_bf16, pack_fp8
 
 LLAMA_8B = ModelSpec(
     family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
@@ -171,6 +176,42 @@ def checks(path: Path | None) -> Iterator[dict[str, Any]]:
         model = assemble(checkpoint, native_recipe(checkpoint, kv_cache="bf16"), True)
         yield check(f"{path.name}, the file's own blocks", model, "bf16", 6e-2)
         yield check(f"{path.name} in bf16", assemble(checkpoint, Recipe(name="bf16"), True), "bf16", 6e-2)
+
+
+def check_products(device: torch.device) -> Iterator[dict[str, Any]]:
+    """The tensor cores' kernel on matrices of the real size, cut in every way, against float64. Parts are
+    rounded to bfloat16, 2^-9 of each, and e4m3 sums lose bits on the tensor cores."""
+    card = gpu.card(device)
+    for fmt, n, k, tokens in itertools.product(
+        ("bf16", "fp8"), (6144, 4096), (4096, 14336), (3, 64, 100, 256)
+    ):
+        x = Activations(torch.randn(tokens, k, device=device, dtype=torch.bfloat16))
+        values = torch.randn(n, k, device=device, dtype=torch.bfloat16)
+        weight = pack_fp8(values) if fmt == "fp8" else pack_bf16(values)
+        if fmt == "fp8":
+            x = gpu.quantize(card, x.values)
+        rows = next(size for size in gpu_linear.TILE_ROWS if size >= tokens)
+        rule = gpu_linear.gemm_route("", fmt, n, k, rows)
+        scale = 1.0 if x.scales is None else x.scales.double()[:, None]
+        wanted = (x.values.double() * scale) @ dequantize(weight).double().T
+        for route in (rule, rule._replace(programs=0, fetch=0)):
+            cut = gpu_linear.cut_of(n, k, route, card.units)
+            out = torch.full((cut[0], tokens, n), torch.nan, dtype=torch.bfloat16, device=device)
+            gpu_linear.multiply_tiles(card, x, weight, out, route, cut)
+            stream = torch.zeros(tokens, n, device=device)
+            gains = torch.ones(n, dtype=torch.bfloat16, device=device)
+            gpu.add_norm(card, stream, Product(out, cut=cut), gains, 1e-5, False)
+            error = relative(stream.cpu().numpy(), wanted.cpu().numpy())
+            if not route.programs:
+                keys = torch.full((tokens,), -(1 << 63), dtype=torch.int64, device=device)
+                full = torch.empty(1, tokens, n, device=device)
+                gpu_linear.multiply_tiles(card, x, weight, full, route, cut)
+                gpu_linear.multiply_tiles(card, x, weight, keys, route, cut, gpu_linear.gemm.ARGMAX)
+                if not torch.equal(0xFFFFFFFF - (keys & 0xFFFFFFFF), full[0].argmax(dim=1)):
+                    raise SystemExit(f"{fmt} {tokens}x{n}x{k}, {route}: not the greatest")
+            yield {"product": f"{fmt} {tokens}x{n}x{k}, {cut[0]} parts", "relative_error": error}
+            if not error < (4e-3 if fmt == "bf16" else 8e-3):
+                raise SystemExit(f"{fmt} {tokens}x{n}x{k}, {route}: {error:.1e} off")
 
 
 def median_ms(work: Callable[[], Any], times: int = 15) -> float:
@@ -316,30 +357,44 @@ class Bench:
         }
 
 
-def first_token() -> None:
-    """From nothing to a first and a second token in this process, weights drawn on the card."""
+def first_token(begin: float) -> None:
+    """From nothing to a first and a second token in this process, weights drawn on the card; begin: when the
+    process was asked for. Prints a JSON line of seconds since then."""
+    passed = {"imports": time.time() - begin}
     device = open_device()
-    weights = random_weights(LLAMA_8B, RECIPES["fp8"], device)
-    bench = Bench(LLAMA_8B, RECIPES["fp8"], weights, {})
+    recipe = RECIPES["fp8"]
+    compiling = compile_ahead(LLAMA_8B, recipe, gpu.card(device), 64)
+    passed["device"] = time.time() - begin
+    weights = random_weights(LLAMA_8B, recipe, device)
+    bench = Bench(LLAMA_8B, recipe, weights, {})
     engine = bench.engine(1, 1024)
+    torch.cuda.synchronize()
+    passed["weights"] = time.time() - begin
+    compiling.join()
+    passed["compiled"] = time.time() - begin
     bench._fill(engine, 1, 512, 2)
     while engine.has_work:
         engine.step()
+        passed[f"token {len(passed) - 3}"] = time.time() - begin
+    print(json.dumps(passed))
 
 
-def starts() -> dict[str, float]:
+def starts() -> dict[str, dict[str, float]]:
     """Seconds of a process that does `first_token`, with an empty kernel cache and with a warm one."""
     found = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
-            begin = time.perf_counter()
-            subprocess.run(
-                [sys.executable, __file__, "--start"],
+            begin = time.time()
+            run = subprocess.run(
+                [sys.executable, __file__, "--start", str(begin)],
                 check=True,
+                stdout=subprocess.PIPE,
+                text=True,
                 env={**os.environ, "TRITON_CACHE_DIR": cache},
             )
-            found[name] = time.perf_counter() - begin
-            print(f"  start to the second token, {name} kernel cache: {found[name]:.1f} s", flush=True)
+            found[name] = {**json.loads(run.stdout), "end": time.time() - begin}
+            shown = ", ".join(f"{what} {seconds:.1f}" for what, seconds in found[name].items())
+            print(f"  start, {name} kernel cache: {shown} s", flush=True)
     return found
 
 
@@ -364,10 +419,10 @@ def main() -> int:
     parser.add_argument("--recipes", help="only these recipes, e.g. bf16,fp8")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--no-checks", action="store_true", help="speed alone")
-    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start:
-        first_token()
+        first_token(options.start)
         return 0
     device = open_device()
     begin = time.perf_counter()
@@ -380,7 +435,8 @@ def main() -> int:
     }
     if not options.no_checks:
         print("checks against the reference runner")
-        result["checks"] = list(checks(options.model))
+        result["checks"] = list(checks(options.model)) + list(check_products(device))
+        print(f"  {len(result['checks'])} checks passed", flush=True)
     print("ceilings")
     result["ceilings"] = ceilings(device)
     rows: list[dict[str, Any]] = []

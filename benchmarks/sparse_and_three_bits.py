@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flatout.compress import gptq, rtn
+from flatout.compress.method import data_of
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.fuse import assemble, float_recipe, float_weight
@@ -44,7 +45,7 @@ def make_grid(grouped: np.ndarray, fmt: Format, clip: float = 1.0) -> rtn.Grid:
     """As `rtn.make_grid`; symmetric 3-bit codes are kept as asymmetric ones whose zero is always 4."""
     if fmt.bits != 3 or "asym" in fmt.name:
         return _make_grid(grouped, fmt, clip)
-    scales = rtn._storable(np.abs(grouped).max(axis=2) * np.float32(clip / 3.5))
+    scales = rtn.storable(np.abs(grouped).max(axis=2) * np.float32(clip / 3.5))
     return rtn.Grid(scales=scales, zeros=np.full_like(scales, 4), low=0, high=7)
 
 
@@ -74,7 +75,7 @@ def imitate(source: Checkpoint, rest: Model, name: str, kind: str, text: Sequenc
     """`rest` with the linears of `kind` changed by the method called `name`."""
     fmt = METHODS[name]
     if name.endswith(("gptq", "wanda")):
-        changed = gptq.gptq_layers(source, Imitated(name=name, kind=kind, format=fmt), text)
+        changed = gptq.gptq_layers(source, data_of(text), Imitated(name=name, kind=kind, format=fmt))[0]
     else:
         kinds = KINDS[1:] if kind == "all" else (kind,)
         names = [f"layers.{i}.{k}" for i in range(source.spec.num_layers) for k in kinds]

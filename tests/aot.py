@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flatout.kernels.triton import attention, elementwise, gemv, sample, words
+from flatout.kernels.triton import attention, elementwise, gemm, gemv, sample, words
 
 F32, BF16, FP8, I32, I64 = "*fp32", "*bf16", "*fp8e4nv", "*i32", "*i64"
 
@@ -50,10 +50,19 @@ def kernels(
             constants = {"K": 4096, "FORMAT": fmt, "GROUP": group, "MINIMA": minima, "BLOCK": 512}
             yield f"unpack {fmt.value}", gemv.unpack, types, constants, 4
     heads = {"token_scales": F32, "row_scales": F32, "bias": F32, "q_gains": BF16, "k_gains": BF16}
-    heads |= {"cos": F32, "sin": F32, "positions": I32, "eps": "fp32", "out": BF16}
+    heads |= {"cos": F32, "sin": F32, "positions": I32, "eps": "fp32", "out": BF16, "part_size": "i32"}
     for cache in (BF16, FP8) if fp8 else (BF16,):
         types = heads | {"qkv": F32, "keys": cache, "values": cache}
-        constants = {"G": 8, "R": 4, "E": 128, "PAGE": 64, "SCALED": False, "BIAS": False, "NORM": False}
+        constants = {
+            "G": 8,
+            "R": 4,
+            "E": 128,
+            "PAGE": 64,
+            "CUT": (6, 128, 64, 264, 3072),
+            "SCALED": False,
+            "BIAS": False,
+            "NORM": False,
+        }
         more = {"pages": I32, "parts": F32, "peaks": F32, "counters": I32}
         more |= {"page_stride": "i32", "scale": "fp32", "window": "i32"}
         compute = tl.float16 if cache == FP8 else tl.bfloat16
@@ -66,19 +75,40 @@ def kernels(
                 constants | split,
                 4,
             )
-        scaled = constants | {"SCALED": True, "BIAS": True, "NORM": True}
+        scaled = constants | {"SCALED": True, "BIAS": True, "NORM": True, "PDL": pdl}
         types |= {"qkv": BF16}
         yield f"rotate {cache}", attention.rotate_and_store, types | {"slots": I64}, scaled, 1
     places = {"x": F32, "linear": BF16, "token_scales": F32, "row_scales": F32, "gains": BF16}
-    places |= {"out_scales": F32}
+    places |= {"out_scales": F32, "part_size": "i32"}
     for eight in (False, True) if fp8 else (False,):
         out = {"out": FP8 if eight else BF16}
-        flags = {"SCALED": eight, "FP8": eight, "PDL": pdl}
+        flags = {
+            "SCALED": eight,
+            "FP8": eight,
+            "PDL": pdl,
+            "CUT": (1, 1, 1, 1, 1) if eight else (3, 128, 64, 132, 9632),
+        }
         types = places | out | {"D": "i32", "eps": "fp32"}
         constants = flags | {"ADD": True, "BLOCK": 4096}
         yield f"add_norm {eight}", elementwise.add_norm, types, constants, 8
-        constants = flags | {"GELU": False, "BLOCK": 16384}
-        yield f"activate {eight}", elementwise.activate, places | out | {"F": "i32"}, constants, 16
+        constants = flags | {"GELU": False, "BLOCK": 2048, "CHUNKS": 7 if eight else 1}
+        yield f"activate {eight}", elementwise.activate, places | out | {"F": "i32"}, constants, 8
+        kind, size = ("fp8e4nv", FP8) if eight else ("bf16", BF16)
+        parts, whole = (6, 128, 64, 264, 3072), (1, 128, 64, 48, 3072)
+        for tokens, cut, epilogue in (
+            (64, parts, gemm.PLAIN),
+            (128, whole, gemm.SILU),
+            (256, whole, gemm.ARGMAX),
+        ):
+            types = {"x": f"tensordesc<{kind}[{tokens}, 64]>", "w": f"tensordesc<{kind}[128, 64]>"}
+            types |= {"w_values": size, "token_scales": F32, "row_scales": F32, "T": "i32", "N": "i32"}
+            types["out"] = I64 if epilogue.value == gemm.ARGMAX.value else BF16
+            constants = {
+                "K": 4096, "BLOCK_T": tokens, "BLOCK_N": 128, "BLOCK_K": 64, "CUT": cut, "SCALED": eight,
+                "EPILOGUE": epilogue, "FETCH": 4, "PDL": pdl,
+                "COMPUTE": tl.float8e4nv if eight else tl.bfloat16,
+            }  # fmt: skip
+            yield f"gemm {eight} {tokens}", gemm.gemm, types, constants, 4 if tokens == 64 else 8
     if fp8:
         types = places | {"x": BF16, "out": FP8, "D": "i32"}
         yield "quantize", elementwise.quantize, types, {"BLOCK": 4096, "PDL": pdl}, 8

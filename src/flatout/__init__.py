@@ -5,6 +5,7 @@ The public names below load on first use, so that `import flatout` needs neither
     profile    where time and bytes of a model go, and how far each operator is from its floor
     optimize   the loop: profile, search formats and kernels, verify, write an artifact
     verify     the quality certificate and the speed test for two checkpoints, or a certificate recomputed
+    train      a model from scratch, from a checkpoint or from a teacher, on one device
     load       what runs an artifact or a checkpoint: an engine that generates text, or an encoder of texts
 """
 
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
     from flatout.compress.encoder import load
     from flatout.report.optimize import optimize
 
-__all__ = ["__version__", "load", "optimize", "profile", "verify"]
+__all__ = ["__version__", "load", "optimize", "profile", "train", "verify"]
 
 _LAZY = {
     "load": ("flatout.compress.encoder", "load"),
     "optimize": ("flatout.report.optimize", "optimize"),
     "profile": ("flatout.perf.profile", "profile"),
-    # `flatout.verify` is also a room; its package object is callable and runs the verification.
+    # `flatout.train` and `flatout.verify` are also rooms; their package objects are callable.
+    "train": ("flatout.train", ""),
     "verify": ("flatout.verify", ""),
 }
 

@@ -20,7 +20,7 @@ from flatout.engine.load import load
 from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import StepInput
 from flatout.errors import BackendError, ConfigError, ResourceError, UnsupportedModelError
-from flatout.kernels import gpu
+from flatout.kernels import gpu_linear
 from flatout.kernels.gpu import Card
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, inside the interpreter
@@ -32,7 +32,7 @@ PAGES = [[3, 1], [0, 2]]
 @pytest.fixture(autouse=True)
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes its time for each program, however small."""
-    monkeypatch.setattr(gpu, "gemv_route", lambda name, fmt, n, k, m: (4, 64, 4, 0))
+    monkeypatch.setattr(gpu_linear, "gemv_route", lambda name, fmt, n, k, m: (4, 64, 4, 0))
 
 
 def step(tokens: Any, starts: Any, lengths: Any, pages: Any) -> StepInput:

@@ -14,11 +14,13 @@ from flatout.core.formats import Recipe, uniform
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError, ResourceError
 from flatout.fpga.boards import BOARDS
-from flatout.fpga.compile import Compiled, Shape, cache_region, compile_model, vector_rows
+from flatout.fpga.compile import Compiled, Shape, cache_region, compile_model
 from flatout.fpga.cycles import predict_cycles
+from flatout.fpga.decode import decode
 from flatout.fpga.evaluate import evaluate
 from flatout.fpga.model import KeyValues, forward, integer_model
 from flatout.fpga.simulate import Accelerator, MemoryModel
+from flatout.fpga.trace import compare, trace
 from flatout.hardware.verilator import find_verilator
 
 SHAPE = Shape(
@@ -45,10 +47,8 @@ def run(
     design: Compiled, steps: Sequence[int], memory: MemoryModel, seed: int = 1, primitives: Path | None = None
 ) -> None:
     """Run passes of `steps` tokens and compare all they leave behind."""
-    spec, text = design.model.spec, tokens(sum(steps))
-    rows, words = vector_rows(design.model, design.shape), design.shape.words
-    places = {name: pc for pc, name in design.names.items()}
-    kept = KeyValues(spec, CONTEXT)
+    text = tokens(sum(steps))
+    kept = KeyValues(design.model.spec, CONTEXT)
     at = 0
     with Accelerator(design, memory, seed, primitives) as accelerator:
         for count in steps:
@@ -56,21 +56,7 @@ def run(
             found = accelerator.run(text[at : at + count].tolist(), limit=10**6, trace=True)
             forward(design.model, text[at : at + count], kept, expected.__setitem__)
             at += count
-            assert found.vector_memory is not None
-            for i in range(spec.num_layers):
-                for tensor, instruction, region in (
-                    ("qkv", "qkv", "wide"), ("read", "attention", "read"), ("attended", "o", "residual"),
-                    ("hidden", "gate_up", "wide"), ("out", "down", "residual"),
-                ):  # fmt: skip
-                    reference = expected[f"layers.{i}.{tensor}"]
-                    start = rows[region] * words
-                    left = found.vector_memory[places[f"layers.{i}.{instruction}"]]
-                    np.testing.assert_array_equal(
-                        left[:, start : start + reference.shape[1]],
-                        reference,
-                        err_msg=f"{at} layers.{i}.{tensor}",
-                    )
-            np.testing.assert_array_equal(found.logits, expected["logits"])
+            assert [name for name, wrong, _ in compare(design, found, expected) if wrong] == [], at
             np.testing.assert_array_equal(found.best, expected["logits"].argmax(axis=1))
             assert found.beats_read == found.beats_consumed + beats_of_vectors(design, count)
         codes, scales = keys_and_values(design, accelerator.image, at)
@@ -164,14 +150,46 @@ def test_cycles_are_predicted(latency: int, refresh: int) -> None:
 @simulated
 def test_the_whole_path_reports_what_it_found() -> None:
     model = tiny_model(tiny_spec(), uniform("w4a8-g32"))
-    found = evaluate(model, BOARDS["kv260"], tokens(30), shape=SHAPE, tokens=7, context=20)
+    text = np.tile(tokens(10), 9)
+    found = evaluate(model, BOARDS["kv260"], text, shape=SHAPE, tokens=7, context=20)
     assert found.bit_exact
+    assert found.perplexity == found.specification_perplexity
     assert found.fit.fits
     assert found.cycles_per_token == found.decode.cycles
     assert (found.decode.context, found.together.tokens) == (20, 2)
     assert 0 < found.mbu < 1
-    with pytest.raises(ConfigError, match="within a text of 30"):
-        evaluate(model, BOARDS["kv260"], tokens(30), shape=SHAPE, tokens=7, context=30)
+    with pytest.raises(ConfigError, match="within a text of 90"):
+        evaluate(model, BOARDS["kv260"], text, shape=SHAPE, tokens=7, context=90)
+
+
+@pytest.mark.fpga
+@simulated
+def test_a_trace_finds_the_tensor_that_differs() -> None:
+    """One code of a weight is changed in the memory: everything before it is equal, what it makes is not."""
+    design = compiled()
+    found = trace(design, tokens(5), MemoryModel())
+    assert (found.tokens, found.different) == (5, {})
+    assert found.numbers > 5 * 2 * 500
+    wrong = dataclasses.replace(design, image=design.image.copy())
+    start = (
+        int(wrong.program[next(pc for pc, name in wrong.names.items() if name == "layers.1.down")])
+        & (1 << 32) - 1
+    )
+    wrong.image[start + 1] ^= 7
+    found = trace(wrong, tokens(1), MemoryModel())
+    assert set(found.different) == {"layers.1.out", "logits"}
+
+
+@pytest.mark.fpga
+@simulated
+def test_guesses_change_passes_and_cycles_but_no_token() -> None:
+    design = compiled()
+    found = decode(design, np.array([5, 9, 5, 9, 5, 9]), 24, MemoryModel())
+    assert found.identical
+    assert found.passes <= len(found.tokens) == found.passes + found.accepted
+    assert 0 < found.accepted <= found.guesses
+    with pytest.raises(ConfigError, match="fit 40 positions"):
+        decode(design, tokens(20), 24, MemoryModel())
 
 
 @pytest.mark.fpga

@@ -26,9 +26,10 @@ def test_kernels_compile(target: str, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(rows) > 20
-    assert all(row["bytes"] > 0 and row["shared"] <= 64 << 10 for row in rows)
-    attention = [row for row in rows if row["kernel"].startswith("attention")]
-    assert attention
-    assert all(row["matrix"] for row in attention)  # the tensor cores are used
+    room = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "hip:gfx942": 64 << 10, "hip:gfx950": 160 << 10}
+    assert all(row["bytes"] > 0 and row["shared"] <= room[target] for row in rows)
+    matrix = [row for row in rows if row["kernel"].startswith(("attention", "gemm"))]
+    assert len(matrix) > 4
+    assert all(row["matrix"] for row in matrix)  # the tensor cores are used
     waits = [row["waits"] for row in rows if row["kernel"].startswith("gemv")]
     assert all(waits) if target == "cuda:90" else not any(waits)

@@ -6,6 +6,8 @@ The interpreter cuts a float32 to bfloat16 where hardware rounds, so results sto
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,8 @@ from tests.tiny import native_blocks, tiny_spec
 from flatout.core.quantized import QuantizedTensor
 from flatout.engine.cuda_weights import pack_codes
 from flatout.engine.sampler import sample, uniform
-from flatout.kernels import gpu, gpu_attention
-from flatout.kernels.gpu import Product
+from flatout.kernels import gpu, gpu_attention, gpu_linear
+from flatout.kernels.gpu import Activations, Product
 from flatout.kernels.gpu_attention import AttentionPlan, HeadWeights, LayerCache
 from flatout.kernels.packed import PackedWeight, dequantize, pack_4bit, pack_bf16, pack_fp8, unpack_4bit
 from flatout.kernels.sample import draw
@@ -58,24 +60,28 @@ def weight(fmt: str, n: int, k: int, group: int, minima: bool) -> PackedWeight:
         ("int4", 6, 576, 32, True, 1),
     ],
 )
-def test_few_rows(fmt: str, n: int, k: int, group: int, minima: bool, tokens: int, route: gpu.Route) -> None:
+def test_few_rows(
+    fmt: str, n: int, k: int, group: int, minima: bool, tokens: int, route: gpu_linear.Route
+) -> None:
     torch.manual_seed(n)
     w, x = weight(fmt, n, k, group, minima), torch.randn(tokens, k).bfloat16()
     gains, before = (1 + 0.1 * torch.randn(k)).bfloat16(), torch.randn(tokens, n)
     y, y_bf16 = torch.full((tokens, n), torch.nan), torch.full((tokens, n), torch.nan).bfloat16()
     product = x.double() @ dequantize(w).double().T
-    gpu.multiply_few(CPU, x, w, y, residual=before, out_bf16=y_bf16, route=route)
+    gpu_linear.multiply_few(CPU, x, w, y, residual=before, out_bf16=y_bf16, route=route)
     assert close(y, product + before, 1e-5)
     assert close(y_bf16, product + before, BF16)
 
     normal = x.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-5) * gains.double()
     product = normal @ dequantize(w).double().T
     y.fill_(torch.nan)
-    gpu.multiply_few(CPU, x, w, y, gains=gains, eps=1e-5, route=route)
+    gpu_linear.multiply_few(CPU, x, w, y, gains=gains, eps=1e-5, route=route)
     assert close(y, product, 1e-5)
     if n % 2 == 0:
         activated = torch.full((tokens, n // 2), torch.nan).bfloat16()
-        gpu.multiply_few(CPU, x, w, activated, gains=gains, eps=1e-5, epilogue=gpu.SILU, route=route)
+        gpu_linear.multiply_few(
+            CPU, x, w, activated, gains=gains, eps=1e-5, epilogue=gpu_linear.SILU, route=route
+        )
         wanted = torch.nn.functional.silu(product[:, 0::2]) * product[:, 1::2]
         assert close(activated, wanted, BF16)
 
@@ -83,7 +89,7 @@ def test_few_rows(fmt: str, n: int, k: int, group: int, minima: bool, tokens: in
 @pytest.mark.parametrize("fmt", ["fp8", "int8", "int4"])
 def test_unpacked(fmt: str) -> None:
     w = weight(fmt, 5, 96, 0 if fmt == "fp8" else 32, fmt != "fp8")
-    assert close(gpu.unpacked(w), dequantize(w), BF16)
+    assert close(gpu_linear.unpacked(CPU, w), dequantize(w), BF16)
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0"])
@@ -225,3 +231,71 @@ def test_draws_are_the_samplers() -> None:
     parts = (logits, positions, temperature, top_k, top_p, seeds.view(np.int64))
     found = draw(*(torch.from_numpy(part) for part in parts))
     assert found.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize(
+    ("fmt", "n", "k", "units", "programs"),
+    [("bf16", 80, 200, 1, 1), ("bf16", 100, 96, 7, 1), ("fp8", 80, 208, 5, 1), ("bf16", 72, 64, 3, 0)],
+    ids=["one program", "parts", "parts, fp8", "whole tiles"],
+)
+def test_tiles(fmt: str, n: int, k: int, units: int, programs: int, tokens: int) -> None:
+    """Whatever the number of programs, and however the edges lie, the parts add up to the product."""
+    torch.manual_seed(n + k)
+    card = dataclasses.replace(CPU, units=units)
+    w = weight(fmt, n, k, 0, False)
+    x = Activations(torch.randn(tokens, k).bfloat16())
+    if fmt == "fp8":
+        x = gpu.quantize(CPU, x.values)
+    route = gpu_linear.TileRoute(32, 16, 4, 3, programs, 0)
+    cut = gpu_linear.cut_of(n, k, route, units)
+    assert programs == 0 or cut[3] == units
+    out = torch.full((cut[0], tokens, n), torch.nan).bfloat16()
+    gpu_linear.multiply_tiles(card, x, w, out, route, cut)
+    values = x.values.double() if x.scales is None else x.values.double() * x.scales.double()[:, None]
+    wanted = values @ dequantize(w).double().T
+    # Joined by whoever reads it: here the residual stream, added to nothing and normalised.
+    stream = torch.zeros(tokens, n)
+    gpu.add_norm(CPU, stream, Product(out, cut=cut), torch.ones(n).bfloat16(), 1e-5, fp8=False)
+    assert close(stream, wanted, BF16)
+    if programs == 0:
+        activated = torch.full((tokens, n // 2), torch.nan).bfloat16()
+        gpu_linear.multiply_tiles(card, x, w, activated, route, cut, gpu_linear.gemm.SILU)
+        assert close(activated, torch.nn.functional.silu(wanted[:, 0::2]) * wanted[:, 1::2], BF16)
+
+
+def test_every_block_has_one_owner() -> None:
+    """The consumer's arithmetic gives each tile the parts that programs write."""
+    for n, k, units in (
+        (6144, 4096, 132),
+        (28672, 4096, 132),
+        (4096, 14336, 114),
+        (100, 64, 9),
+        (40, 640, 7),
+    ):
+        for programs in (1, 2):
+            parts, rows, k_blocks, count, blocks = gpu_linear.cut_of(
+                n, k, gpu_linear.TileRoute(32, 64, 4, 3, programs, 0), units
+            )
+            owners = np.repeat(np.arange(count), np.diff(np.arange(count + 1) * blocks // count))
+            tiles = owners.reshape(-1, k_blocks)
+            assert tiles.shape[0] == -(-n // rows)
+            first = ((np.arange(len(tiles)) * k_blocks + 1) * count - 1) // blocks
+            assert (tiles[:, 0] == first).all()
+            assert (tiles[:, -1] - tiles[:, 0] + 1).max() == parts
+
+
+def test_greedy_choice_inside_the_head() -> None:
+    """The head's product and the choice in one kernel; equal logits, and rows and columns beyond the edge."""
+    w = weight("bf16", 70, 64, 0, False)
+    w.words[50] = w.words[7]
+    x = Activations(torch.randn(5, 64).bfloat16())
+    x.values[3] = w.words.view(torch.bfloat16)[7] * 8
+    keys = torch.full((5,), -(1 << 63), dtype=torch.int64)
+    route = gpu_linear.TileRoute(32, 16, 4, 3, 0, 0)
+    gpu_linear.multiply_tiles(
+        CPU, x, w, keys, route, gpu_linear.cut_of(70, 64, route, 1), gpu_linear.gemm.ARGMAX
+    )
+    wanted = (x.values.float() @ dequantize(w).T).argmax(dim=1)
+    assert (0xFFFFFFFF - (keys & 0xFFFFFFFF)).tolist() == wanted.tolist()
+    assert wanted[3] == 7

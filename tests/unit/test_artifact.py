@@ -20,13 +20,12 @@ from flatout.core.artifact import (
     load_artifact,
     recipe_from_json,
     save_artifact,
-    to_bfloat16,
     update_manifest,
 )
 from flatout.core.formats import Recipe, uniform
 from flatout.core.model import Model
 from flatout.core.quantized import QuantizedTensor
-from flatout.core.safetensors import open_safetensors
+from flatout.core.safetensors import open_safetensors, to_bfloat16
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import to_json
 from flatout.errors import ConfigError, FlatoutError, ModelFileError, ResourceError

@@ -29,8 +29,10 @@ FLAGS = {
         "--against", "--margin", "--text", "--task", "--task-margin", "--limit", "--speed-seconds", "--rerun",
         "--json",
     },
+    "export": {"--to", "--out", "--recipe", "--vocabulary", "--text", "--json"},
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
-    "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--json"},
+    "fpga": {"--board", "--recipe", "--tokens", "--context", "--columns", "--answer", "--json"},
+    "train": {"--out", "--fresh", "--resume", "--json"},
     "run": {
         "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner",
         "--speculate", "--draft", "--json",

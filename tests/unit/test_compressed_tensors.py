@@ -29,6 +29,8 @@ ROUNDED = [
     "w4a8-g32",
     "w4a16-g64",
     "w4a16-g32-asym",
+    "w3a8-g32",
+    "w3a16-g64-asym",
 ]
 NATIVE = ["q4_0", "q4_1", "q8_0"]
 
@@ -253,11 +255,11 @@ def test_third_party_targets_and_ignore() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"type": "float"}, {"num_bits": 3}, {"strategy": "tensor"}, {"actorder": "group"}, {"dynamic": True}],
+    [{"type": "float"}, {"num_bits": 2}, {"strategy": "tensor"}, {"actorder": "group"}, {"dynamic": True}],
     ids=str,
 )
 def test_unknown_schemes_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match="integers of 4, 5, 6 or 8 bits by channel or group"):
+    with pytest.raises(UnsupportedModelError, match="integers of 3, 4, 5, 6 or 8 bits by channel or group"):
         read_schemes(third_party(**changes), ["model.layers.0.mlp.up_proj"])
 
 

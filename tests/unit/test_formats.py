@@ -33,6 +33,8 @@ TABLE = {
     "w8a16": (8, 0, "symmetric", "int16", 0),
     "w6a8": (6, 0, "symmetric", "int8", 0),
     "w5a16-g32-asym": (5, 32, "asymmetric", "int16", 0),
+    "w3a8-g32": (3, 32, "symmetric", "int8", 32),
+    "w3a16-g64-asym": (3, 64, "asymmetric", "int16", 0),
 }
 
 
@@ -58,6 +60,7 @@ def test_names_mean(name: str) -> None:
         "w8a8_g64",
         "W8A8",
         "w2a8-g32",
+        "w3a8",
         "q5_0",
         "w8a8-asym-g64",
     ],
@@ -76,7 +79,7 @@ def test_any_text_is_a_format_or_a_config_error(text: str) -> None:
     except ConfigError:
         return
     assert fmt.name == text
-    assert fmt.bits in (4, 8, 16, 32)
+    assert fmt.bits in (3, 4, 8, 16, 32)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +133,8 @@ def test_last_matching_override_wins() -> None:
         ({"overrides": (("layers.1.up", "bf16"),)}, "an override names"),
         ({"overrides": (("layers.x", "bf16"),)}, "an override names"),
         ({"overrides": (("layers.0", "bf8"),)}, "a format is fp32"),
-        ({"kv_cache": "int4"}, "the KV cache is int8, bf16 or fp8"),
-        ({"method": "magic"}, "the method is one of rtn, gptq, smooth, smooth-gptq, native"),
+        ({"kv_cache": "int2"}, "the KV cache is int8, bf16, fp8 or int4"),
+        ({"method": "magic"}, "the method is one of rtn, gptq, tune"),
     ],
 )
 def test_bad_recipes(changes: dict[str, object], message: str) -> None:

@@ -14,7 +14,7 @@ from tests.tiny import tiny_model, tiny_spec
 from flatout.core.formats import uniform
 from flatout.errors import UnsupportedModelError
 from flatout.fpga import spec as integer
-from flatout.fpga.model import KeyValues, forward, integer_linear, integer_model
+from flatout.fpga.model import NORM_SHIFT, KeyValues, forward, integer_linear, integer_model, integer_norm
 from flatout.models.llama import Llama
 
 words = st.lists(st.integers(-(2**26), 2**26 - 1), min_size=16, max_size=16)
@@ -134,9 +134,21 @@ def test_weights_of_no_common_size_are_refused_by_name() -> None:
     changed = dataclasses.replace(model, weights={**model.weights, "layers.1.down": tiny})
     with pytest.raises(UnsupportedModelError, match=r"found: layers\.1\.down: \d\d;"):
         integer_model(changed, chunk=16)
-    loud = dataclasses.replace(model, weights={**model.weights, "norm": np.full(64, 1e4, np.float32)})
-    with pytest.raises(UnsupportedModelError, match="found: norm: -3;"):
-        integer_model(loud, chunk=16)
+
+
+@pytest.mark.parametrize("largest", [0.01, 1.4, 900.0])
+def test_a_norm_never_saturates(largest: float) -> None:
+    """First tokens of trained models are 1,000 times as large as others: here as large as a word can be."""
+    weight = np.linspace(-largest, largest, 64)
+    norm = integer_norm(weight, tiny_spec())
+    words = np.random.default_rng(0).integers(-(2**30), 2**30, (3, 64))
+    words[0, [0, -1]] = -(2**31), 2**31 - 1
+    codes, by = integer.norm(words, norm.gamma, NORM_SHIFT, norm.epsilon, 40000, 16)
+    real = words * weight / np.sqrt((words.astype(float) ** 2).mean(axis=1, keepdims=True))
+    found = codes * (by.mantissa * 2.0**-by.shift)[:, None]
+    factor = (np.abs(found).max(axis=1) / np.abs(real).max(axis=1))[2]
+    # Half a code, and the 15 bits of the weights.
+    assert (np.abs(found / factor - real).max(axis=1) <= np.abs(real).max(axis=1) / 127).all()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "mistral"])

@@ -167,7 +167,7 @@ def test_load_imports_no_torch() -> None:
 
 
 def test_public_names_are_pinned() -> None:
-    assert flatout.__all__ == ["__version__", "load", "optimize", "profile", "verify"]
+    assert flatout.__all__ == ["__version__", "load", "optimize", "profile", "train", "verify"]
     assert set(flatout.__all__) <= set(dir(flatout))
 
 
@@ -176,9 +176,9 @@ def test_public_names_resolve(name: str) -> None:
     assert callable(getattr(flatout, name))
 
 
-def test_verify_stays_callable_after_its_room_was_imported() -> None:
-    code = "import flatout.verify.statistics, flatout\nassert callable(flatout.verify)"
-    modules_after(code)
+@pytest.mark.parametrize(("room", "module"), [("verify", "statistics"), ("train", "config")])
+def test_a_room_stays_callable_after_it_was_imported(room: str, module: str) -> None:
+    modules_after(f"import flatout.{room}.{module}, flatout\nassert callable(flatout.{room})")
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

@@ -8,9 +8,9 @@ import torch
 from tests.tiny import tiny_source, tiny_spec
 
 from flatout.compress.apply import compress
-from flatout.compress.gptq import factorise, gptq
+from flatout.compress.gptq import factorise, gptq, round_linear
 from flatout.compress.library import Library
-from flatout.compress.smooth import rescaled
+from flatout.compress.rescale import rescaled
 from flatout.core.costs import moment_bytes
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.fuse import float_weight
@@ -46,7 +46,7 @@ def test_a_linear_by_hand(library: Library) -> None:
     x = Llama(source).embed(torch.tensor(np.concatenate(DOCUMENTS)))
     x = rms_norm(x, torch.from_numpy(float_weight(source, "layers.0.input_norm")), SPEC.rms_norm_eps).numpy()
     weight = float_weight(source, "layers.0.qkv")
-    expected = gptq(weight, x.T @ x / len(x), parse_format("w4a8-g32"))
+    expected = round_linear(weight, x.T @ x / len(x), parse_format("w4a8-g32"))
     found = codes(library, recipe("w4a8-g32"), "layers.0.qkv")
     assert (found == expected.codes).mean() > 0.999  # sums in another order move a code at a tie
 

@@ -14,11 +14,14 @@ from scipy.optimize import minimize
 from tests.tiny import TinySource, tiny_model, tiny_source, tiny_spec, write_tokenizer
 
 from flatout.compress.apply import compress
+from flatout.compress.method import Progress, data_of
+from flatout.compress.rescale import Rescaled
 from flatout.compress.rtn import round_to_nearest
-from flatout.compress.smooth import Smoothed, fit_factors, smooth
+from flatout.compress.smooth import fit_factors
+from flatout.compress.smooth import smooth as by_method
 from flatout.core.artifact import load_artifact, save_artifact
 from flatout.core.formats import Recipe, parse_format, uniform
-from flatout.core.fuse import native_recipe
+from flatout.core.fuse import Source, native_recipe
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
@@ -28,6 +31,12 @@ from flatout.models.llama import Llama
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
 W8A8 = uniform("w8a8", method="smooth")
+
+
+def smooth(
+    source: Source, recipe: Recipe, documents: list[np.ndarray], progress: Progress | None = None
+) -> Rescaled:
+    return by_method(source, data_of(documents, progress), recipe)[0]
 
 
 def texts(spec: ModelSpec, count: int = 6, length: int = 40) -> list[np.ndarray]:
@@ -160,7 +169,7 @@ def test_dead_channels(dead: str) -> None:
     assert (s > 0).all()
     assert s.min() / np.median(s) > 1e-4
     assert s.max() / np.median(s) < 1e4
-    smoothed = Smoothed(
+    smoothed = Rescaled(
         spec=tiny_spec(),
         original=TinySource(tiny_spec(), {"model.norm.weight": np.zeros(32, np.float32)}),
         columns={},
@@ -270,5 +279,5 @@ def test_text_is_needed() -> None:
         tiny_model(tiny_spec(), uniform("w8a8", method="smooth"))
     with pytest.raises(ConfigError, match="smoothing needs calibration text"):
         smooth(tiny_source(tiny_spec()), W8A8, [np.array([], dtype=np.int64)])
-    with pytest.raises(ConfigError, match="the method is one of rtn, gptq, smooth, smooth-gptq, native"):
-        uniform("w8a8", method="awq")
+    with pytest.raises(ConfigError, match="the method is one of rtn, gptq, tune, smooth, smooth-gptq"):
+        uniform("w8a8", method="magic")

@@ -16,7 +16,7 @@ from flatout.core.formats import Recipe, uniform
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Hardware, Workload
 from flatout.engine.runner import StepInput
-from flatout.perf.predict import marginal_seconds, predict, refit, transfer_residuals
+from flatout.perf.predict import Calibration, marginal_seconds, predict, refit, transfer_residuals
 from flatout.perf.profile import Profile, profile_model
 from flatout.perf.tables import (
     add_residuals,
@@ -32,7 +32,7 @@ FORMATS = ("w8a8", "w8a8-g32", "w4a8-g32")
 BYTES = {"w8a8": 1.0, "w8a8-g32": 1.0625, "w4a8-g32": 0.5625}
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, slow: float = 1.0) -> Any:
+def stand_in(monkeypatch: pytest.MonkeyPatch, slow: float = 1.0, head: float = 1.0) -> Any:
     """Profiles by a clock of the test's own: seconds follow the bytes of the format, unevenly by op."""
 
     def profile(
@@ -42,7 +42,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, slow: float = 1.0) -> Any:
             tokens, size = len(step.tokens), BYTES[recipe.layers]
             linears = dict(zip(("qkv", "o", "gate_up", "down"), (2.0, 1.0, 5.0, 3.0), strict=True))
             ops = {op: slow * 1e-4 * cost * (size + 0.01 * tokens) for op, cost in linears.items()}
-            return {**ops, "embedding": 1e-7, "attention": 3e-5 * tokens, "head": 4e-4 * size, "other": 5e-5}
+            return {
+                **ops,
+                "embedding": 1e-7,
+                "attention": 3e-5 * tokens,
+                "head": 4e-4 * size * head,
+                "other": 5e-5,
+            }
 
         runner = TimedRunner(own_clock(monkeypatch), seconds_of, overhead=2e-5)
         return profile_model(runner, recipe, hardware, workload, threads=threads, max_seconds=0.01)
@@ -102,6 +108,22 @@ def test_whole_steps_correct_the_sum(table: Any, monkeypatch: pytest.MonkeyPatch
         for calibration in (table.calibration(), refit(table.calibration(), [slower]))
     )
     assert 1.2 < after.decode.mid / before.decode.mid < 1.6
+
+
+def test_real_heads_correct_those_of_stand_ins(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head whose rows are screened takes a third of what random weights took, in every format."""
+    real = stand_in(monkeypatch, head=1 / 3)(SPEC, uniform("w8a8", head="w8a8"), WORKLOAD, machine(), 2)
+    fitted = refit(table.calibration(), [real])
+
+    def head(calibration: Calibration, name: str) -> float:
+        recipe = uniform("w8a8", head="w8a8")
+        options = (machine(), WORKLOAD, replace(calibration, interactions={}), 2)
+        return marginal_seconds(SPEC, recipe, "head", name, *options)
+
+    for name in FORMATS:
+        assert head(fitted, name) == pytest.approx(head(table.calibration(), name) / 3)
+    times = predict(SPEC, uniform("w8a8", head="w8a8"), machine(), WORKLOAD, calibration=fitted, threads=2)
+    assert (times.prefill.mid, times.decode.mid) == pytest.approx(real.seconds)
 
 
 def test_a_table_is_kept_for_the_same_question_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ def fpga(
     tokens: Annotated[int, typer.Option(help="Tokens of text to simulate and compare.", min=2)] = 64,
     context: Annotated[int, typer.Option(help="Tokens before the one that is timed.", min=0)] = 512,
     columns: Annotated[int, typer.Option(help="Tokens that share each weight.", min=1, max=8)] = 4,
+    answer: Annotated[
+        int, typer.Option(help="Tokens to decode, guesses judged together with them.", min=0)
+    ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: fit, cycles_per_token, bit_exact, mbu.")
     ] = False,
@@ -56,7 +59,7 @@ def fpga(
             break
     found = evaluate(
         loaded, target, np.array(text), shape=Shape(columns=columns), tokens=tokens, context=context,
-        progress=None if as_json else Progress(),
+        answer=answer,        progress=None if as_json else Progress(),
     )  # fmt: skip
     if as_json:
         print_json(found)

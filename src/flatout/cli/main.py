@@ -23,8 +23,10 @@ COMMANDS = {
     "profile": "ceilings of this machine, floor of a model, time and fraction of floor of each operator",
     "optimize": "search formats under a quality budget, prove speed and quality, write an artifact",
     "verify": "certificate and speed test of a checkpoint against its original; recompute a certificate",
+    "export": "a model as GGUF, as an ordinary folder of any recipe, or entropy-coded for transfer",
     "bench": "side by side with other engines: same weights, prompts and threads, taking turns",
     "fpga": "compile to an accelerator, simulate it cycle by cycle, compare, fit to a board",
+    "train": "train from scratch, from a checkpoint or from a teacher, as a recipe in Python says",
     "run": "generate text with an artifact or a checkpoint, or talk when no prompt is given",
 }
 

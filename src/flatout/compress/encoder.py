@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from flatout.compress.rtn import round_to_nearest
-from flatout.core.encoder import EncoderModel, check_encoder_format, expected_encoder_weights
-from flatout.core.encoder_folder import EncoderCheckpoint, is_encoder, open_encoder, saved_format
+from flatout.core.encoder import (
+    EncoderModel,
+    EncoderSpec,
+    check_encoder_format,
+    expected_encoder_weights,
+)
+from flatout.core.encoder_folder import is_encoder, open_encoder, saved_format
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.model import Weight
 from flatout.engine import load as decoders
@@ -17,7 +25,18 @@ from flatout.errors import ConfigError
 DEFAULT_FORMAT = "bf16"
 
 
-def compress_encoder(source: EncoderCheckpoint, name: str) -> EncoderModel:
+class EncoderSource(Protocol):
+    """What an encoder's weights are taken from: an EncoderCheckpoint, or one cut out of it."""
+
+    @property
+    def spec(self) -> EncoderSpec: ...
+
+    def array(self, name: str) -> np.ndarray:
+        """Fused weight `name` of `expected_encoder_weights` as float32."""
+        ...
+
+
+def compress_encoder(source: EncoderSource, name: str) -> EncoderModel:
     """The encoder with its linears in format `name`: fp32, bf16, or w{8,6,5,4}a{8,16} rounded to nearest.
 
     Raises ConfigError for another format, or one whose groups do not divide a width, before any work.

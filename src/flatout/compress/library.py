@@ -18,13 +18,17 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from flatout.compress.apply import Progress, to_nearest
-from flatout.compress.gptq import Factor, factorise, spread, triangle_of, upper_of
+from flatout.compress.gptq import PASSES, Factor, damped, factorise, spread, triangle_of, upper_of
 from flatout.compress.inputs import linear_inputs
-from flatout.compress.smooth import factors_for, owner_of, rescaled, smoothable
-from flatout.core.formats import Recipe
+from flatout.compress.method import Progress
+from flatout.compress.refine import refine
+from flatout.compress.rescale import owner_of, rescaled
+from flatout.compress.rtn import to_nearest
+from flatout.compress.smooth import factors_for, smoothable
+from flatout.core.formats import Format, Recipe
 from flatout.core.fuse import Source, float_weight, native_format
 from flatout.core.model import Model, Weight, expected_weights
+from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 
 
@@ -62,22 +66,31 @@ class Library:
         factors: np.ndarray = self._smoothing[name][owner_of(self.source.spec, name).numpy()]
         return factors
 
-    def moments(self, name: str) -> np.ndarray:
-        """Mean of x x^T float32 (K, K) over the inputs of linear `name`, made anew each time."""
+    def moments(self, name: str, smoothed: bool = False) -> np.ndarray:
+        """The second moments (K, K) of the inputs of linear `name`, smoothed if asked for; made anew each
+        time."""
         upper = upper_of(self._moments[name], self.source.spec.linears()[name.rpartition(".")[2]][1])
         moments: np.ndarray = upper + np.triu(upper, 1).T
+        if smoothed:
+            inverse = 1 / self.smoothing(name)
+            moments *= np.outer(inverse, inverse)
         return moments
 
     def factor(self, name: str, smoothed: bool) -> Factor:
         """The Hessian of linear `name`, of its smoothed inputs if asked for, ready for rounding."""
         key = (name, smoothed)
         if key not in self._factors:
-            moments = self.moments(name)
-            if smoothed:
-                inverse = 1 / self.smoothing(name)
-                moments *= np.outer(inverse, inverse)
-            self._factors[key] = factorise(moments)
+            self._factors[key] = factorise(self.moments(name, smoothed))
         return self._factors[key]
+
+    def _rounded(self, source: Source, name: str, smoothed: bool, fmt: Format) -> QuantizedTensor:
+        """Linear `name` of `source`, spread and, below 8 bits, refined: what method gptq does to one linear,
+        for the activations of the original."""
+        weight = float_weight(source, name)
+        rounded = spread(weight, self.factor(name, smoothed), fmt)
+        if fmt.bits >= 8:
+            return rounded
+        return refine(weight, damped(self.moments(name, smoothed)), rounded, PASSES)
 
     def model(self, recipe: Recipe, progress: Progress | None = None) -> Model:
         """The model under `recipe`. Embedding and head are rounded to nearest; blocks stay as the file has
@@ -97,8 +110,7 @@ class Library:
             smoothed, divided = name in names, _feeds(name) in names
             key = (name, fmt.name, smoothed, divided)
             if key not in self._weights:
-                factor = self.factor(name, smoothed)
-                self._weights[key] = spread(float_weight(source, name), factor, fmt)
+                self._weights[key] = self._rounded(source, name, smoothed, fmt)
             weights[name] = self._weights[key]
         return Model(spec=self.source.spec, recipe=recipe, weights=weights)
 

@@ -4,7 +4,10 @@ Symmetric 8-bit codes span [-127, 127] with scale amax / 127; those of b < 8 bit
 2^(b - 1) - 1 around the zero 2^(b - 1) with scale amax / (2^(b - 1) - 1/2), which leaves no error above half
 a step; asymmetric codes span min(w, 0)..max(w, 0) with an integer zero. Scales are float16 (float32 where a
 scale exceeds float16's range) and codes are rounded against the scale as stored, so the rounding of scales
-costs nothing extra.
+costs nothing extra. The search tries nine narrower ranges a group and keeps the one with the least squared
+error, clipping a few extremes for finer steps (Banner et al., 2019, arXiv 1810.05723).
+
+Trade-off: seconds and no text at all; at 4 bits and fewer every other method loses less.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flatout.core.formats import Format
+from flatout.core.fuse import Source, float_weight, native_format, native_weight
+from flatout.core.model import Weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 
@@ -45,13 +50,13 @@ def check_roundable(fmt: Format) -> None:
     """Raise ConfigError unless rounding can produce `fmt`."""
     if not fmt.is_integer or fmt.is_native:
         raise ConfigError(
-            "rounding makes w{8,6,5,4}a{8,16} formats; GGUF blocks are only taken from a file that has them",
+            "rounding makes w{8,6,5,4,3}a{8,16} formats; GGUF blocks are taken from a file that has them",
             fmt.name,
             "w8a8-g64",
         )
 
 
-def _storable(scales: np.ndarray) -> np.ndarray:
+def storable(scales: np.ndarray) -> np.ndarray:
     """Scales as they will be stored, widened back to float32; never zero, so division is safe.
 
     Below float16's normal range they are rounded up: there a scale rounded down would clip the group's
@@ -70,12 +75,12 @@ def make_grid(grouped: np.ndarray, fmt: Format, clip: float = 1.0) -> Grid:
         amax = np.abs(grouped).max(axis=2) * np.float32(clip)
         zero, low, high = (0, -127, 127) if fmt.bits == 8 else (1 << (fmt.bits - 1), 0, (1 << fmt.bits) - 1)
         half_range = (high - low) / 2
-        scales = _storable(amax / np.float32(half_range))
+        scales = storable(amax / np.float32(half_range))
         return Grid(scales=scales, zeros=np.full_like(scales, zero), low=low, high=high)
     top = (1 << fmt.bits) - 1
     minimum = np.minimum(grouped.min(axis=2), 0) * np.float32(clip)
     maximum = np.maximum(grouped.max(axis=2), 0) * np.float32(clip)
-    scales = _storable((maximum - minimum) / np.float32(top))
+    scales = storable((maximum - minimum) / np.float32(top))
     zeros = np.clip(np.rint(-minimum / scales), 0, top)
     return Grid(scales=scales, zeros=zeros, low=0, high=top)
 
@@ -152,3 +157,12 @@ def round_to_nearest(weight: np.ndarray, fmt: Format, search_clip: bool = False)
     grouped = group_rows(weight, fmt)
     grid = search_grid(grouped, fmt) if search_clip else make_grid(grouped, fmt)
     return pack(grid.codes(grouped).reshape(weight.shape), grid, fmt)
+
+
+def to_nearest(source: Source, name: str, fmt: Format) -> Weight:
+    """The fused weight in `fmt` without calibration: float, the file's own blocks, or rounded to nearest."""
+    if not fmt.is_integer:
+        return float_weight(source, name)
+    if fmt.is_native or native_format(source, name) == fmt.name:
+        return native_weight(source, name, fmt)
+    return round_to_nearest(float_weight(source, name), fmt, search_clip=fmt.bits < 8)

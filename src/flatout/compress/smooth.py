@@ -3,9 +3,8 @@ time.
 
     x W^T = (x / s) (W s)^T          for any factors s > 0, one for each input channel
 
-1 / s goes where it costs nothing (Xiao et al., "SmoothQuant", 2022, arXiv 2211.10438): into the norm before
-qkv, gate_up and the head, into the rows of up_proj before down, and into the rows of v_proj before o, where
-the query heads that read one key/value head share their factors. The model computes what it did before.
+1 / s goes where it costs nothing (compress/rescale.py; Xiao et al., "SmoothQuant", 2022, arXiv 2211.10438).
+The model computes what it did before.
 
 SmoothQuant sets s_k from the largest activation and the largest weight of channel k and one exponent. Here
 s minimises the expected error of the product. Rounding to steps of max_k |x_tk / s_k| / 127 and max_k
@@ -18,24 +17,26 @@ constant 12 * 127^2,
 All four are sums of maxima of monomials in s with positive coefficients, so error(s) is convex in log s (a
 geometric program; Boyd et al., 2007): no exponent to choose and one least value to descend to.
 
+Trade-off: it helps int8 activations that share one scale a token, and nothing else; the file's own blocks
+are given up where factors go into them.
+
 Legend: T tokens, N rows and K columns of a weight, P free factors (K, or fewer where columns share one).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.apply import Progress
-from flatout.compress.inputs import linear_inputs
-from flatout.core.formats import Format, Recipe, parse_format
-from flatout.core.fuse import Source, native_format, source_names
-from flatout.core.quantized import QuantizedTensor
+from flatout.compress.inputs import linear_inputs, relative_to
+from flatout.compress.method import Data, Report, format_in
+from flatout.compress.rescale import Rescaled, evenly, owner_of, rescalable, rescaled
+from flatout.core.formats import Recipe
+from flatout.core.fuse import Source
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
@@ -50,45 +51,6 @@ _FAINTEST = 1e-3
 """A channel counts as at least this part of the median one, in activations and in weights. Other text may
 wake a channel that calibration text left silent, whose factor would otherwise fall without limit; a column
 of zeros would let its factor grow without limit."""
-_CARRIERS: dict[str, tuple[str, ...]] = {
-    "qkv": ("input_layernorm.weight",),
-    "o": ("self_attn.v_proj.weight",),
-    "gate_up": ("post_attention_layernorm.weight",),
-    "down": ("mlp.up_proj.weight",),
-}
-_FED_BY = {"o": "qkv", "down": "gate_up"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Smoothed:
-    """A Source that computes what `original` does, with other activations between its linears.
-
-    columns: Hugging Face name -> float32 (K,) that multiplies the columns. rows: name -> float32 (N,) that
-    divides the rows; of norms, the factors that are applied (the weight plus spec.norm_offset). A smoothed
-    head is a tensor of its own, so `spec` then does not tie it to the embedding.
-    """
-
-    spec: ModelSpec
-    original: Source
-    columns: Mapping[str, np.ndarray]
-    rows: Mapping[str, np.ndarray]
-
-    def array(self, name: str) -> np.ndarray:
-        array = self.original.array(name)
-        if name in self.columns:
-            array = array * self.columns[name]
-        if name in self.rows:
-            divisor = self.rows[name]
-            if name.endswith("norm.weight"):
-                offset = np.float32(self.spec.norm_offset)
-                array = (array + offset) / divisor - offset
-            else:
-                array = array / (divisor[:, None] if array.ndim == 2 else divisor)
-        return array
-
-    def native(self, name: str) -> QuantizedTensor | None:
-        rescaled = name in self.columns or name in self.rows
-        return None if rescaled else self.original.native(name)
 
 
 def fit_factors(x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
@@ -131,16 +93,6 @@ def fit_factors(x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
     return torch.exp(best)
 
 
-def relative_to(hidden: Tensor, inputs: Tensor) -> Tensor:
-    """`inputs` (T, K) of o or down, each token divided by the size of its hidden state (T, D).
-
-    What they add to a token is soon divided by that size in a norm, and so is their error; without this a
-    few tokens with huge states outweigh all others.
-    """
-    size = hidden.square().mean(dim=1, keepdim=True).sqrt()
-    return inputs / torch.clamp(size, min=1e-6)
-
-
 def _audible(squares: Tensor) -> Tensor:
     """`squares` (rows, K) with the mean of every column raised to _FAINTEST^2 of the median one; ones if all
     are 0."""
@@ -156,102 +108,44 @@ def _placed(values: Tensor, where: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def smooth(
-    source: Source,
-    recipe: Recipe,
-    documents: Sequence[np.ndarray],
-    progress: Progress | None = None,
-) -> Smoothed:
-    """`source` with the factors that suit `recipe`, fitted to `documents`, token ids, each a sequence of its
-    own.
+def smooth(source: Source, data: Data, recipe: Recipe) -> tuple[Rescaled, Report]:
+    """`source` with the factors that suit `recipe`, fitted to the text of `data`.
 
     Smoothed is every linear whose activations share one int8 scale a token, unless its weight, or the one
     its factors would go into, is taken from the file as stored. Of the documents, beginnings of 16 with
-    2,048 tokens in all are used. Memory: one layer's float weights and these tokens' activations.
-    progress(what, done, total) counts linears. Raises ConfigError when there is no text.
+    2,048 tokens in all are used. Memory: one layer's float weights and these tokens' activations. Raises
+    ConfigError when there is no text.
     """
-    documents = [document for document in documents if len(document)]
-    if not documents:
+    start = time.perf_counter()
+    if not data.documents:
         raise ConfigError("smoothing needs calibration text", "none", "method rtn, or give token lists")
     spec = source.spec
     linears = [f"layers.{i}.{linear}" for i in range(spec.num_layers) for linear in spec.linears()] + ["head"]
     factors: dict[str, np.ndarray] = {}
 
     def see(name: str, inputs: Tensor, hidden: Tensor, weight: np.ndarray) -> None:
-        if progress is not None:
-            progress(f"smoothing {name}", linears.index(name), len(linears))
+        if data.progress is not None:
+            data.progress(f"smoothing {name}", linears.index(name), len(linears))
         if smoothable(source, recipe, name):
             factors[name] = factors_for(spec, name, inputs, hidden, weight)
 
-    documents = [documents[i] for i in _evenly(len(documents), _DOCUMENTS)]
+    documents = [data.documents[i] for i in evenly(len(data.documents), _DOCUMENTS)]
     documents = [document[: _TOKENS // len(documents)] for document in documents]
     linear_inputs(source, documents, see)
-    return rescaled(source, factors)
+    tokens = sum(len(document) for document in documents)
+    report = Report(method="smooth", seconds=time.perf_counter() - start, tokens=tokens, errors={})
+    return rescaled(source, factors), report
+
+
+def smoothable(source: Source, recipe: Recipe, name: str) -> bool:
+    """Whether linear `name` rounds its activations to int8 with one scale a token, and can be rescaled."""
+    fmt = format_in(recipe, name)
+    one_scale = fmt.activation == "int8" and not fmt.activation_group
+    return one_scale and rescalable(source, recipe, name)
 
 
 def factors_for(spec: ModelSpec, name: str, inputs: Tensor, hidden: Tensor, weight: np.ndarray) -> np.ndarray:
     """The factors float32 (P,) of linear `name`, from a few of its inputs and rows."""
     inputs = relative_to(hidden, inputs) if name.endswith((".o", ".down")) else inputs
-    rows = as_tensor(weight[_evenly(len(weight), _WEIGHT_ROWS)])
-    return fit_factors(inputs[_evenly(len(inputs), _FITTED_TOKENS)], rows, owner_of(spec, name)).numpy()
-
-
-def rescaled(source: Source, factors: Mapping[str, np.ndarray]) -> Smoothed:
-    """`source` with `factors` (P,) by fused name moved into its weights."""
-    spec = source.spec
-    columns: dict[str, np.ndarray] = {}
-    rows: dict[str, np.ndarray] = {}
-    for name, of_linear in factors.items():
-        parts = ("lm_head.weight",) if name == "head" else source_names(spec, name)
-        columns.update(dict.fromkeys(parts, of_linear[owner_of(spec, name).numpy()]))
-        rows.update(dict.fromkeys(_carriers(spec, name), of_linear))
-    tied = spec.tie_embeddings and "head" not in factors
-    return Smoothed(spec=replace(spec, tie_embeddings=tied), original=source, columns=columns, rows=rows)
-
-
-def _format(recipe: Recipe, name: str) -> Format:
-    if name == "head":
-        return parse_format(recipe.head)
-    _, layer, linear = name.split(".")
-    return recipe.format_of(int(layer), linear)
-
-
-def _is_rounded(source: Source, recipe: Recipe, name: str) -> bool:
-    """Whether the integer weight is made by rounding and not taken from the file."""
-    fmt = _format(recipe, name)
-    return fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name
-
-
-def smoothable(source: Source, recipe: Recipe, name: str) -> bool:
-    fmt = _format(recipe, name)
-    if not fmt.scales_tokens or not _is_rounded(source, recipe, name):
-        return False
-    layer, _, linear = name.rpartition(".")
-    if linear not in _FED_BY:
-        return True
-    before = f"{layer}.{_FED_BY[linear]}"
-    return not _format(recipe, before).is_integer or _is_rounded(source, recipe, before)
-
-
-def _carriers(spec: ModelSpec, name: str) -> tuple[str, ...]:
-    """The tensors whose rows are divided by the factors of linear `name`."""
-    if name == "head":
-        return ("model.norm.weight",)
-    _, layer, linear = name.split(".")
-    suffixes = _CARRIERS[linear]
-    if linear == "o" and spec.qkv_bias:
-        suffixes = (*suffixes, "self_attn.v_proj.bias")
-    return tuple(f"model.layers.{layer}.{suffix}" for suffix in suffixes)
-
-
-def owner_of(spec: ModelSpec, name: str) -> Tensor:
-    """The factor of each column (K,): its own, but o's columns share those of the value that heads read."""
-    if name.endswith(".o"):
-        values = torch.arange(spec.kv_size).reshape(spec.num_kv_heads, 1, spec.head_dim)
-        return values.expand(-1, spec.num_heads // spec.num_kv_heads, -1).reshape(-1)
-    return torch.arange(spec.linears()["down"][1] if name.endswith(".down") else spec.hidden_size)
-
-
-def _evenly(count: int, most: int) -> np.ndarray:
-    """At most `most` of 0..count-1, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+    rows = as_tensor(weight[evenly(len(weight), _WEIGHT_ROWS)])
+    return fit_factors(inputs[evenly(len(inputs), _FITTED_TOKENS)], rows, owner_of(spec, name)).numpy()

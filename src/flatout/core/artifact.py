@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from flatout.core.coded import open_weights
 from flatout.core.compressed_tensors import from_tensors, to_tensors
 from flatout.core.config import spec_from_config, spec_to_config
 from flatout.core.files import map_file, read_json_object, sha256_of, write_atomic
@@ -32,7 +33,7 @@ from flatout.core.model import Model, OnDemand, Weight, equal, expected_weights
 from flatout.core.portable import loads_in
 from flatout.core.quantization_config import EMBEDDING, HEAD, cannot_express, to_config
 from flatout.core.quantized import QuantizedTensor, concatenate_rows
-from flatout.core.safetensors import SafetensorsFile, open_safetensors, write_safetensors
+from flatout.core.safetensors import SafetensorsFile, to_bfloat16, write_safetensors
 from flatout.core.scratch import replace_folder, scratch_folder
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.core.tokenizer import Tokenizer
@@ -59,13 +60,6 @@ class _Layout:
 def is_artifact(path: str | Path) -> bool:
     """Whether `path` is a folder that flatout wrote."""
     return (Path(path) / MANIFEST).is_file()
-
-
-def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float32 rounded to the nearest bfloat16 (ties to even), as uint16 bits."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
 
 
 def save_artifact(model: Model, tokenizer: Tokenizer, out: str | Path, manifest: Mapping[str, Any]) -> Path:
@@ -234,7 +228,7 @@ def load_artifact(path: str | Path) -> tuple[Model, Tokenizer, dict[str, Any]]:
     spec = replace(spec_from_config(config, where=str(path / "config.json")), tie_embeddings=manifest["tied"])
     recipe = recipe_from_json(manifest.get("recipe"))
     layout = _Layout(tied=manifest["tied"], shared=manifest["head_is_embedding"])
-    file = open_safetensors(path / _WEIGHTS)
+    file = open_weights(path / _WEIGHTS)
 
     def read(fused: str, shape: tuple[int, ...], fmt: Format) -> Weight:
         return _read(file, spec, "embedding" if fused == "head" and layout.shared else fused, shape, fmt)
@@ -273,21 +267,31 @@ def _check_file(file: Path, found: str, expected: str) -> None:
 
 def recipe_from_json(value: Any) -> Recipe:
     """The Recipe that `to_json` wrote. Raises ModelFileError for anything else."""
-    keys = ("name", "layers", "embedding", "head", "kv_cache", "method", "overrides")
-    sound = isinstance(value, dict) and set(value) == set(keys)
-    overrides = value["overrides"] if sound else None
-    if (
-        not isinstance(overrides, list)
-        or not all(isinstance(value[key], str) for key in keys[:-1])
-        or not all(
-            isinstance(o, list) and len(o) == 2 and all(isinstance(s, str) for s in o) for o in overrides
+    texts = ("name", "layers", "embedding", "head", "kv_cache", "method")
+    later = {"sparsity": "", "structure": []}  # artifacts written before these existed lack them
+    value = later | value if isinstance(value, dict) else {}
+    sound = (
+        set(value) == {*texts, "overrides", *later}
+        and all(isinstance(value[key], str) for key in (*texts, "sparsity"))
+        and _pairs(value["overrides"], str)
+        and _pairs(value["structure"], int)
+    )
+    if not sound:
+        raise ModelFileError(
+            f"a recipe has {', '.join(texts)}, overrides", str(value)[:120], "re-create the artifact"
         )
-    ):
-        raise ModelFileError(f"a recipe has {', '.join(keys)}", str(value)[:120], "re-create the artifact")
+    pairs = {key: tuple((name, what) for name, what in value[key]) for key in ("overrides", "structure")}
     try:
-        return Recipe(**{**value, "overrides": tuple((place, fmt) for place, fmt in overrides)})
+        return Recipe(**{**value, **pairs})
     except FlatoutError as error:
         raise ModelFileError("a recipe must be valid", str(error), "re-create the artifact") from error
+
+
+def _pairs(value: Any, kind: type) -> bool:
+    """Whether `value` is a list of [text, `kind`]."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and [type(item) for item in pair] == [str, kind] for pair in value
+    )
 
 
 def _read(file: SafetensorsFile, spec: ModelSpec, fused: str, shape: tuple[int, ...], fmt: Format) -> Weight:

@@ -42,8 +42,8 @@ class TensorFile(Protocol):
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned codes (N, K) of 4 to 8 bits as int32 (N, ceil(K * bits / 32)), the first code in the lowest
-    bits."""
+    """Unsigned codes (N, K) of 3 to 8 bits as int32 (N, ceil(K * bits / 32)), the first code in the lowest
+    bits; codes of 3, 5 and 6 bits lie across words."""
     n, k = codes.shape
     eights = -(-k // 32) * 4  # a word's worth of any width
     padded = np.zeros((n, 8 * eights), dtype=np.uint8)

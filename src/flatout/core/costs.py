@@ -10,8 +10,8 @@ from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Cost
 
-_KV_BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0}
-_SCALE_BYTES = 4.0  # float32 scale per token and head of an int8 cache
+_KV_BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
+_SCALE_BYTES = 4.0  # float32 scale per token and head of an int8 or int4 cache
 
 
 def linear_cost(n: int, k: int, fmt: Format, tokens: int) -> Cost:
@@ -21,7 +21,7 @@ def linear_cost(n: int, k: int, fmt: Format, tokens: int) -> Cost:
 
 def kv_bytes_per_token(spec: ModelSpec, kv_cache: str) -> float:
     """Bytes one token occupies in one layer's key and value cache."""
-    scale = _SCALE_BYTES * spec.num_kv_heads if kv_cache == "int8" else 0.0
+    scale = _SCALE_BYTES * spec.num_kv_heads if kv_cache in ("int8", "int4") else 0.0
     return 2 * (spec.kv_size * _KV_BYTES[kv_cache] + scale)
 
 

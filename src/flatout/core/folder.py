@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flatout.core.coded import open_weights
 from flatout.core.compressed_tensors import from_tensors
 from flatout.core.config import spec_from_config, spec_to_config
 from flatout.core.files import corrupt, read_json_object, shown, write_bytes
@@ -30,7 +31,7 @@ from flatout.core.gptq_awq import (
 )
 from flatout.core.quantization_config import Scheme, read_schemes
 from flatout.core.quantized import QuantizedTensor
-from flatout.core.safetensors import SafetensorsFile, open_safetensors, write_safetensors
+from flatout.core.safetensors import SafetensorsFile, to_bfloat16, write_safetensors
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.core.tokenizer import Tokenizer
 from flatout.errors import FlatoutError, ModelFileError, UnsupportedModelError
@@ -170,14 +171,14 @@ def _weight_files(path: Path) -> list[SafetensorsFile]:
         outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
         if outside:
             raise corrupt(index, "weight_map must name safetensors files beside it", outside[0])
-        files = [open_safetensors(path / n) for n in names]
-        held = {(tensor, file.path.name) for file in files for tensor in file.names}
+        files = [open_weights(path / n) for n in names]
+        held = {(tensor, file.path.name) for file in files for tensor in file.entries}
         for tensor, place in places.items():
             if (tensor, place) not in held:
                 raise corrupt(index, f"{place} must hold the tensors that the index lists", tensor)
         return files
     if single.exists():
-        return [open_safetensors(single)]
+        return [open_weights(single)]
     pickled = sorted(p.name for p in path.glob("*.bin"))
     if pickled:
         raise UnsupportedModelError(
@@ -321,10 +322,20 @@ def _some(items: list[str]) -> str:
 
 
 def write_folder(
-    folder: Path, spec: ModelSpec, tokenizer: Tokenizer, weights: Mapping[str, np.ndarray]
+    folder: Path,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    weights: Mapping[str, np.ndarray],
+    dtype: str = "float32",
 ) -> None:
-    """Write float32 `weights` (`spec.weight_names`) as a folder that exists, which transformers loads."""
-    config = json.dumps(spec_to_config(spec, "float32"), indent=2) + "\n"
+    """Write float32 `weights` (`spec.weight_names`) as a folder that exists, which transformers loads.
+
+    dtype: "float32", or "bfloat16" to round them to that.
+    """
+    config = json.dumps(spec_to_config(spec, dtype), indent=2) + "\n"
     write_bytes(folder / "config.json", config.encode())
     tokenizer.save(folder)
-    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
+    stored: Mapping[str, np.ndarray | tuple[np.ndarray, str]] = weights
+    if dtype == "bfloat16":
+        stored = {name: (to_bfloat16(array), "BF16") for name, array in weights.items()}
+    write_safetensors(folder / "model.safetensors", stored, {"format": "pt"})

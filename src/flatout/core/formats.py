@@ -4,8 +4,8 @@ Grammar of a format name (docs/formats.md has the table):
 
     fp32 | bf16                              floats, multiplied as floats
     fp8                                      e4m3 with a scale a row, times bf16 or e4m3 with a scale a token
-    w{8,6,5,4}a8[-g{32,64,128}][-asym]       integer codes times int8 activations, exact int32 sums
-    w{8,6,5,4}a16[-g{32,64,128}][-asym]      integer codes times 15-bit activations, exact int32 sums
+    w{8,6,5,4,3}a8[-g{32,64,128}][-asym]     integer codes times int8 activations, exact int32 sums
+    w{8,6,5,4,3}a16[-g{32,64,128}][-asym]    integer codes times 15-bit activations, exact int32 sums
     q4_0 | q4_1 | q8_0                       the GGUF blocks as stored (32 wide), times int8 activations
 
 Every integer weight is   w[n, k] = scale[n, k // group] * (code[n, k] - zero[n, k // group])
@@ -17,13 +17,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from flatout.core.sparsity import parse_sparsity
 from flatout.core.spec import ModelSpec
+from flatout.core.structure import Structure
 from flatout.errors import ConfigError
 
-_GRAMMAR = re.compile(r"w(?P<bits>[4568])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
-METHODS = ("rtn", "gptq", "smooth", "smooth-gptq", "native")
-"""How codes are made: rounding to nearest, GPTQ, either of them after smoothing activations, or as the file
-has."""
+_GRAMMAR = re.compile(r"w(?P<bits>[34568])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
+METHODS = (
+    "rtn", "gptq", "tune",
+    "smooth", "smooth-gptq",
+    "awq", "awq-gptq", "awq-tune",
+    "rotate", "rotate-gptq", "rotate-tune",
+    "native",
+)  # fmt: skip
+"""How codes are made: to nearest, by GPTQ, by tuning whole layers, each also behind a change of the model
+(compress/apply.py), or as the file has."""
 _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmetric")}
 
 
@@ -31,8 +39,8 @@ _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmet
 class Format:
     """One number format.
 
-    bits: 4, 5, 6 or 8 for integer codes, 16 or 32 for floats. group: weights sharing a scale along K, 0 = the
-    whole row. zero: "symmetric" (codes are signed around zero), "asymmetric" (integer zero point a group)
+    bits: 3, 4, 5, 6 or 8 for integer codes, 16 or 32 for floats. group: weights sharing a scale along K, 0 =
+    the whole row. zero: "symmetric" (codes are signed around zero), "asymmetric" (integer zero point a group)
     or "minimum" (float minimum a group). activation: "int8" (dynamic), "bf16" or "fp32". activation_group:
     activations sharing one dynamic scale along K, 0 = the whole token.
     """
@@ -63,8 +71,9 @@ class Format:
         return k // self.group if self.group else 1
 
     def weight_bytes(self, n: int, k: int) -> int:
-        """Bytes streamed to multiply by an (n, k) weight once: codes, 16-bit scales and minima."""
-        codes = n * k * self.bits // 8
+        """Bytes streamed to multiply by an (n, k) weight once: codes (of 3 bits in 4, as every runner holds
+        them), 16-bit scales and minima."""
+        codes = n * k * max(self.bits, 4) // 8
         if not self.is_integer:
             return codes
         per_group = 2 if self.zero == "symmetric" else 4
@@ -85,13 +94,15 @@ def parse_format(name: str) -> Format:
     match = _GRAMMAR.fullmatch(name)
     if match is None:
         raise ConfigError(
-            "a format is fp32, bf16, fp8, q4_0, q4_1, q8_0 or w{8,6,5,4}a{8,16}[-g{32,64,128}][-asym]",
+            "a format is fp32, bf16, fp8, q4_0, q4_1, q8_0 or w{8,6,5,4,3}a{8,16}[-g{32,64,128}][-asym]",
             repr(name),
             "w8a8-g64",
         )
     group = int(match["group"]) if match["group"] else 0
-    if match["group"] not in (None, "32", "64", "128") or (match["bits"] == "4" and group == 0):
-        raise ConfigError("groups are 32, 64 or 128 wide, and 4-bit weights need one", repr(name), "w4a8-g64")
+    if match["group"] not in (None, "32", "64", "128") or (match["bits"] in "34" and group == 0):
+        raise ConfigError(
+            "groups are 32, 64 or 128 wide, and weights of 3 or 4 bits need one", repr(name), "w4a8-g64"
+        )
     integer_activation = match["act"] == "8"
     return Format(
         name=name,
@@ -110,8 +121,10 @@ class Recipe:
     `layers` applies to every fused linear of every layer unless `overrides` names it:
     "layers.7.down" (one), "layers.*.down" (that linear everywhere) or "layers.7" (the whole layer);
     the last matching override wins. method: one of METHODS.
-    kv_cache: "int8", "bf16" or "fp8" (e4m3, on the GPU). A tied head is stored once for look-up and once
-    for multiplication, so `embedding` and `head` may differ.
+    kv_cache: "int8", "bf16", "fp8" (e4m3, on the GPU) or "int4" (reference runner only). A tied head is
+    stored once for look-up and once for multiplication, so `embedding` and `head` may differ. sparsity: which
+    weights of the linears are zero (core/sparsity.py), "" for none. structure: sizes of a smaller
+    architecture, as (name, size) pairs (core/structure.py); both are made before weights are rounded.
     """
 
     name: str
@@ -121,8 +134,13 @@ class Recipe:
     kv_cache: str = "bf16"
     method: str = "rtn"
     overrides: tuple[tuple[str, str], ...] = ()
+    sparsity: str = ""
+    structure: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
+        Structure.of(self.structure)
+        if self.sparsity:
+            parse_sparsity(self.sparsity)
         for name in (self.layers, self.embedding, self.head, *(f for _, f in self.overrides)):
             parse_format(name)
         for pattern, _ in self.overrides:
@@ -132,15 +150,22 @@ class Recipe:
                     repr(pattern),
                     "layers.0.down",
                 )
-        if self.kv_cache not in ("int8", "bf16", "fp8"):
-            raise ConfigError("the KV cache is int8, bf16 or fp8", repr(self.kv_cache), "int8")
+        if self.kv_cache not in ("int8", "bf16", "fp8", "int4"):
+            raise ConfigError("the KV cache is int8, bf16, fp8 or int4", repr(self.kv_cache), "int8")
         if self.method not in METHODS:
             raise ConfigError(f"the method is one of {', '.join(METHODS)}", repr(self.method), "rtn")
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the weights depend on calibration text."""
-        return self.method not in ("rtn", "native")
+        cuts = any(name != "kv-heads" for name, _ in self.structure)
+        scored = bool(self.sparsity) and parse_sparsity(self.sparsity).needs_calibration
+        return self.method not in ("rtn", "rotate", "native") or cuts or scored
+
+    @property
+    def reduces(self) -> bool:
+        """Whether weights are taken away before any is rounded."""
+        return bool(self.sparsity or self.structure)
 
     def format_of(self, layer: int, linear: str) -> Format:
         """Format of fused linear `linear` (qkv, o, gate_up, down) of layer `layer`."""
@@ -152,7 +177,12 @@ class Recipe:
         return parse_format(chosen)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ConfigError listing every place where a group does not divide the width."""
+        """Raise ConfigError for a structure that a model of `spec` does not have, and listing every place
+        where a group does not divide the width."""
+        spec = Structure.of(self.structure).child(spec)
+        if self.sparsity:
+            for linear, (_, k) in spec.linears().items():
+                parse_sparsity(self.sparsity).check(linear, k)
         wrong = []
         for i in range(spec.num_layers):
             for linear, (_, k) in spec.linears().items():
@@ -172,7 +202,7 @@ class Recipe:
 
 
 def uniform(name: str, kv_cache: str = "int8", head: str | None = None, method: str = "rtn") -> Recipe:
-    """The recipe that uses one format everywhere; head and embedding stay at 8 bits for 4-bit formats."""
+    """The recipe that uses one format everywhere; head and embedding stay at 8 bits where it has fewer."""
     fmt = parse_format(name)
     head = head or ("w8a8-g64" if fmt.bits < 8 and not fmt.is_native else name)
     return Recipe(name=name, layers=name, embedding=head, head=head, kv_cache=kv_cache, method=method)

@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF file's metadata, rebuilt as a `tokenizers` pipeline.
 
 tokenizer.ggml.model "gpt2" is byte-level BPE: tokenizer.ggml.pre names how text is cut before merging
-(`_PRE`). "llama" is SentencePiece BPE: scores stand in for merges, spaces are U+2581, unknown characters fall
+(`PRE`). "llama" is SentencePiece BPE: scores stand in for merges, spaces are U+2581, unknown characters fall
 back to bytes. Token types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
 """
 
@@ -23,7 +23,7 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
-_PRE = ("gpt-2", "smollm", "llama-bpe", "qwen2")
+PRE = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 _SAME_AS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
 _MAX_TOKEN = 1024
@@ -104,12 +104,29 @@ def _types(file: GgufFile, count: int) -> np.ndarray:
     return types
 
 
+def pre_tokenizer_of(name: str) -> pre_tokenizers.PreTokenizer:
+    """How the byte-level tokenizer called `name` (one of PRE) cuts text before merging."""
+    if name == "smollm":
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pattern = tokenizers.Regex(_LLAMA3 if name == "llama-bpe" else _QWEN2)
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
 def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     pre = file.metadata.get("tokenizer.ggml.pre")
     name = _SAME_AS.get(pre, pre) if isinstance(pre, str) else None
-    if name not in _PRE:
+    if name not in PRE:
         raise UnsupportedModelError(
-            f"tokenizer.ggml.pre must be one of {', '.join((*_PRE, *_SAME_AS))}",
+            f"tokenizer.ggml.pre must be one of {', '.join((*PRE, *_SAME_AS))}",
             f"{shown(pre)} in {shown(str(file.path), 300)}",
             "the safetensors folder of this model",
         )
@@ -121,20 +138,7 @@ def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tokenizers.Tokeni
     inner = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name == "llama-bpe")
     )
-    if name == "smollm":
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    elif name == "gpt-2":
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        pattern = tokenizers.Regex(_LLAMA3 if name == "llama-bpe" else _QWEN2)
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(pattern, "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    inner.pre_tokenizer = pre_tokenizer_of(name)
     if name == "qwen2":
         inner.normalizer = normalizers.NFC()
     inner.decoder = decoders.ByteLevel()

@@ -137,7 +137,7 @@ def is_packed(fmt: Format, is_table: bool) -> bool:
 def read_schemes(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Scheme]:
     """The scheme of every quantised module among `modules` under a `quantization_config` of anyone's making.
 
-    Raises UnsupportedModelError for schemes other than integer weights of 4, 5, 6 or 8 bits by channel or
+    Raises UnsupportedModelError for schemes other than integer weights of 3, 4, 5, 6 or 8 bits by channel or
     group.
     """
     method = config.get("quant_method")
@@ -190,7 +190,7 @@ def _scheme(group: Mapping[str, Any], module: str) -> Scheme:
     known = (
         isinstance(weights, dict)
         and weights.get("type", "int") == "int"
-        and weights.get("num_bits") in (4, 5, 6, 8)
+        and weights.get("num_bits") in (3, 4, 5, 6, 8)
         and weights.get("strategy") in ("channel", "group", None)
         and weights.get("actorder") in (None, "weight", "static")
         and not weights.get("dynamic")
@@ -203,7 +203,7 @@ def _scheme(group: Mapping[str, Any], module: str) -> Scheme:
         )
     if not known or not isinstance(weights, dict):
         raise UnsupportedModelError(
-            "weights are read as integers of 4, 5, 6 or 8 bits by channel or group, activations as dynamic",
+            "weights are integers of 3, 4, 5, 6 or 8 bits by channel or group, activations dynamic",
             f"{module}: {str(weights)[:120]}, {str(activations)[:120]}",
             "the float model",
         )

@@ -24,7 +24,7 @@ from flatout.errors import ModelFileError, UnsupportedModelError
 _MAX_HEADER = 1 << 25  # the format allows 100 MB, which as JSON objects would take gigabytes of memory
 _MAX_DIMENSIONS = 8
 
-_DTYPES = {
+DTYPES = {
     "BOOL": "|b1",
     "U8": "|u1",
     "I8": "|i1",
@@ -61,7 +61,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry:
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -75,7 +75,7 @@ class SafetensorsFile:
     path: Path
     metadata: dict[str, str]
     names: tuple[str, ...]
-    entries: dict[str, _Entry]
+    entries: dict[str, Entry]
     mapped: mmap.mmap
     data: np.ndarray  # the same as uint8
 
@@ -89,7 +89,7 @@ class SafetensorsFile:
     def array(self, name: str) -> np.ndarray:
         """The tensor as stored: a read-only view of the file, BF16 as uint16 and F8 as uint8."""
         entry = self._entry(name)
-        return self.data[entry.start : entry.stop].view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        return self.data[entry.start : entry.stop].view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def forget(self) -> None:
         """Give the file's pages back to the system; views stay valid and read them anew."""
@@ -109,7 +109,7 @@ class SafetensorsFile:
             "the unquantised model, or a compressed-tensors folder",
         )
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
         if entry is None:
             raise corrupt(self.path, "every weight must be in the file", f"no tensor {shown(name)}")
@@ -168,15 +168,15 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _entry(path: Path, name: str, info: Any, data_start: int) -> _Entry:
+def _entry(path: Path, name: str, info: Any, data_start: int) -> Entry:
     """The checked header entry of one tensor, offsets from the file's start."""
     what = shown(name)
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
         raise corrupt(path, f"tensor {what} must have dtype, shape and data_offsets", info)
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UnsupportedModelError(
-            f"tensor types that flatout reads are {', '.join(_DTYPES)}",
+            f"tensor types that flatout reads are {', '.join(DTYPES)}",
             f"{shown(dtype)} for {what} in {shown(str(path), 300)}",
             "the model in BF16",
         )
@@ -188,13 +188,25 @@ def _entry(path: Path, name: str, info: Any, data_start: int) -> _Entry:
         raise corrupt(path, "data_offsets are two positions", f"{shown(offsets)} for {what}")
     start, stop = offsets
     # Python integers do not overflow, so an absurd shape simply disagrees with its offsets.
-    if stop - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+    if stop - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
         raise corrupt(
             path,
             f"data_offsets must span dtype x shape ({dtype} {shown(shape)})",
             f"{start} to {stop} for {what}",
         )
-    return _Entry(dtype, tuple(shape), data_start + start, data_start + stop)
+    return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest bfloat16 (ties to even), as uint16 bits."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """uint16 bits of bfloat16 as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def write_safetensors(
@@ -212,7 +224,7 @@ def write_safetensors(
     at = 0
     for name, value in tensors.items():
         array, dtype = value if isinstance(value, tuple) else (value, _NAMES.get(value.dtype.name, ""))
-        if _DTYPES.get(dtype) is None or np.dtype(_DTYPES[dtype]).itemsize != array.dtype.itemsize:
+        if DTYPES.get(dtype) is None or np.dtype(DTYPES[dtype]).itemsize != array.dtype.itemsize:
             raise ModelFileError(
                 f"{name} must have a type that safetensors holds",
                 f"{array.dtype} {dtype}".strip(),

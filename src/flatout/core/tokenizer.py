@@ -105,6 +105,21 @@ class Tokenizer:
         """The token of every id, as the tokenizer writes it."""
         return {i: token for token, i in self._inner.get_vocab(with_added_tokens=True).items()}
 
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save` writes: the contents of tokenizer.json and tokenizer_config.json."""
+        return json.loads(self._inner.to_str()), dict(self._config)
+
+    @classmethod
+    def from_state(cls, contents: Mapping[str, Any], config: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of such contents. Raises ModelFileError for contents that make none."""
+        try:
+            inner = tokenizers.Tokenizer.from_str(json.dumps(contents))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelFileError(
+                "the contents must be those of a tokenizer", shown(str(error)), "an unchanged tokenizer"
+            ) from error
+        return cls(inner, dict(config))
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; b"" for an id without a token, which padded vocabularies can
         produce."""

@@ -47,7 +47,7 @@ def choose(cpu: ModuleType, isa: str | None, threads: int | None) -> tuple[str, 
 
 
 def check_formats(recipe: Recipe) -> None:
-    """Raise ConfigError for a recipe with formats that only GPUs have."""
+    """Raise ConfigError for a recipe with formats that only GPUs, or only the reference, have."""
     places = {
         "layers": recipe.layers,
         "embedding": recipe.embedding,
@@ -58,6 +58,10 @@ def check_formats(recipe: Recipe) -> None:
         if name == "fp8":
             raise ConfigError(
                 "the cpu runner has no fp8", f"{place} in {recipe.name}", "bf16 or w8a16, --runner cuda"
+            )
+        if name == "int4":
+            raise ConfigError(
+                "the cpu runner has no int4 cache", f"{place} in {recipe.name}", "int8, --runner reference"
             )
 
 
@@ -158,19 +162,23 @@ def set_weights(target: Any, model: Model) -> None:
 
 
 def set_weight(target: Any, name: str, weight: Weight, fmt: Format) -> None:
-    """Hand one weight to a model of the extension, which copies and packs it."""
+    """Hand one weight to a model of the extension, which copies and packs it. 3-bit codes become 4-bit ones
+    with the zeros they have: the same numbers."""
     if isinstance(weight, BlockTensor):
         target.set_blocks(name, np.ascontiguousarray(weight.blocks), fmt.bits, fmt.zero)
     elif isinstance(weight, QuantizedTensor):
+        zeros = weight.zeros
+        if fmt.bits == 3 and zeros is None:
+            zeros = np.full(weight.scales.shape, weight.integer_zero, dtype=np.uint8)
         target.set_quantized(
             name,
             np.ascontiguousarray(weight.codes),
             np.ascontiguousarray(weight.scales),
-            None if weight.zeros is None else np.ascontiguousarray(weight.zeros),
+            None if zeros is None else np.ascontiguousarray(zeros),
             None if weight.minima is None else np.ascontiguousarray(weight.minima),
-            fmt.bits,
+            max(fmt.bits, 4),
             fmt.group,
-            fmt.zero,
+            fmt.zero if zeros is None else "asymmetric",
             fmt.activation,
             fmt.activation_group,
         )

@@ -29,7 +29,7 @@ from flatout.engine.cuda_weights import GpuWeights, LayerWeights, load_weights
 from flatout.engine.runner import StepInput, check_step, sampled_rows
 from flatout.engine.sampler import sample
 from flatout.errors import BackendError, ResourceError, UnsupportedModelError
-from flatout.kernels import gpu, gpu_attention
+from flatout.kernels import gpu, gpu_attention, gpu_linear
 from flatout.kernels.gpu import Activations, Card, Product
 from flatout.kernels.gpu_attention import LayerCache
 from flatout.kernels.packed import PackedWeight
@@ -54,12 +54,13 @@ class CudaRunner:
         page_size: int = 64,
         kv_cache: str = "bf16",
         max_batch: int = 256,
+        card: Card | None = None,
     ) -> None:
         self.spec, self.page_size, self.num_pages = spec, page_size, num_pages
         self.max_step_tokens = MAX_STEP_TOKENS
         self.weights = weights
         self.device = weights.embedding.device
-        self.card: Card = gpu.card(self.device)
+        self.card: Card = card or gpu.card(self.device)
         self.name = f"cuda ({self.card.name}, {kv_cache} cache)"
         dtype = torch.float8_e4m3fn if kv_cache == "fp8" else torch.bfloat16
         shape = (num_pages, spec.num_kv_heads, page_size, spec.head_dim)
@@ -119,12 +120,19 @@ class CudaRunner:
             )
         return tokens
 
+    def dry_run(self, prompt: StepInput) -> None:
+        """Launch, on a dry card, what a prompt and a token of one sequence need."""
+        self.logits(self._hidden(prompt, "last"))
+        self._decoder.dry_run()
+
     def few(self, tokens: int) -> bool:
         """Whether a step of that many tokens goes through the matrix-vector kernels."""
         if tokens & (tokens - 1):
             return False
         return all(
-            tokens <= gpu.FEW_ROWS[w.format] for layer in self.weights.layers[:1] for w in layer.linears
+            tokens <= gpu_linear.FEW_ROWS[w.format]
+            for layer in self.weights.layers[:1]
+            for w in layer.linears
         )
 
     def fp8(self, weight: PackedWeight) -> bool:
@@ -133,30 +141,33 @@ class CudaRunner:
 
     def logits(self, hidden: Activations) -> Tensor:
         """float32 (rows, V) of what `final_norm` left."""
-        return gpu.logits_many(hidden, self.weights.head)
+        return gpu_linear.logits(self.card, hidden, self.weights.head)
 
-    def layer(
+    def attended(
         self,
         layer: LayerWeights,
         x: Tensor,
         pending: Product | None,
         attend: gpu_attention.Attend,
         cache: LayerCache,
-    ) -> Product:
-        """One layer of many tokens on the residual stream x (T, D) float32, to which `pending` is still to be
-        added; so is what it returns."""
+    ) -> Tensor:
+        """The first half of a layer of many tokens on the residual stream x (T, D) float32, to which
+        `pending` is added: what they read, bfloat16 (T, H E)."""
+        normal = gpu.add_norm(
+            self.card, x, pending, layer.input_norm, self.spec.rms_norm_eps, self.fp8(layer.qkv)
+        )
+        return attend(gpu_linear.multiply(self.card, normal, layer.qkv), layer.heads, cache)
+
+    def fed_forward(self, layer: LayerWeights, x: Tensor, read: Tensor) -> Product:
+        """The second half; what it returns is still to be added to x."""
         card, eps = self.card, self.spec.rms_norm_eps
-        qkv = gpu.multiply_many(
-            gpu.add_norm(card, x, pending, layer.input_norm, eps, self.fp8(layer.qkv)), layer.qkv
+        o = gpu_linear.multiply(
+            card, gpu.quantize(card, read) if self.fp8(layer.o) else Activations(read), layer.o
         )
-        read = attend(qkv, layer.heads, cache)
-        o = gpu.multiply_many(gpu.quantize(card, read) if self.fp8(layer.o) else Activations(read), layer.o)
-        gate_up = gpu.multiply_many(
-            gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up)),
-            layer.gate_up,
-        )
-        activated = gpu.activate(card, gate_up, self.spec.activation == "gelu_tanh", self.fp8(layer.down))
-        return gpu.multiply_many(activated, layer.down)
+        normal = gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up))
+        gelu = self.spec.activation == "gelu_tanh"
+        activated = gpu_linear.multiply_gated(card, normal, layer.gate_up, gelu, self.fp8(layer.down))
+        return gpu_linear.multiply(card, activated, layer.down)
 
     def final_norm(self, x: Tensor, pending: Product | None) -> Activations:
         """What the head multiplies, of rows x (rows, D)."""
@@ -175,15 +186,16 @@ class CudaRunner:
         """After the last norm: (S, D) of each sequence's last new token, or (T, D) of all."""
         check_step(batch, self.spec, self.page_size, self.num_pages)
         self._decoder.forget()
-        attend = _Attend(self, batch)
         x, _ = self.embed(torch.from_numpy(np.ascontiguousarray(batch.tokens)).to(self.device))
+        attend = _Attend(self, batch)
         pending: Product | None = None
-        for layer, cache in zip(self.weights.layers, self.caches, strict=True):
-            pending = self.layer(layer, x, pending, attend, cache)
-        assert pending is not None
-        if rows == "last" and len(batch.lengths) < len(batch.tokens):
-            last = torch.from_numpy(np.cumsum(batch.lengths) - 1).to(self.device)
-            pending, x = pending.rows(last), x[last]
+        for i, (layer, cache) in enumerate(zip(self.weights.layers, self.caches, strict=True)):
+            read = self.attended(layer, x, pending, attend, cache)
+            if i == len(self.caches) - 1 and rows == "last" and len(batch.lengths) < len(batch.tokens):
+                # Of the last layer nobody asks for the other rows.
+                last = torch.from_numpy(np.cumsum(batch.lengths) - 1).to(self.device)
+                read, x = read[last], x[last]
+            pending = self.fed_forward(layer, x, read)
         return self.final_norm(x, pending)
 
 
@@ -249,7 +261,7 @@ class _Attend:
     def _prefill(self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache) -> Tensor:
         runner, spec = self._runner, self._runner.spec
         qkv = gpu_attention.rotate_and_store(
-            spec, product, heads, runner.turns, cache, self._slots, self._positions
+            runner.card, spec, product, heads, runner.turns, cache, self._slots, self._positions
         )
         found, first = [], 0
         for start, length, pages in self._prompts:
@@ -334,9 +346,15 @@ def open_runner(
 ) -> CudaRunner:
     """A runner for `model` on the current GPU. Raises BackendError, UnsupportedModelError or ResourceError
     before weights are read."""
+    from flatout.engine.cuda_compile import compile_ahead
+
     device = open_device()
-    check_formats(model.recipe, gpu.card(device))
+    card = gpu.card(device)
+    check_formats(model.recipe, card)
     free, _ = torch.cuda.mem_get_info(device)
     pages = pages_that_fit(model.spec, model.recipe, weight_bytes, tokens, page_size, free)
     kv_cache = "fp8" if model.recipe.kv_cache == "fp8" else "bf16"
-    return CudaRunner(model.spec, load_weights(model, device), pages, page_size, kv_cache, max_batch)
+    compiling = compile_ahead(model.spec, model.recipe, card, page_size)
+    runner = CudaRunner(model.spec, load_weights(model, device), pages, page_size, kv_cache, max_batch)
+    compiling.join()
+    return runner

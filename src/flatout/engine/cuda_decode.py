@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from flatout.engine.runner import StepInput
-from flatout.kernels import gpu, gpu_attention
-from flatout.kernels.gpu import Product
+from flatout.kernels import gpu, gpu_attention, gpu_linear
+from flatout.kernels.gpu import Activations, Product
 from flatout.kernels.sample import draw
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ class Decoder:
         """Another kind of step is about to run."""
         self._ahead = None
         self._last = None
+
+    def dry_run(self) -> None:
+        """Launch a step of one sequence, on a dry card."""
+        self._run(1, False)
 
     @torch.no_grad()
     def step(
@@ -176,8 +180,12 @@ class Decoder:
         tokens, positions, keys = self._tokens[:rows], self._positions[:rows], self._keys[:rows]
         if rows not in self._plans:
             self._plans[rows] = gpu_attention.attention_plan(runner.card, runner.spec, rows, runner.device)
-        logits = self._few(rows) if runner.few(rows) else self._many(rows)
-        gpu.argmax_keys(runner.card, logits, keys)
+        hidden = None if runner.few(rows) else self._many(rows)
+        if hidden is not None and not hot:
+            gpu_linear.greedy_keys(runner.card, hidden, runner.weights.head, keys)
+        else:
+            logits = self._few(rows) if hidden is None else runner.logits(hidden)
+            gpu.argmax_keys(runner.card, logits, keys)
         drawn = None
         if hot:
             drawn = draw(
@@ -189,7 +197,7 @@ class Decoder:
     def _attend(
         self, product: Product, heads: gpu_attention.HeadWeights, cache: gpu_attention.LayerCache
     ) -> Tensor:
-        rows = product.values.shape[0]
+        rows = product.tokens
         runner, out = self._runner, self._attended[:rows]
         gpu_attention.decode_attention(
             runner.card, runner.spec, product, heads, runner.turns, cache,
@@ -197,29 +205,29 @@ class Decoder:
         )  # fmt: skip
         return out
 
-    def _many(self, rows: int) -> Tensor:
+    def _many(self, rows: int) -> Activations:
         runner = self._runner
         x, _ = runner.embed(self._tokens[:rows])
         pending: Product | None = None
         for layer, cache in zip(runner.weights.layers, runner.caches, strict=True):
-            pending = runner.layer(layer, x, pending, self._attend, cache)
-        return runner.logits(runner.final_norm(x, pending))
+            pending = runner.fed_forward(layer, x, runner.attended(layer, x, pending, self._attend, cache))
+        return runner.final_norm(x, pending)
 
     def _few(self, rows: int) -> Tensor:
         runner, spec, card = self._runner, self._runner.spec, self._runner.card
         x, x_bf16 = runner.embed(self._tokens[:rows])
         eps = spec.rms_norm_eps
-        epilogue = gpu.GELU if spec.activation == "gelu_tanh" else gpu.SILU
+        epilogue = gpu_linear.GELU if spec.activation == "gelu_tanh" else gpu_linear.SILU
         for layer, cache in zip(runner.weights.layers, runner.caches, strict=True):
             qkv = torch.empty(rows, spec.qkv_size, device=runner.device)
-            gpu.multiply_few(card, x_bf16, layer.qkv, qkv, gains=layer.input_norm, eps=eps)
+            gpu_linear.multiply_few(card, x_bf16, layer.qkv, qkv, gains=layer.input_norm, eps=eps)
             read = self._attend(Product(qkv), layer.heads, cache)
-            gpu.multiply_few(card, read, layer.o, x, residual=x, out_bf16=x_bf16)
+            gpu_linear.multiply_few(card, read, layer.o, x, residual=x, out_bf16=x_bf16)
             activated = torch.empty(rows, spec.intermediate_size, dtype=torch.bfloat16, device=runner.device)
-            gpu.multiply_few(
+            gpu_linear.multiply_few(
                 card, x_bf16, layer.gate_up, activated, gains=layer.post_norm, eps=eps, epilogue=epilogue
             )
-            gpu.multiply_few(card, activated, layer.down, x, residual=x, out_bf16=x_bf16)
+            gpu_linear.multiply_few(card, activated, layer.down, x, residual=x, out_bf16=x_bf16)
         logits = torch.empty(rows, spec.vocab_size, device=runner.device)
-        gpu.multiply_few(card, x_bf16, runner.weights.head, logits, gains=runner.weights.norm, eps=eps)
+        gpu_linear.multiply_few(card, x_bf16, runner.weights.head, logits, gains=runner.weights.norm, eps=eps)
         return logits

@@ -117,9 +117,9 @@ def load_weights(model: Model, device: torch.device) -> GpuWeights:
 
 def random_weights(spec: ModelSpec, recipe: Recipe, device: torch.device, seed: int = 0) -> GpuWeights:
     """Weights of the right shapes and formats and of variance 1 / K, drawn on the device: for measuring speed
-    alone."""
+    alone, or on the device "meta" for compiling kernels."""
     check_shapes(spec, recipe)
-    draws = torch.Generator(device).manual_seed(seed)
+    draws = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def matrix(n: int, k: int, fmt: Format) -> PackedWeight:
         if not fmt.is_integer:

@@ -174,7 +174,7 @@ def compile_model(model: IntegerModel, shape: Shape, context: int) -> Compiled:
         names[len(program)] = name
         program.append(
             op("NORM", (0, 32, norms[name]), (32, 8, row_count["hidden"]), (40, 8, rows["residual"]),
-               (48, 6, model.norms[name].shift))
+               (48, 6, integers.NORM_SHIFT))
         )  # fmt: skip
 
     epsilon = next(iter(model.norms.values())).epsilon

@@ -1,6 +1,6 @@
 """Cycles of a pass without simulating it: what each instruction takes, and when its beats can be there.
 
-Two clocks run along the program. The sequencer's adds up the states of rtl/accelerator.sv and rtl/vector.sv,
+Two clocks run along the program. The sequencer's adds up the states of rtl/sequencer.sv and rtl/vector.sv,
 one instruction after the other. The memory's delivers beats in order, ahead of the sequencer by as much as
 the FIFO holds; at attention it waits for the keys that are being written. A stream ends when both are done.
 """
@@ -15,9 +15,12 @@ from flatout.fpga.compile import Compiled
 from flatout.fpga.program import OPS
 from flatout.fpga.simulate import MemoryModel
 
-STATES = 3  # load, decode, next
-LAST_RESULT = 28  # cycles from the last beat of a linear to the next instruction
+STATES = 4  # load, read, decode, next
+LAST_RESULT = 32  # cycles from the last beat of a linear to the next instruction
+LAST_SCORE, LAST_VALUE = 22, 12  # of keys and of values to what follows
 DIVISION = 17
+FIT, ROOT = 34, 19  # scale and reciprocal of a row, and the root of a norm
+REQUEST = 5  # states of the fetcher from an open fence to its first request
 
 
 @dataclass(slots=True)
@@ -54,6 +57,7 @@ def predict_cycles(compiled: Compiled, position: int, count: int, memory: Memory
     """Cycles of a pass of `count` tokens after `position`, without random stalls."""
     spec, shape, chunks = compiled.model.spec, compiled.shape, compiled.head_chunks
     group = spec.num_heads // spec.num_kv_heads
+    depth = 7 + (shape.words - 1).bit_length()  # of the vector unit's pipeline
     clocks = _Clocks(memory, 1 << shape.fifo_log2)
     clocks.delivered = memory.latency
     beats, written = 0, 0.0
@@ -67,16 +71,16 @@ def predict_cycles(compiled: Compiled, position: int, count: int, memory: Memory
             clocks.stream(run, run)
         elif op == OPS["NORM"]:
             clocks.stream(rows, rows * count)
-            clocks.now += 7 + count * (rows + 46)
+            clocks.now += 2 + depth + count * (rows + FIT + ROOT)
         elif op == OPS["CODES"]:
-            clocks.now += 2 + count * (2 * rows + 32)
+            clocks.now += 2 + count * (2 * rows + depth + FIT)
         elif op == OPS["HEADS"]:
-            query, key, value = 6 * chunks + 32, 7 * chunks + 33, 5 * chunks + 33
-            clocks.now += 2 + count * (spec.num_heads * query + spec.num_kv_heads * (key + value))
+            query, key, value = (n * chunks + depth + FIT for n in (6, 7, 5))
+            clocks.now += 2 + count * (spec.num_heads * query + spec.num_kv_heads * (key + value + 2))
             written = clocks.now + memory.latency
         elif op == OPS["ATTEND"]:
             clocks.now = max(clocks.now, written)
-            asked = clocks.now
+            asked = clocks.now + REQUEST
             for _ in range(spec.num_kv_heads):
                 for token in range(count):
                     block, place = divmod(position + token, compiled.block_tokens)
@@ -84,9 +88,9 @@ def predict_cycles(compiled: Compiled, position: int, count: int, memory: Memory
                     run = block * period + 1 + (place + 1) * chunks
                     clocks.now += 2
                     clocks.stream(run, run, asked)
-                    clocks.now += 21
+                    clocks.now += LAST_SCORE
                     clocks.stream(run, run, asked)
-                    clocks.now += 7 + DIVISION + 16 * group * chunks + 2
+                    clocks.now += LAST_VALUE + DIVISION + 16 * group * chunks + 8
         elif op == OPS["GEMV"]:
             clocks.stream(beats, beats)
             clocks.now += LAST_RESULT

@@ -15,14 +15,20 @@ import numpy as np
 from flatout.core.model import Model
 from flatout.errors import ConfigError
 from flatout.fpga.boards import Board
-from flatout.fpga.compile import Shape, cache_region, compile_model, store_cache
+from flatout.fpga.compile import Compiled, Shape, compile_model
 from flatout.fpga.cycles import predict_cycles
+from flatout.fpga.decode import Decoding, decode
 from flatout.fpga.fit import Fit, fit
 from flatout.fpga.model import KeyValues, forward, integer_model
 from flatout.fpga.simulate import Accelerator, MemoryModel, Pass
 from flatout.fpga.spec import FRACTIONS
+from flatout.fpga.trace import cache_differences
 
 CLOCKS_MHZ = (250, 300)
+PROMPT = 64
+"""Tokens of text before an answer."""
+PIECE = 16
+"""Passes whose logits are held at a time."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -64,12 +70,25 @@ class Evaluation:
     tokens: int
     logits_sha256: str
     perplexity: float
+    specification_perplexity: float
     cycles_per_token: int
     mbu: float
     decode: Step
     together: Step
     speed: tuple[Speed, ...]
+    speculative: Decoding | None = None
     tier: str = "simulated RTL against a modelled memory; no FPGA was run"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What simulating a text gave. first: its first pass."""
+
+    differences: int
+    logits_sha256: str
+    perplexity: float
+    specification_perplexity: float
+    first: Pass
 
 
 def memory_model(board: Board, clock_mhz: int) -> MemoryModel:
@@ -96,9 +115,11 @@ def evaluate(
     shape: Shape,
     tokens: int,
     context: int,
+    answer: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Simulate the first `tokens` of `text` and one token after `context`; compare with the specification.
+    answer: tokens to decode after the first PROMPT with guesses that are judged together.
 
     Raises ConfigError when the text is too short; UnsupportedModelError and ResourceError for a model that
     the accelerator cannot hold; BackendError without a simulator.
@@ -109,23 +130,13 @@ def evaluate(
         )
     say = progress or (lambda what, done, total: None)
     integers = integer_model(model, shape.lanes)
-    design = compile_model(integers, shape, max(tokens, context + 1))
+    room = PROMPT + answer + 2 * shape.columns if answer else 0
+    design = compile_model(integers, shape, max(tokens, context + 1, room))
     fitted = fit(design, board)
     memory = memory_model(board, CLOCKS_MHZ[-1])
 
-    passes, logits = [], []
-    with Accelerator(design, memory) as accelerator:
-        for at in range(0, tokens, shape.columns):
-            passes.append(accelerator.run(text[at : min(at + shape.columns, tokens)].tolist()))
-            logits.append(passes[-1].logits)
-            say("simulating", accelerator.length, tokens)
-        written = cache_region(design, accelerator.image).copy()
-    found = np.concatenate(logits)
-    kept = KeyValues(integers.spec, design.context)
-    expected = forward(integers, text[:tokens], kept)
-    image = design.image.copy()
-    store_cache(design, image, kept)
-    differences = int((found != expected).sum()) + int((written != cache_region(design, image)).sum())
+    checked = check_text(design, text[: tokens + 1], memory, say)
+    differences = checked.differences
 
     past = KeyValues(integers.spec, design.context)
     if context:
@@ -134,6 +145,8 @@ def evaluate(
         accelerator.resume(past)
         last = accelerator.run(text[context : context + 1].tolist())
     differences += int((last.logits != forward(integers, text[context : context + 1], past)).sum())
+
+    speculative = decode(design, text[:PROMPT], answer, memory, say) if answer else None
 
     bus = board.bandwidth_bytes_s / (CLOCKS_MHZ[-1] * 1e6)
 
@@ -153,10 +166,10 @@ def evaluate(
             cycles_by_kind=kinds,
         )
 
-    decode = step(context, 1, last)
+    alone = step(context, 1, last)
     speed = []
     for clock in CLOCKS_MHZ:
-        rate = clock * 1e6 / decode.cycles
+        rate = clock * 1e6 / alone.cycles
         low, high = board.power_w
         speed.append(Speed(clock_mhz=clock, tokens_per_s=rate, joules_per_token=(low / rate, high / rate)))
     return Evaluation(
@@ -166,19 +179,52 @@ def evaluate(
         bit_exact=differences == 0,
         differences=differences,
         tokens=tokens,
-        logits_sha256=hashlib.sha256(found.tobytes()).hexdigest(),
-        perplexity=perplexity(found, text[1 : tokens + 1]),
-        cycles_per_token=decode.cycles,
-        mbu=decode.mbu,
-        decode=decode,
-        together=step(0, min(shape.columns, tokens), passes[0]),
+        logits_sha256=checked.logits_sha256,
+        perplexity=checked.perplexity,
+        specification_perplexity=checked.specification_perplexity,
+        cycles_per_token=alone.cycles,
+        mbu=alone.mbu,
+        decode=alone,
+        together=step(0, min(shape.columns, tokens), checked.first),
+        speculative=speculative,
         speed=tuple(speed),
     )
 
 
-def perplexity(logits: np.ndarray, targets: np.ndarray) -> float:
-    """exp of the mean negative log-probability of `targets` (T,) under integer `logits` (T, V)."""
+def check_text(design: Compiled, text: np.ndarray, memory: MemoryModel, say: Progress) -> Checked:
+    """Simulate all but the last of `text` (T + 1,), as many tokens together as there are columns, and compare
+    logits, keys and values with the specification."""
+    tokens, columns = len(text) - 1, design.shape.columns
+    kept = KeyValues(design.model.spec, design.context)
+    digest, differences = hashlib.sha256(), 0
+    nats = [np.zeros(0), np.zeros(0)]
+    first: Pass | None = None
+    with Accelerator(design, memory) as accelerator:
+        for at in range(0, tokens, PIECE * columns):
+            piece = text[at : min(at + PIECE * columns, tokens)]
+            passes = [accelerator.run(piece[i : i + columns].tolist()) for i in range(0, len(piece), columns)]
+            first = first or passes[0]
+            found = np.concatenate([run.logits for run in passes])
+            expected = forward(design.model, piece, kept)
+            differences += int((found != expected).sum())
+            digest.update(found.tobytes())
+            targets = text[at + 1 : at + 1 + len(piece)]
+            nats = [
+                np.concatenate([before, losses(logits, targets)])
+                for before, logits in zip(nats, (found, expected), strict=True)
+            ]
+            say("simulating", accelerator.length, tokens)
+        differences += cache_differences(design, accelerator.image, kept)
+    assert first is not None, "a text has tokens"
+    return Checked(
+        differences=differences, logits_sha256=digest.hexdigest(), first=first,
+        perplexity=float(np.exp(nats[0].mean())), specification_perplexity=float(np.exp(nats[1].mean())),
+    )  # fmt: skip
+
+
+def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Negative log-probabilities (T,) of `targets` (T,) under integer `logits` (T, V)."""
     real = logits.astype(np.float64) / 2.0**FRACTIONS.linear
     real -= real.max(axis=1, keepdims=True)
     chosen = real[np.arange(len(targets)), targets] - np.log(np.exp(real).sum(axis=1))
-    return float(np.exp(-chosen.mean()))
+    return np.asarray(-chosen)

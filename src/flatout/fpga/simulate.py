@@ -69,7 +69,9 @@ def parameters(shape: Shape) -> dict[str, int]:
 def sources() -> dict[str, str]:
     """RTL and harness by file name, includes made."""
     folder = files("flatout.fpga")
-    texts = {p.name: p.read_text() for p in folder.joinpath("rtl").iterdir() if p.name.endswith(".sv")}
+    texts = {
+        p.name: p.read_text() for p in folder.joinpath("rtl").iterdir() if p.name.endswith((".sv", ".svh"))
+    }
     texts["harness.cpp"] = folder.joinpath("harness.cpp").read_text()
     return texts | includes()
 
@@ -182,6 +184,12 @@ class Accelerator:
             )
         store_cache(self.compiled, self._image, cache)
         self.length = cache.length
+
+    def rewind(self, length: int) -> None:
+        """Forget the tokens after the first `length`; their keys and values will be written over."""
+        if not 0 <= length <= self.length:
+            raise ConfigError(f"there are {self.length} tokens", str(length), "a length up to that")
+        self.length = length
 
     def run(self, tokens: Sequence[int], limit: int = 1 << 40, trace: bool = False) -> Pass:
         """One pass: up to `columns` tokens that follow what was run before. trace: keep the vector memory."""

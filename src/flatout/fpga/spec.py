@@ -43,7 +43,6 @@ class Fractions:
 
     residual: int = 15
     square: int = 10
-    normed: int = 19
     linear: int = 16
     score: int = 16
 

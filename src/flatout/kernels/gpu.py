@@ -1,10 +1,9 @@
-"""Launching the GPU kernels: which one multiplies, in what pieces, and with what the card offers.
+"""Launching the GPU kernels that take one token's numbers at a time, and what the card offers all of them.
 
-Routes of the matrix-vector kernel come from a table measured on known cards, `triton/routes.json`, and from a
-rule on any other. Everything runs on the current stream, allocates nothing that it is not given or returns,
-and can be captured in a CUDA graph.
+Everything runs on the current stream, allocates nothing that it is not given or returns, and can be captured
+in a CUDA graph. Products are launched by `gpu_linear.py`, attention by `gpu_attention.py`.
 
-Legend: M rows of x, N outputs, K inputs, T tokens.
+Legend: T tokens, N outputs, K inputs.
 """
 
 from __future__ import annotations
@@ -21,13 +20,8 @@ import triton
 from torch import Tensor
 
 from flatout.errors import BackendError
-from flatout.kernels.packed import PAIRS, PackedWeight
-from flatout.kernels.triton import elementwise, gemv, sample
+from flatout.kernels.triton import elementwise, sample
 
-FORMATS = {"bf16": 0, "fp8": 1, "int8": 2, "int4": 3}
-PLAIN, RESIDUAL, SILU, GELU = 0, 1, 2, 3
-FEW_ROWS = {"bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
-"""Most rows that the matrix-vector kernel takes: with more, the vendor's product is faster (H100)."""
 ARGMAX_BLOCK = 4096
 _NO_LAUNCH: dict[str, Any] = {}
 
@@ -35,13 +29,14 @@ _NO_LAUNCH: dict[str, Any] = {}
 @dataclass(frozen=True, slots=True)
 class Card:
     """What a GPU offers. asm: PTX for unpacking; pdl: programmatic dependent launch; fp8: tensor cores that
-    multiply e4m3."""
+    multiply e4m3. dry: kernels are compiled where they would be launched, and nothing runs."""
 
     name: str
     units: int  # streaming multiprocessors
     asm: bool
     pdl: bool
     fp8: bool
+    dry: bool = False
 
 
 @cache
@@ -63,124 +58,48 @@ def card(device: torch.device) -> Card:
 
 
 @cache
-def _routes() -> dict[str, dict[str, list[int]]]:
+def _tables() -> dict[str, dict[str, list[int]]]:
     table: dict[str, dict[str, list[int]]] = json.loads(
         (Path(__file__).parent / "triton" / "routes.json").read_text(encoding="utf-8")
     )
     return table
 
 
-Route = tuple[int, int, int, int]
-"""Chunks of a tile, rows of a block, warps, and programs a multiprocessor, or 0 for one a block."""
+def measured_routes(name: str) -> dict[str, list[int]]:
+    """How kernels are launched on the card called `name`, where that was measured (perf/gpu_routes.py)."""
+    return _tables().setdefault(name, {})
 
 
-@cache
-def gemv_route(name: str, fmt: str, n: int, k: int, m: int) -> Route:
-    """How the matrix-vector kernel is launched for an (n, k) weight on the card called `name`."""
-    measured = _routes().get(name, {}).get(f"{fmt} {n}x{k} {m}")
-    if measured is not None:
-        return measured[0], measured[1], measured[2], measured[3]
-    chunks = k // (8 * PAIRS[fmt])
-    tile = min(triton.next_power_of_2(chunks), 256 if fmt == "bf16" else 128)
-    rows = {"bf16": 4, "fp8": 4, "int8": 4, "int4": 8}[fmt]
-    return int(tile), max(2, rows // m), 4 if tile >= 128 else 2, 0
-
-
-def launch(card: Card) -> dict[str, Any]:
-    """How this project's kernels are launched on the card."""
-    return {"launch_pdl": True} if card.pdl else _NO_LAUNCH
+def start(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
+    """Launch one of this project's kernels and return what was compiled, or on a dry card None."""
+    if card.pdl:
+        constants["launch_pdl"] = True
+    if card.dry:
+        kernel.warmup(*args, grid=grid, **constants)
+        return None
+    return kernel[grid](*args, **constants)
 
 
 _SHARED_MEMORY_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-_SHARED_PERCENT = 50
-_carved: set[int] = set()
+FEW_SHARED, MANY_SHARED = 50, 100
+"""Per cent of a multiprocessor's memory that is shared in steps of few tokens, which want cache, and of many,
+whose products and attention want room."""
+_carved: dict[int, int] = {}
 
 
-def carve(card: Card, kernel: Any) -> None:
+def carve(card: Card, kernel: Any, percent: int) -> None:
     """Have a compiled kernel ask for the same split of a multiprocessor's memory into cache and shared memory
-    as the others. A multiprocessor changes its split only when it is empty, so kernels that differ in it
-    cannot overlap. For steps of a few sequences only: with many, attention wants all the shared memory."""
-    if not card.pdl or kernel.function in _carved:
+    as its neighbours. A multiprocessor changes its split only when it is empty, so kernels that differ in it
+    cannot overlap."""
+    if not card.pdl or kernel is None or _carved.get(kernel.function) == percent:
         return
     driver = ctypes.CDLL("libcuda.so.1")
     code = driver.cuFuncSetAttribute(
-        ctypes.c_void_p(kernel.function), ctypes.c_int(_SHARED_MEMORY_CARVEOUT), ctypes.c_int(_SHARED_PERCENT)
+        ctypes.c_void_p(kernel.function), ctypes.c_int(_SHARED_MEMORY_CARVEOUT), ctypes.c_int(percent)
     )
     if code != 0:
         raise BackendError("the driver must take a kernel's settings", f"CUDA error {code}", "a newer driver")
-    _carved.add(kernel.function)
-
-
-def words(x: Tensor, weight: PackedWeight) -> Tensor:
-    """bfloat16 as the kernel reads it beside that weight."""
-    return x.view(torch.int64 if PAIRS[weight.format] == 2 else torch.int32)
-
-
-def multiply_few(
-    card: Card,
-    x: Tensor,
-    weight: PackedWeight,
-    out: Tensor,
-    *,
-    gains: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    out_bf16: Tensor | None = None,
-    epilogue: int = PLAIN,
-    route: Route | None = None,
-) -> None:
-    """out = epilogue(norm(x) W^T) for a few rows x bfloat16 (M, K); `triton/gemv.py` says what the arguments
-    mean. With a residual, out (M, N) float32 and out_bf16 both get the sum. `route` replaces the table's."""
-    m = x.shape[0]
-    tile, rows, warps, programs = route or gemv_route(card.name, weight.format, weight.n, weight.k, m)
-    blocks = triton.cdiv(weight.n, rows)
-    kernel = gemv.gemv[(min(blocks, programs * card.units) if programs else blocks,)](
-        words(x, weight),
-        None if gains is None else words(gains, weight),
-        weight.words,
-        weight.scales,
-        weight.minima,
-        residual,
-        out,
-        out_bf16,
-        weight.n,
-        eps,
-        K=weight.k,
-        M=m,
-        TILE=tile,
-        ROWS=rows,
-        FORMAT=FORMATS[weight.format],
-        GROUP=weight.group,
-        MINIMA=weight.minima is not None,
-        NORM=gains is not None,
-        EPILOGUE=RESIDUAL if residual is not None else epilogue,
-        ASM=card.asm,
-        PDL=card.pdl,
-        num_warps=warps,
-        **launch(card),
-    )
-    carve(card, kernel)
-
-
-def unpacked(weight: PackedWeight) -> Tensor:
-    """bfloat16 (N, K) of any weight; a view of one that is bfloat16 already."""
-    if weight.format == "bf16":
-        return weight.words.view(torch.bfloat16)
-    out = torch.empty(weight.n, weight.k, dtype=torch.bfloat16, device=weight.words.device)
-    count = weight.k // (2 * PAIRS[weight.format])
-    gemv.unpack[(weight.n, triton.cdiv(count, 512))](
-        weight.words,
-        weight.scales,
-        weight.minima,
-        out,
-        weight.n,
-        K=weight.k,
-        FORMAT=FORMATS[weight.format],
-        GROUP=weight.group,
-        MINIMA=weight.minima is not None,
-        BLOCK=512,
-    )
-    return out
+    _carved[kernel.function] = percent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,58 +109,47 @@ class Activations:
     values: Tensor
     scales: Tensor | None = None
 
+    def rows(self, index: Tensor) -> Activations:
+        """Some tokens of it."""
+        return Activations(self.values[index], None if self.scales is None else self.scales[index])
+
+
+Cut = tuple[int, int, int, int, int]
+"""How a product was divided among programs; `triton/elementwise.py:joined` says what the numbers are."""
+WHOLE: Cut = (1, 1, 1, 1, 1)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Product:
-    """What comes out: bfloat16 (T, N), to be multiplied by the scales of token and row, if there are any."""
+    """What comes out: bfloat16 (T, N), or (parts, T, N) to be added up as `cut` says; to be multiplied by the
+    scales of token and row, if there are any."""
 
     values: Tensor
     token_scales: Tensor | None = None
     row_scales: Tensor | None = None
+    cut: Cut = WHOLE
+
+    @property
+    def tokens(self) -> int:
+        return self.values.shape[-2]
+
+    @property
+    def part_size(self) -> int:
+        """Numbers from one part to the next."""
+        return self.tokens * self.values.shape[-1]
 
     def rows(self, index: Tensor) -> Product:
         """Some tokens of it."""
         scales = None if self.token_scales is None else self.token_scales[index]
-        return Product(self.values[index], scales, self.row_scales)
-
-
-@cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
-
-
-def multiply_many(x: Activations, weight: PackedWeight) -> Product:
-    """x W^T through the vendor's library."""
-    if x.scales is None:
-        return Product(torch.mm(x.values, unpacked(weight).T))
-    one = _one(x.values.device)
-    codes = weight.words.view(torch.float8_e4m3fn)
-    # Scales of tokens and rows wait for whoever reads the product: with them the library's kernel takes up to
-    # 1.6 times as long (H100, 4096 x 14336, 64 tokens: 37 against 25 us).
-    y = torch._scaled_mm(
-        x.values, codes.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-    return Product(y, x.scales, weight.scales)
-
-
-def logits_many(x: Activations, weight: PackedWeight) -> Tensor:
-    """float32 (T, N) of the head."""
-    if x.scales is None and not x.values.is_cuda:
-        return x.values.float() @ unpacked(weight).float().T
-    if x.scales is None:
-        return torch.mm(x.values, unpacked(weight).T, out_dtype=torch.float32)
-    assert weight.scales is not None
-    one = _one(x.values.device)
-    codes = weight.words.view(torch.float8_e4m3fn)
-    y = torch._scaled_mm(x.values, codes.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
-    return y.mul_(x.scales[:, None]).mul_(weight.scales[None, :])
+        return Product(self.values[..., index, :], scales, self.row_scales, self.cut)
 
 
 def embed(card: Card, tokens: Tensor, table: Tensor, factor: float, x: Tensor, x_bf16: Tensor) -> None:
     size = table.shape[1]
-    elementwise.embed[(tokens.shape[0], triton.cdiv(size, 1024))](
-        tokens, table, x, x_bf16, size, factor, BLOCK=1024, PDL=card.pdl, **launch(card)
-    )
+    grid = tokens.shape[0], triton.cdiv(size, 1024)
+    start(
+        card, elementwise.embed, grid, tokens, table, x, x_bf16, size, factor, BLOCK=1024, PDL=card.pdl
+    )  # fmt: skip
 
 
 def add_norm(
@@ -255,7 +163,10 @@ def add_norm(
     """x += product; then x / rms(x) * gains, in e4m3 if asked for."""
     tokens, size = x.shape
     out, scales = _outputs(x, tokens, size, fp8)
-    elementwise.add_norm[(tokens,)](
+    kernel = start(
+        card,
+        elementwise.add_norm,
+        (tokens,),
         x,
         None if product is None else product.values,
         None if product is None else product.token_scales,
@@ -265,38 +176,46 @@ def add_norm(
         scales,
         size,
         eps,
+        0 if product is None else product.part_size,
         ADD=product is not None,
+        CUT=WHOLE if product is None else product.cut,
         SCALED=product is not None and product.token_scales is not None,
         FP8=fp8,
         BLOCK=triton.next_power_of_2(size),
         PDL=card.pdl,
         num_warps=_warps(size),
-        **launch(card),
     )
+    carve(card, kernel, MANY_SHARED)
     return Activations(out, scales)
 
 
 def activate(card: Card, product: Product, gelu: bool, fp8: bool) -> Activations:
     """silu(gate) * up of a product whose columns are gate and up in turn."""
-    tokens, size = product.values.shape[0], product.values.shape[1] // 2
+    tokens, size = product.tokens, product.values.shape[-1] // 2
     out, scales = _outputs(product.values, tokens, size, fp8)
-    block = triton.next_power_of_2(size) if fp8 else 2048
-    warps = _warps(2 * block)
-    elementwise.activate[(tokens, triton.cdiv(size, block))](
+    block = min(2048, triton.next_power_of_2(size))
+    chunks = triton.cdiv(size, block)
+    kernel = start(
+        card,
+        elementwise.activate,
+        (tokens, 1 if fp8 else chunks),
         product.values,
         product.token_scales,
         product.row_scales,
         out,
         scales,
         size,
+        product.part_size,
+        CUT=product.cut,
         GELU=gelu,
         SCALED=product.token_scales is not None,
         FP8=fp8,
         BLOCK=block,
+        CHUNKS=chunks if fp8 else 1,
         PDL=card.pdl,
-        num_warps=warps,
-        **launch(card),
+        num_warps=_warps(2 * block),
     )
+    carve(card, kernel, MANY_SHARED)
     return Activations(out, scales)
 
 
@@ -304,16 +223,11 @@ def quantize(card: Card, x: Tensor) -> Activations:
     """x bfloat16 (T, K) in e4m3."""
     tokens, size = x.shape
     out, scales = _outputs(x, tokens, size, True)
-    elementwise.quantize[(tokens,)](
-        x,
-        out,
-        scales,
-        size,
-        BLOCK=triton.next_power_of_2(size),
-        PDL=card.pdl,
-        num_warps=_warps(size),
-        **launch(card),
-    )
+    kernel = start(
+        card, elementwise.quantize, (tokens,), x, out, scales, size, BLOCK=triton.next_power_of_2(size),
+        PDL=card.pdl, num_warps=_warps(size),
+    )  # fmt: skip
+    carve(card, kernel, MANY_SHARED)
     return Activations(out, scales)
 
 
@@ -330,9 +244,8 @@ def _outputs(like: Tensor, tokens: int, size: int, fp8: bool) -> tuple[Tensor, T
 def argmax_keys(card: Card, logits: Tensor, keys: Tensor) -> None:
     """keys (rows,) int64, at LEAST before, name the greatest of each row of float32 logits (rows, V)."""
     rows, size = logits.shape
-    sample.argmax[(triton.cdiv(size, ARGMAX_BLOCK), rows)](
-        logits, keys, size, BLOCK=ARGMAX_BLOCK, PDL=card.pdl, num_warps=8, **launch(card)
-    )
+    grid = triton.cdiv(size, ARGMAX_BLOCK), rows
+    start(card, sample.argmax, grid, logits, keys, size, BLOCK=ARGMAX_BLOCK, PDL=card.pdl, num_warps=8)
 
 
 def advance(
@@ -340,15 +253,7 @@ def advance(
 ) -> None:
     """The chosen tokens become those of the next step; positions in use go on by one."""
     rows = keys.shape[0]
-    sample.advance[(1,)](
-        keys,
-        drawn,
-        temperature,
-        tokens,
-        positions,
-        rows,
-        DRAWN=drawn is not None,
-        ROWS=triton.next_power_of_2(rows),
-        PDL=card.pdl,
-        **launch(card),
-    )
+    start(
+        card, sample.advance, (1,), keys, drawn, temperature, tokens, positions, rows,
+        DRAWN=drawn is not None, ROWS=triton.next_power_of_2(rows), PDL=card.pdl,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from flatout.core.spec import ModelSpec
-from flatout.kernels.gpu import Card, Product, carve, launch
+from flatout.kernels.gpu import FEW_SHARED, MANY_SHARED, Card, Product, carve, measured_routes, start
 from flatout.kernels.triton import attention
 
 MOST_SPLITS = 16
@@ -68,9 +68,28 @@ def attention_plan(card: Card, spec: ModelSpec, sequences: int, device: torch.de
     )
 
 
+class DecodeRoute(NamedTuple):
+    """How attention of one new token a sequence is launched: tokens read at a time, warps, and how many such
+    reads are under way."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+def route_key(size: int, splits: int) -> str:
+    """What the table calls attention over a cache of `size` bytes a number."""
+    return f"attention {8 * size} bits {splits}"
+
+
+def decode_route(name: str, size: int, splits: int) -> DecodeRoute:
+    """For a cache of `size` bytes a number on the card called `name`."""
+    return DecodeRoute(*measured_routes(name).get(route_key(size, splits), (64, 2, 3)))
+
+
 def _compute(keys: Tensor) -> Any:
     """bfloat16 as stored, or float16, in which e4m3 is exact; the interpreter multiplies neither bfloat16."""
-    if not keys.is_cuda:
+    if keys.device.type == "cpu":
         return tl.float32
     return tl.float16 if keys.dtype == torch.float8_e4m3fn else tl.bfloat16
 
@@ -89,9 +108,13 @@ def decode_attention(
 ) -> None:
     """out bfloat16 (S, H E) of one new token a sequence; writes its key and value. Rows with position -1 are
     left alone."""
-    sequences, page = product.values.shape[0], cache.keys.shape[2]
+    sequences, page = product.tokens, cache.keys.shape[2]
     repeat = spec.num_heads // spec.num_kv_heads
-    kernel = attention.decode_attention[(plan.splits, spec.num_kv_heads, sequences)](
+    route = decode_route(card.name, cache.keys.element_size(), plan.splits)
+    kernel = start(
+        card,
+        attention.decode_attention,
+        (plan.splits, spec.num_kv_heads, sequences),
         product.values,
         product.token_scales,
         product.row_scales,
@@ -111,27 +134,28 @@ def decode_attention(
         spec.head_dim**-0.5,
         spec.rms_norm_eps,
         spec.sliding_window or 1 << 30,
+        product.part_size,
         G=spec.num_kv_heads,
         R=repeat,
         ROWS=max(16, triton.next_power_of_2(repeat)),
         E=spec.head_dim,
         PAGE=page,
-        BLOCK=min(page, 64),
+        BLOCK=min(page, route.block),
         SPLITS=plan.splits,
         COMPUTE=_compute(cache.keys),
+        CUT=product.cut,
         SCALED=product.token_scales is not None,
         BIAS=heads.bias is not None,
         NORM=heads.q_gains is not None,
         PDL=card.pdl,
-        num_warps=2,
-        num_stages=3,
-        **launch(card),
+        num_warps=route.warps,
+        num_stages=route.stages,
     )
-    if plan.splits == MOST_SPLITS:
-        carve(card, kernel)
+    carve(card, kernel, FEW_SHARED if plan.splits == MOST_SPLITS else MANY_SHARED)
 
 
 def rotate_and_store(
+    card: Card,
     spec: ModelSpec,
     product: Product,
     heads: HeadWeights,
@@ -142,10 +166,13 @@ def rotate_and_store(
 ) -> Tensor:
     """bfloat16 (T, (H + 2 G) E): queries, keys and values as attention takes them; the last two go to the
     cache at `slots` too."""
-    tokens = product.values.shape[0]
-    out = torch.empty_like(product.values, dtype=torch.bfloat16)
-    attention.rotate_and_store[(tokens, spec.num_kv_heads)](
-        product.values,
+    values = product.values
+    out = torch.empty(product.tokens, values.shape[-1], dtype=torch.bfloat16, device=values.device)
+    start(
+        card,
+        attention.rotate_and_store,
+        (product.tokens, spec.num_kv_heads),
+        values,
         product.token_scales,
         product.row_scales,
         heads.bias,
@@ -158,13 +185,16 @@ def rotate_and_store(
         positions,
         out,
         spec.rms_norm_eps,
+        product.part_size,
         G=spec.num_kv_heads,
         R=spec.num_heads // spec.num_kv_heads,
         E=spec.head_dim,
         PAGE=cache.keys.shape[2],
+        CUT=product.cut,
         SCALED=product.token_scales is not None,
         BIAS=heads.bias is not None,
         NORM=heads.q_gains is not None,
+        PDL=card.pdl,
         num_warps=1,
     )
     return out

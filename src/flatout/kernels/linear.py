@@ -29,8 +29,8 @@ from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 
 FP8_MAX = 448.0
-BYTE, FIFTEEN_BITS = 127, 127 * 128
-"""Largest activation codes of "int8" and "int16" activations."""
+NIBBLE, BYTE, FIFTEEN_BITS = 7, 127, 127 * 128
+"""Largest codes of an int4 KV cache, and of "int8" and "int16" activations."""
 _EXACT_FLOAT32_WIDTH = 512  # 512 * 127 * 255 < 2**24: float32 holds every partial sum of a group exactly
 
 
@@ -51,7 +51,7 @@ def quantize_activations(x: Tensor, group: int, limit: int = BYTE) -> tuple[Tens
     # A division by tensors: `limit / amax` would multiply by a rounded reciprocal.
     inverse = torch.where(amax > 0, torch.full_like(amax, limit) / amax, torch.zeros_like(amax))
     codes = torch.clamp(torch.round(grouped * inverse[:, :, None]), -limit, limit)
-    return codes.to(torch.int8 if limit == BYTE else torch.int16).reshape(tokens, k), amax / limit
+    return codes.to(torch.int8 if limit <= BYTE else torch.int16).reshape(tokens, k), amax / limit
 
 
 def split_planes(codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from flatout.core.model import Model, Weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError
-from flatout.kernels.linear import FP8_MAX, as_tensor, linear_reference, quantize_activations
+from flatout.kernels.linear import BYTE, FP8_MAX, NIBBLE, as_tensor, linear_reference, quantize_activations
 
 Linear = Callable[[str, Tensor], Tensor]
 """linear("layers.3.qkv", x (T, K)) -> (T, N): how a model multiplies by one of its fused weights."""
@@ -88,8 +88,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | 
 
 
 def round_keys_or_values(x: Tensor, kv_cache: str) -> Tensor:
-    """x (T, G, E) as a cache of the given format returns it; int8 has one scale per token and head, amax /
-    127."""
+    """x (T, G, E) as a cache of the given format returns it; int8 and int4 have one scale per token and
+    head, amax / 127 and amax / 7."""
     if kv_cache == "fp32":
         return x
     if kv_cache == "bf16":
@@ -97,7 +97,8 @@ def round_keys_or_values(x: Tensor, kv_cache: str) -> Tensor:
     if kv_cache == "fp8":
         return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
     tokens, heads, size = x.shape
-    codes, scales = quantize_activations(x.reshape(tokens * heads, size), 0)
+    limit = NIBBLE if kv_cache == "int4" else BYTE
+    codes, scales = quantize_activations(x.reshape(tokens * heads, size), 0, limit)
     return (codes.float() * scales).reshape(tokens, heads, size)
 
 

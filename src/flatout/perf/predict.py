@@ -83,9 +83,11 @@ def calibrate(profiles: Iterable[Profile], residuals: Sequence[float] = ()) -> C
 def refit(table: Calibration, profiles: Iterable[Profile], residuals: Sequence[float] = ()) -> Calibration:
     """A table measured on stand-ins, corrected by whole steps of real candidates: the interaction of a phase
     is the median of measured seconds over what the table's ops add up to. Formats that the table lacks are
-    taken from the profiles."""
+    taken from the profiles, and so is how fast heads are: a stand-in's random logits are flat, and a head
+    whose rows are screened then reads them all (kernels/cpu/screen.cpp)."""
     profiles = list(profiles)
-    known = calibrate(profiles).fractions | table.fractions
+    real = calibrate(profiles).fractions
+    known = real | _real_heads(table.fractions, real)
     alone = Calibration(fractions=known, interactions={})
     ratios: dict[str, list[float]] = defaultdict(list)
     for profile in profiles:
@@ -96,6 +98,19 @@ def refit(table: Calibration, profiles: Iterable[Profile], residuals: Sequence[f
     return replace(
         table, fractions=known, interactions=table.interactions | fitted, residuals=tuple(residuals)
     )
+
+
+def _real_heads(
+    table: Mapping[tuple[str, str, str, str], float], real: Mapping[tuple[str, str, str, str], float]
+) -> dict[tuple[str, str, str, str], float]:
+    """The fractions of `table`, those of heads times what real heads of the same phase reach over theirs."""
+    found = dict(table)
+    for phase in {key[0] for key in table}:
+        heads = [key for key in table if key[:2] == (phase, "head")]
+        ratios = [real[key] / table[key] for key in heads if key in real]
+        if ratios:
+            found |= {key: table[key] * statistics.median(ratios) for key in heads}
+    return found
 
 
 def marginal_seconds(

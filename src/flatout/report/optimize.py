@@ -10,6 +10,7 @@ from flatout.errors import ConfigError
 from flatout.report.page import render
 from flatout.search.encoder import optimize_encoder
 from flatout.search.loop import optimize as search
+from flatout.search.request import parse_max_loss
 from flatout.search.stages import Status
 
 _OF_ENCODERS = ("max_loss", "recipe", "objective", "workload", "threads")
@@ -18,6 +19,7 @@ _OF_ENCODERS = ("max_loss", "recipe", "objective", "workload", "threads")
 def optimize(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
     """search.loop.optimize with the report page; see there for the options, the result and the errors. An
     encoder, such as minilm, takes those of search.encoder.optimize_encoder and has no page."""
+    parse_max_loss(options.get("max_loss", "1%"))  # before a model is looked for, or fetched
     if not is_encoder(model):
         return search(model, out, render=render, **options)
     listen = options.pop("listen", None)

@@ -189,7 +189,7 @@ class CpuBench:
         def progress(what: str, done: int, of: int) -> None:
             step(f"{recipe.name}: {what}", done, of)
 
-        if recipe.method == "smooth-gptq":
+        if recipe.method == "smooth-gptq" and not recipe.reduces:
             model = self._calibrated(calibration, progress).model(recipe, progress)
         else:
             used = calibration[:_CALIBRATION] if recipe.needs_calibration else ()

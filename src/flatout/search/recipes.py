@@ -7,6 +7,12 @@ BODY is a format for all layers or `native` (the blocks of a GGUF file as they a
 search prints can be given back to `--recipe`:
 
     native      w8a8-g64      w8a8/smooth,layers.*.down=w8a16      w4a8-g64/gptq,head=w8a8
+
+Two kinds of changes take weights away, and are made before any is rounded: sparsity=METHOD-50% or -2:4
+(core/sparsity.py), and the sizes of a smaller architecture, depth, ffn, groups and kv-heads
+(core/structure.py):
+
+    bf16,sparsity=sparsegpt-2:4      w8a8-g64,ffn=1024,depth=26
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from dataclasses import dataclass, replace
 from flatout.core.formats import METHODS, Recipe, parse_format
 from flatout.core.fuse import Source, float_recipe, native_format, native_recipe
 from flatout.core.spec import ModelSpec
+from flatout.core.structure import SIZES
 from flatout.engine.cpu import check_formats
 from flatout.errors import ConfigError
 
@@ -73,6 +80,12 @@ def _changed(recipe: Recipe, change: str) -> Recipe:
     place, equals, value = change.partition("=")
     if not equals or not value:
         raise ConfigError("a change is PLACE=FORMAT", repr(change), "layers.*.down=w8a8-g32")
+    if place == "sparsity":
+        return replace(recipe, sparsity=value)
+    if place in SIZES:
+        if not value.isdecimal():
+            raise ConfigError(f"{place} is a whole number", repr(value), f"{place}=1")
+        return replace(recipe, structure=(*recipe.structure, (place, int(value))))
     if place == "kv":
         return replace(recipe, kv_cache=value)
     fmt = parse_format(value)

@@ -44,7 +44,7 @@ class Ends:
         return tensor.rows(0, self.spec.vocab_size) if tensor is not None and _is_table(name) else tensor
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """`recipe` for these blocks, rounded to nearest: a part of the model says nothing to calibrate by."""
+        """The formats of `recipe` for these blocks, rounded to nearest: other methods need the whole."""
         layers = (0, self._source.spec.num_layers - 1)[: self.spec.num_layers]
         overrides = tuple(
             (f"layers.{i}.{linear}", recipe.format_of(layer, linear).name)
@@ -52,7 +52,7 @@ class Ends:
             for linear in self.spec.linears()
         )
         method = "rtn" if recipe.needs_calibration else recipe.method
-        return replace(recipe, overrides=overrides, method=method)
+        return replace(recipe, overrides=overrides, method=method, sparsity="", structure=())
 
     def _whole_name(self, name: str) -> str:
         last = self._source.spec.num_layers - 1

@@ -1,4 +1,5 @@
-// The whole accelerator: fetch -> beat FIFO -> walker -> columns -> vector memory, with the sequencer beside it.
+// The whole accelerator: fetch -> beat FIFO -> walker -> columns -> results or attention -> vector memory, with the
+// vector unit and the sequencer beside it.
 //
 // A beat of KW bytes is one chunk of a row of 8-bit weights, of two rows of 4-bit weights, of a key or of a value. C
 // columns use each beat: tokens of a linear, query heads of a key. docs/fpga.md describes the instructions.
@@ -54,7 +55,6 @@ module accelerator #(
     output logic [C*VL*32-1:0] probe_words,
 `endif
     // what runs
-    output logic [3:0] running,
     output logic [PC-1:0] running_pc,
     output logic consuming
 );
@@ -63,47 +63,44 @@ module accelerator #(
   localparam int VLB = $clog2(VL);
   localparam int DRAIN = KW / 16;
 
-  // ---- program memory, read by the fetcher and the sequencer
-  logic [63:0] program_mem[0:(1<<PC)-1];
-  logic [63:0] fetched, instruction;
-  logic [PC-1:0] fetch_pc, pc;
-  always_ff @(posedge clk) begin
-    if (program_write) program_mem[program_address] <= program_data;
-    fetched <= program_mem[fetch_pc];
-    instruction <= program_mem[pc];
-  end
-
-  // ---- settings
+  // ---- sequencer
+  logic [PC-1:0] fetch_pc;
+  logic [63:0] fetched, now;
   logic [2:0] head_chunks;
-  logic [7:0] block_beats, kv_heads, query_heads, group_heads;
+  logic [7:0] block_beats, kv_heads, query_heads, group_heads, score_shift, mode_shift, chunks, scale_period;
   logic [31:0] head_stride, value_offset, epsilon;
   logic [15:0] code_factor, norm_factor, score_factor;
-  logic [7:0] score_shift;
-  logic [ROWS_LOG2-1:0] scratch;
+  logic [ROWS_LOG2-1:0] scratch, target, load_row;
   logic [3:0] mode;
-  logic four_bits;
-  logic [7:0] mode_shift;
-  logic [ROWS_LOG2-1:0] target;
-
-  typedef enum logic [3:0] {
-    IDLE, LOAD, DECODE, EMBED, TURNS, VECTOR, GEMV, KEYS, VALUES, DIVIDE, READ_OUT, FENCE, NEXT
-  } state_t;
-  state_t state;
-  logic [63:0] now;
-  logic [3:0] op;
-  assign op = now[63:60];
-  assign running = state;
-  assign running_pc = pc;
+  logic [19:0] units;
+  logic [CODES_LOG2-1:0] activation_base;
+  logic [CB-1:0] token, load_token;
+  logic [HEADS_LOG2-1:0] first_query;
+  logic [10:0] first_chunk;
+  logic four_bits, embed, turns, vector_start, vector_done, walk_start, walking, linear, keys, values, finish;
+  logic drained, stores_open, fence_open, fifo_valid;
+  logic [15:0] stores;
+  always_ff @(posedge clk) stores <= rst ? '0 : stores + 16'(store && store_ready) - 16'(store_done);
+  assign stores_open = stores != 0;
+  sequencer #(
+      .KW(KW), .C(C), .CB(CB), .PC(PC), .ROWS_LOG2(ROWS_LOG2), .CODES_LOG2(CODES_LOG2), .HEADS_LOG2(HEADS_LOG2)
+  ) sequence_ (
+      .clk, .rst, .program_write, .program_address, .program_data, .fetch_pc, .fetched, .start, .count, .position, .done,
+      .pc(running_pc), .now, .head_chunks, .block_beats, .kv_heads, .query_heads, .group_heads, .head_stride,
+      .value_offset, .epsilon, .code_factor, .norm_factor, .score_factor, .score_shift, .scratch, .mode, .four_bits,
+      .mode_shift, .target, .beat_valid(fifo_valid), .embed, .turns, .load_token, .load_row, .vector_start, .vector_done,
+      .walk_start, .walking, .units, .chunks, .scale_period, .linear, .keys, .values, .activation_base, .token,
+      .first_query, .first_chunk, .finish, .drained, .stores_open, .fence_open
+  );
 
   // ---- fetch
-  logic fifo_valid, pop, fence_open;
+  logic pop, vector_pop, walker_pop;
   logic [BITS-1:0] beat;
-  logic [15:0] stores_open;
   fetch #(
       .C(C), .CB(CB), .PC(PC), .FIFO_LOG2(FIFO_LOG2), .BURST_LOG2(BURST_LOG2)
   ) fetcher (
       .clk, .rst, .start, .count, .tokens, .position, .block, .offset,
-      .pc(fetch_pc), .instruction(fetched), .fence_open, .fence_pc(pc),
+      .pc(fetch_pc), .instruction(fetched), .fence_open, .fence_pc(running_pc),
       .request, .request_ready, .address(request_address), .beats(request_beats), .popped(pop)
   );
   beat_fifo #(
@@ -111,157 +108,26 @@ module accelerator #(
   ) fifo (
       .clk, .rst, .push(beat_valid), .in(beat_data), .valid(fifo_valid), .pop, .out(beat)
   );
+  assign pop = walker_pop || vector_pop || ((embed || turns) && fifo_valid);
+  assign consuming = walker_pop;
 
-  // ---- memories of each column
-  logic [C-1:0] active;  // tokens
-  always_comb for (int c = 0; c < C; c++) active[c] = (CB + 1)'(c) < count;
-  logic read;
-  logic [ROWS_LOG2-1:0] read_row;
-  logic [VL*32-1:0] row[0:C-1];
-  logic write;
-  logic [C-1:0] write_columns;
-  logic [ROWS_LOG2-1:0] write_row;
-  logic [VL-1:0] write_mask;
-  logic write_pairs, write_single;
-  logic [VL*32-1:0] write_words;
-  logic [31:0] write_word0[0:C-1], write_word1[0:C-1];
-  logic code_write, code_half;
-  logic [CB-1:0] code_column;
-  logic [7:0] code_row;
-  logic [VL*8-1:0] codes;
-  logic [CODES_LOG2-1:0] activation_row;
-  logic [BITS-1:0] activation[0:C-1];
-  logic take;
-  for (genvar c = 0; c < C; c++) begin : g_memory
-    logic [VL*32-1:0] words[0:(1<<ROWS_LOG2)-1];
-    logic [BITS-1:0] code_rows[0:(1<<CODES_LOG2)-1];
-`ifdef PROBE
-    assign probe_words[c*VL*32+:VL*32] = words[probe_row];
-`endif
-    always_ff @(posedge clk) begin
-      if (read) row[c] <= words[read_row];
-      if (write && write_columns[c])
-        for (int w = 0; w < VL; w++)
-          if (write_mask[w])
-            words[write_row][w*32+:32] <= write_pairs ? (w % 2 == 1 ? write_word1[c] : write_word0[c])
-                                        : write_single ? write_word0[c] : write_words[w*32+:32];
-      if (take) activation[c] <= code_rows[activation_row];
-      if (code_write && code_column == CB'(c)) begin
-        if (code_half) code_rows[code_row[CODES_LOG2-1:0]][BITS-1:BITS/2] <= codes;
-        else code_rows[code_row[CODES_LOG2-1:0]][BITS/2-1:0] <= codes;
-      end
-    end
-  end
-  logic [BITS-1:0] turns[0:C*8-1];
-  logic [BITS-1:0] turn;
-  logic [3:0] turn_row;
-  logic [CB-1:0] turn_column, load_token;
-  logic [ROWS_LOG2-1:0] load_row;
-  always_ff @(posedge clk) begin
-    turn <= turns[{turn_column, turn_row[2:0]}];
-    if (state == TURNS && fifo_valid) turns[{load_token, load_row[2:0]}] <= beat;
-  end
-
-  // ---- vector unit
-  logic vector_start, vector_done, vector_pop, vector_read, vector_write;
-  logic [ROWS_LOG2-1:0] vector_read_row, vector_write_row;
-  logic [CB-1:0] vector_read_column, vector_write_column, scale_column;
-  logic [CB-1:0] vector_column1;
-  logic [VL*32-1:0] vector_words;
-  logic spread_write, scale_write, query_write;
-  logic [7:0] spread_chunk, scale_head;
-  logic [1:0] spread;
-  logic [15:0] scale_mantissa;
-  logic signed [7:0] scale_shift;
-  always_ff @(posedge clk) vector_column1 <= vector_read_column;
-  vector #(
-      .KW(KW), .C(C), .CB(CB), .ROWS_LOG2(ROWS_LOG2)
-  ) vectors (
-      .clk, .rst, .start(vector_start), .op(op == OP_NORM ? 2'd0 : op == OP_CODES ? 2'd1 : 2'd2), .count,
-      .source(now[40+:ROWS_LOG2]), .rows(now[32+:ROWS_LOG2]), .scratch, .gamma_shift(now[53:48]), .epsilon,
-      .factor(op == OP_NORM ? norm_factor : code_factor), .score_factor, .head_chunks, .query_heads, .kv_heads,
-      .group_heads, .cache(now[31:0]), .head_stride, .value_offset, .block_beats, .block, .offset,
-      .done(vector_done), .beat_valid(fifo_valid), .beat, .beat_pop(vector_pop),
-      .turn_row, .turn_column, .turn,
-      .read(vector_read), .read_row(vector_read_row), .read_column(vector_read_column), .row(row[vector_column1]),
-      .write(vector_write), .write_row(vector_write_row), .write_column(vector_write_column),
-      .write_words(vector_words),
-      .code_write, .code_column, .code_row, .code_half, .codes, .spread_write, .spread_chunk, .spread,
-      .scale_write, .query_write, .scale_column, .scale_head, .scale_mantissa, .scale_shift,
-      .store, .store_ready, .store_address, .store_strobe, .store_data
-  );
-
-  // ---- multipliers: of each token, and of each query head of each token
-  logic [15:0] token_mantissa[0:C-1], query_mantissa[0:(C<<HEADS_LOG2)-1], use_mantissa[0:C-1];
-  logic signed [7:0] token_shift[0:C-1], query_shift[0:(C<<HEADS_LOG2)-1];
-  logic [5:0] use_shift[0:C-1];
-  logic [1:0] spreads[0:C*64-1];
-  always_ff @(posedge clk) begin
-    if (scale_write) begin
-      token_mantissa[scale_column] <= scale_mantissa;
-      token_shift[scale_column] <= scale_shift;
-    end
-    if (query_write) begin
-      query_mantissa[{scale_column, scale_head[HEADS_LOG2-1:0]}] <= scale_mantissa;
-      query_shift[{scale_column, scale_head[HEADS_LOG2-1:0]}] <= scale_shift;
-    end
-    if (spread_write) spreads[{scale_column, spread_chunk[5:0]}] <= spread;
-  end
-
-  // ---- walker: beats of the FIFO as scales and chunks of rows
-  logic walking, walk_start, four, keys, values, linear;
-  logic [19:0] unit, units;
-  logic [7:0] chunk, chunks, scales_left, scale_period;
-  logic [BITS-1:0] scale_beat;
-  logic [CODES_LOG2-1:0] activation_base;
-  logic scale_take;
-  assign keys = state == KEYS;
-  assign values = state == VALUES;
-  assign linear = state == GEMV;
-  assign four = linear && four_bits;
-  assign scale_take = walking && fifo_valid && scales_left == 0;
-  assign take = walking && fifo_valid && scales_left != 0;
-  assign consuming = scale_take || take;
-  assign activation_row = activation_base + CODES_LOG2'(chunk);
-  // stage 1
-  logic take1, first1, last1, end1, first_unit1;
-  logic [BITS-1:0] beat1;
+  // ---- walker
+  logic take, take1, first1, last1, first_unit1;
+  logic [19:0] unit, unit1;
+  logic [7:0] chunk, chunk1;
   logic [31:0] scale1;
-  logic [19:0] unit1;
-  logic [7:0] chunk1;
-  logic [BITS-1:0] low1, high1;
-  always_ff @(posedge clk) begin
-    take1 <= take && !rst;
-    if (scale_take) begin
-      scale_beat <= beat;
-      scales_left <= scale_period;
-    end
-    if (take) begin
-      beat1 <= beat;
-      scale1 <= scale_beat[31:0];
-      scale_beat <= four ? scale_beat >> 32 : scale_beat >> 16;
-      scales_left <= scales_left - 8'd1;
-      first1 <= chunk == 0;
-      last1 <= chunk + 8'd1 == chunks;
-      first_unit1 <= unit == 0;
-      unit1 <= unit;
-      chunk1 <= chunk;
-      chunk <= chunk + 8'd1;
-      if (chunk + 8'd1 == chunks) begin
-        chunk <= '0;
-        unit <= unit + 20'd1;
-        if (unit + 20'd1 == units) walking <= 1'b0;
-      end
-    end
-    if (walk_start) begin
-      walking <= 1'b1;
-      unit <= '0;
-      chunk <= '0;
-      scales_left <= '0;
-    end
-    if (rst) walking <= 1'b0;
-  end
+  logic [BITS-1:0] beat1;
+  logic four;
+  assign four = linear && four_bits;
+  walker #(
+      .KW(KW)
+  ) walk (
+      .clk, .rst, .start(walk_start), .units, .chunks, .scale_period, .four_bits(four), .walking,
+      .beat_valid(fifo_valid), .beat, .pop(walker_pop), .take, .unit, .chunk, .take1, .first1, .last1, .first_unit1,
+      .unit1, .chunk1, .scale1, .beat1
+  );
   // 4-bit codes: the first row in the low half of the beat, the second in the high half
+  logic [BITS-1:0] low1, high1;
   always_comb begin
     low1 = beat1;
     high1 = '0;
@@ -272,402 +138,218 @@ module accelerator #(
       end
   end
 
-  // ---- columns
-  localparam int TAG = 1 + 1 + 1 + 20 + 32 + C * 2;
-  logic [TAG-1:0] tag1, tag[0:DOT-1];
-  logic [DOT-1:0] travelling;
-  logic dot_take;
-  assign dot_take = take1 && !values;
-  always_comb begin
-    tag1 = '0;
-    tag1[TAG-1:C*2] = {dot_take, first1, last1, unit1, scale1};
-    for (int c = 0; c < C; c++)
-      tag1[c*2+:2] = keys ? 2'd3 : spreads[{CB'(c), chunk1[5:0]}];
-  end
-  always_ff @(posedge clk) begin
-    tag[0] <= tag1;
-    for (int i = 1; i < DOT; i++) tag[i] <= tag[i-1];
-    travelling <= {travelling[DOT-2:0], dot_take && !rst};
-  end
-  logic tag_valid, tag_first, tag_last;
-  logic [19:0] tag_unit, unit2, unit3, unit4, unit5, ready_unit;
+  // ---- vector unit, with the table of turns
+  logic vector_read, vector_write, code_write, code_half, spread_write, scale_write, query_write;
+  logic [ROWS_LOG2-1:0] vector_read_row, vector_write_row;
+  logic [CB-1:0] vector_read_column, vector_column1, vector_write_column, code_column, turn_column, scale_column;
+  logic [VL*32-1:0] vector_row, vector_words;
+  logic [7:0] code_row, spread_chunk, scale_head;
+  logic [VL*8-1:0] codes;
+  logic [3:0] turn_row;
+  logic [BITS-1:0] turn;
+  logic [1:0] spread;
+  logic [15:0] scale_mantissa;
+  logic signed [7:0] scale_shift;
+  ram #(
+      .WIDTH(BITS), .DEPTH_LOG2(CB + 3)
+  ) turn_table (
+      .clk, .read(1'b1), .read_address({turn_column, turn_row[2:0]}), .out(turn),
+      .write(turns && fifo_valid), .write_address({load_token, load_row[2:0]}),
+`ifdef PROBE
+      .probe_address('0), .probe(),
+`endif
+      .in(beat)
+  );
+  always_ff @(posedge clk) vector_column1 <= vector_read_column;
+  vector #(
+      .KW(KW), .C(C), .CB(CB), .ROWS_LOG2(ROWS_LOG2)
+  ) vectors (
+      .clk, .rst, .start(vector_start), .op(now[63:60] == OP_NORM ? 2'd0 : now[63:60] == OP_CODES ? 2'd1 : 2'd2), .count,
+      .source(now[40+:ROWS_LOG2]), .rows(now[32+:ROWS_LOG2]), .scratch, .gamma_shift(now[53:48]), .epsilon,
+      .factor(now[63:60] == OP_NORM ? norm_factor : code_factor), .score_factor, .head_chunks, .query_heads, .kv_heads,
+      .group_heads, .cache(now[31:0]), .head_stride, .value_offset, .block_beats, .block, .offset,
+      .done(vector_done), .beat_valid(fifo_valid), .beat, .beat_pop(vector_pop),
+      .turn_row, .turn_column, .turn,
+      .read(vector_read), .read_row(vector_read_row), .read_column(vector_read_column), .row(vector_row),
+      .write(vector_write), .write_row(vector_write_row), .write_column(vector_write_column),
+      .write_words(vector_words),
+      .code_write, .code_column, .code_row, .code_half, .codes, .spread_write, .spread_chunk, .spread,
+      .scale_write, .query_write, .scale_column, .scale_head, .scale_mantissa, .scale_shift,
+      .store, .store_ready, .store_address, .store_strobe, .store_data
+  );
+
+  // ---- columns: codes, multipliers and sums of each; what belongs to a chunk travels beside its sums
+  logic [C-1:0] active, group_mask, use_column, ready;
+  logic dot_take, tag_valid, tag_first, tag_last;
+  logic [C*32-1:0] word0, word1;
+  localparam int TAG = 1 + 1 + 1 + 20 + 32;
+  logic [TAG-1:0] tag1;
+  logic [DOT*TAG-1:0] tags;
+  logic [19:0] tag_unit, ready_unit;
   logic [31:0] tag_scale;
-  logic [C*2-1:0] tag_spread;
-  assign {tag_valid, tag_first, tag_last, tag_unit, tag_scale, tag_spread} = tag[DOT-1];
-  logic [C-1:0] ready, use_column;
-  logic signed [31:0] word0[0:C-1], word1[0:C-1];
-  assign use_column = keys || values ? C'((1 << group_heads) - 1) : active;
+  logic [7*20-1:0] ready_units;
+  always_comb for (int c = 0; c < C; c++) active[c] = (CB + 1)'(c) < count;
+  always_ff @(posedge clk) group_mask <= C'((1 << group_heads) - 1);
+  assign use_column = keys || values ? group_mask : active;
+  assign dot_take = take1 && !values;
+  assign tag1 = {dot_take && !rst, first1, last1, unit1, scale1};
+  always_ff @(posedge clk) begin
+    tags <= {tags[(DOT-1)*TAG-1:0], tag1};
+    ready_units <= {ready_units[6*20-1:0], tag_unit};
+  end
+  assign {tag_valid, tag_first, tag_last, tag_unit, tag_scale} = tags[(DOT-1)*TAG+:TAG];
+  assign ready_unit = ready_units[6*20+:20];
   for (genvar c = 0; c < C; c++) begin : g_column
+    logic [BITS-1:0] activation;
+    ram #(
+        .WIDTH(BITS / 2), .DEPTH_LOG2(CODES_LOG2)
+    ) codes_low (
+        .clk, .read(take), .read_address(activation_base + CODES_LOG2'(chunk)), .out(activation[BITS/2-1:0]),
+        .write(code_write && code_column == CB'(c) && !code_half), .write_address(code_row[CODES_LOG2-1:0]),
+`ifdef PROBE
+        .probe_address('0), .probe(),
+`endif
+        .in(codes)
+    );
+    ram #(
+        .WIDTH(BITS / 2), .DEPTH_LOG2(CODES_LOG2)
+    ) codes_high (
+        .clk, .read(take), .read_address(activation_base + CODES_LOG2'(chunk)), .out(activation[BITS-1:BITS/2]),
+        .write(code_write && code_column == CB'(c) && code_half), .write_address(code_row[CODES_LOG2-1:0]),
+`ifdef PROBE
+        .probe_address('0), .probe(),
+`endif
+        .in(codes)
+    );
+    // multipliers of the token, and of each query head of each token; spreads of the token's chunks
+    logic [15:0] token_mantissa, mantissa;
+    logic signed [7:0] token_shift;
+    logic [23:0] queries[0:(1<<(CB+HEADS_LOG2))-1], query;
+    logic [5:0] shift;
+    logic [1:0] spreads[0:63];
+    logic [DOT*2-1:0] spread_tags;
+    always_ff @(posedge clk) begin
+      if (scale_write && scale_column == CB'(c)) {token_shift, token_mantissa} <= {scale_shift, scale_mantissa};
+      if (query_write) queries[{scale_column, scale_head[HEADS_LOG2-1:0]}] <= {scale_shift, scale_mantissa};
+      if (spread_write && scale_column == CB'(c)) spreads[spread_chunk[5:0]] <= spread;
+      query <= queries[{token, first_query + HEADS_LOG2'(c)}];
+      mantissa <= linear ? token_mantissa : query[15:0];
+      shift <= linear ? 6'(token_shift + 8'(mode_shift)) : 6'(query[23:16] + score_shift);
+      spread_tags <= {spread_tags[(DOT-1)*2-1:0], keys ? 2'd3 : spreads[chunk1[5:0]]};
+    end
     logic signed [21:0] dot0, dot1;
     dot_pair #(
         .KW(KW), .LATENCY(DOT)
     ) dots (
-        .clk, .enable(dot_take && use_column[c]), .low(low1), .high(high1), .activation(activation[c]),
+        .clk, .enable(dot_take && use_column[c]), .low(low1), .high(high1), .activation,
         .low_sum(dot0), .high_sum(dot1)
     );
     column columns (
         .clk, .valid(tag_valid && use_column[c]), .first(tag_first), .last(tag_last),
         .narrow(keys || mode != MODE_ADD), .dot0, .dot1, .scale0(tag_scale[15:0]), .scale1(tag_scale[31:16]),
-        .spread(tag_spread[c*2+:2]), .mantissa(use_mantissa[c]), .shift(use_shift[c]),
-        .ready(ready[c]), .word0(word0[c]), .word1(word1[c])
+        .spread(spread_tags[(DOT-1)*2+:2]), .mantissa, .shift, .ready(ready[c]),
+        .word0(word0[c*32+:32]), .word1(word1[c*32+:32])
     );
   end
-  always_ff @(posedge clk) begin
-    unit2 <= tag_unit;
-    unit3 <= unit2;
-    unit4 <= unit3;
-    ready_unit <= unit4;
-  end
 
-  // ---- results of linears: into the vector memory, added there, through SiLU, or out as logits
-  logic results, hold_gate;
-  logic [31:0] gate[0:C-1], silu_gate[0:C-1], silu_up[0:C-1], silu_word[0:C-1];
-  logic silu_start;
-  logic [4:0] silu_valid;
-  logic [20:0] index, silu_index[0:4];
-  logic add1, add_pair1;
-  logic [20:0] add_index1;
-  logic [31:0] add_word0[0:C-1], add_word1[0:C-1];
-  assign results = ready[0] && linear;
-  assign index = four ? {ready_unit, 1'b0} : {1'b0, ready_unit};
-  assign hold_gate = mode == MODE_SILU && !four && !ready_unit[0];
-  for (genvar c = 0; c < C; c++) begin : g_silu
-    assign silu_gate[c] = four ? word0[c] : gate[c];
-    assign silu_up[c] = four ? word1[c] : word0[c];
-    silu_product silus (.clk, .gate(silu_gate[c]), .up(silu_up[c]), .word(silu_word[c]));
-  end
-  assign silu_start = results && mode == MODE_SILU && !hold_gate;
-  logic signed [32:0] sum0[0:C-1], sum1[0:C-1];
-  always_comb
-    for (int c = 0; c < C; c++) begin
-      sum0[c] = $signed(row[c][add_index1[VLB-1:0]*32+:32]) + $signed(add_word0[c]);
-      sum1[c] = $signed(row[c][(add_index1[VLB-1:0]|VLB'(1))*32+:32]) + $signed(add_word1[c]);
-    end
-  function automatic logic [31:0] limit(input logic signed [32:0] x);
-    limit = x[32] == x[31] ? x[31:0] : x[32] ? 32'h80000000 : 32'h7fffffff;
-  endfunction
-  always_ff @(posedge clk) begin
-    if (results && hold_gate) for (int c = 0; c < C; c++) gate[c] <= word0[c];
-    silu_valid <= {silu_valid[3:0], silu_start && !rst};
-    silu_index[0] <= four ? {1'b0, ready_unit} : {2'b0, ready_unit[19:1]};
-    for (int i = 1; i < 5; i++) silu_index[i] <= silu_index[i-1];
-    add1 <= results && mode == MODE_ADD && !rst;
-    add_index1 <= index;
-    add_pair1 <= four;
-    for (int c = 0; c < C; c++) begin
-      add_word0[c] <= word0[c];
-      add_word1[c] <= word1[c];
-    end
-  end
+  // ---- results and attention
+  logic result_read, result_write, attention_write;
+  logic [ROWS_LOG2-1:0] result_read_row, result_row;
+  logic [VL-1:0] result_mask;
+  logic [C*32-1:0] result_word0, result_word1;
+  logic [C*VL*32-1:0] rows;
+  logic [15:0] attention_at;
+  logic [DRAIN*32-1:0] attention_words;
+  results #(
+      .C(C), .VL(VL), .ROWS_LOG2(ROWS_LOG2)
+  ) result (
+      .clk, .rst, .mode, .four_bits, .target, .ready(ready[0] && linear), .unit(ready_unit), .word0, .word1,
+      .read(result_read), .read_row(result_read_row), .row(rows),
+      .write(result_write), .write_row(result_row), .write_mask(result_mask), .write_word0(result_word0),
+      .write_word1(result_word1), .logit_valid, .logit_index, .best
+  );
+  assign logit_pair = four_bits;
+  always_comb for (int c = 0; c < C; c++) logits[c*64+:64] = {word1[c*32+:32], word0[c*32+:32]};
+  attention #(
+      .KW(KW), .C(C), .CONTEXT_LOG2(CONTEXT_LOG2)
+  ) attend (
+      .clk, .rst, .use_column, .keys, .ready, .ready_unit, .word(word0), .values, .take, .unit, .take1, .first_unit1,
+      .chunk1(chunk1[1:0]), .scale1(scale1[15:0]), .beat1, .finish, .code_factor, .head_chunks, .group_heads, .drained,
+      .write(attention_write), .write_at(attention_at), .write_words(attention_words)
+  );
 
-  // ---- logits
-  logic [31:0] best_word[0:C-1];
-  assign logit_valid = results && mode == MODE_LOGITS;
-  assign logit_pair = four;
-  assign logit_index = {11'b0, index};
-  always_comb for (int c = 0; c < C; c++) logits[c*64+:64] = {word1[c], word0[c]};
-  always_ff @(posedge clk)
-    if (logit_valid)
-      for (int c = 0; c < C; c++) begin
-        if (index == 0 || word0[c] > $signed(best_word[c])) begin
-          best_word[c] <= word0[c];
-          best[c*32+:32] <= {11'b0, index};
-        end
-        if (four && word1[c] > word0[c] && (index == 0 || word1[c] > $signed(best_word[c]))) begin
-          best_word[c] <= word1[c];
-          best[c*32+:32] <= {11'b0, index} + 32'd1;
-        end
-      end
-
-  // ---- attention
-  logic [7:0] head;
-  logic [CB-1:0] token;
-  logic [31:0] largest[0:C-1];
-  logic [C-1:0] divide_done;
-  logic divide_start;
-  logic [BITS-1:0] beat2, beat3, beat4;
-  logic [31:0] scale1_v;
-  logic value1;
-  assign value1 = take1 && values;
-  assign scale1_v = scale1;
-  logic [DRAIN*48-1:0] drains[0:C-1];
-  logic [15:0] inverses[0:C-1];
-  logic [5:0] excesses[0:C-1];
-  logic [5:0] drain_index;
-  always_ff @(posedge clk) begin
-    if (value1) beat2 <= beat1;
-    beat3 <= beat2;
-    beat4 <= beat3;
-  end
-  for (genvar c = 0; c < C; c++) begin : g_attend
-    logic [31:0] scores[0:(1<<CONTEXT_LOG2)-1];
-    logic signed [31:0] score1;
-    logic [31:0] total;
-    logic [5:0] digits, excess;
-    logic [15:0] denominator;
-    always_ff @(posedge clk) begin
-      if (take && values && use_column[c]) score1 <= scores[unit[CONTEXT_LOG2-1:0]];
-      if (keys && ready[c]) begin
-        scores[ready_unit[CONTEXT_LOG2-1:0]] <= word0[c];
-        if (ready_unit == 0 || word0[c] > $signed(largest[c])) largest[c] <= word0[c];
-      end
-    end
-    weighted_sum #(
-        .KW(KW)
-    ) sums (
-        .clk, .valid(value1 && use_column[c]), .first_token(first_unit1), .chunk(chunk1[1:0]), .score(score1),
-        .largest(largest[c]), .scale(scale1_v[15:0]), .codes4(beat4), .total, .drain_index, .drain(drains[c])
-    );
-    always_comb begin
-      digits = '0;
-      for (int i = 0; i < 32; i++) if (total[i]) digits = 6'(i + 1);
-    end
-    assign excess = digits - 6'd16;
-    assign denominator = 16'(total >> excess);
-    assign excesses[c] = excess;
-    divide divider (
-        .clk, .rst, .start(divide_start), .numerator(code_factor), .denominator, .done(divide_done[c]),
-        .quotient(inverses[c])
-    );
-  end
-  // what was read, DRAIN words a cycle: product, then rounded
-  logic [7:0] in_group;
-  logic [CB-1:0] from;
-  assign from = CB'(in_group);
-  logic draining, drain1, drain2;
-  logic [5:0] drain_at1, drain_at2;
-  logic [7:0] in_group1, in_group2;
-  logic signed [63:0] drain_product[0:DRAIN-1];
-  logic signed [63:0] drain_rounded;
-  logic [5:0] drain_shift;
-  logic [DRAIN*32-1:0] drain_words;
-  assign draining = state == READ_OUT && in_group != group_heads;
-  always_ff @(posedge clk) begin
-    drain1 <= draining && !rst;
-    drain_at1 <= drain_index;
-    in_group1 <= in_group;
-    drain_shift <= 6'd20 + excesses[from];
-    for (int i = 0; i < DRAIN; i++)
-      drain_product[i] <= $signed(drains[from][i*48+:48]) * $signed({1'b0, inverses[from]});
-    drain2 <= drain1 && !rst;
-    drain_at2 <= drain_at1;
-    in_group2 <= in_group1;
-    for (int i = 0; i < DRAIN; i++) begin
-      drain_rounded = (drain_product[i] + (64'sd1 <<< (drain_shift - 6'd1))) >>> drain_shift;
-      if (drain_rounded > 64'sd67108863) drain_rounded = 64'sd67108863;
-      if (drain_rounded < -64'sd67108864) drain_rounded = -64'sd67108864;
-      drain_words[i*32+:32] <= drain_rounded[31:0];
-    end
-  end
-
-  // ---- ports of the vector memory
-  logic [15:0] drain_word;
-  assign drain_word = 16'((head * group_heads + in_group2) * {5'b0, head_chunks}) * 16'(KW) + 16'(drain_at2) * 16'(DRAIN);
+  // ---- vector memory: one bank for each word of a row. What is written passes through a register first.
+  logic [BITS-1:0] embed_beat;
+  logic embed1;
+  logic [CB-1:0] embed_token;
+  logic [ROWS_LOG2-1:0] embed_row;
+  logic [15:0] attention_word;
+  logic [C-1:0] write_columns, write_columns1;
+  logic [ROWS_LOG2-1:0] write_row, write_row1;
+  logic [VL-1:0] write_mask, write_mask1;
+  logic [VL*32-1:0] write_words, write_words1;
+  logic [C*32-1:0] result_word0_1, result_word1_1;
+  logic from_results, from_results1;
+  assign attention_word = (16'({first_chunk, 4'b0}) + attention_at) * 16'(DRAIN);
   always_comb begin
-    read = vector_read || (results && mode == MODE_ADD);
-    read_row = vector_read ? vector_read_row : target + ROWS_LOG2'(index >> VLB);
-    write = 1'b0;
-    write_columns = active;
-    write_row = '0;
+    write_columns = '0;
+    write_row = vector_write_row;
     write_mask = '1;
-    write_pairs = 1'b0;
-    write_single = 1'b0;
     write_words = vector_words;
-    for (int c = 0; c < C; c++) begin
-      write_word0[c] = word0[c];
-      write_word1[c] = word1[c];
-    end
-    if (vector_write) begin
-      write = 1'b1;
-      write_columns = C'(1) << vector_write_column;
-      write_row = vector_write_row;
-    end else if (state == EMBED) begin
-      write = fifo_valid;
-      write_columns = C'(1) << load_token;
-      write_row = now[40+:ROWS_LOG2] + load_row;
-      for (int w = 0; w < VL; w++) write_words[w*32+:32] = {{16{beat[w*16+15]}}, beat[w*16+:16]} << now[51:48];
-    end else if (drain2) begin
-      write = 1'b1;
+    from_results = 1'b0;
+    if (vector_write) write_columns = C'(1) << vector_write_column;
+    else if (embed1) begin
+      write_columns = C'(1) << embed_token;
+      write_row = now[40+:ROWS_LOG2] + embed_row;
+      for (int w = 0; w < VL; w++)
+        write_words[w*32+:32] = {{16{embed_beat[w*16+15]}}, embed_beat[w*16+:16]} << now[51:48];
+    end else if (attention_write) begin
       write_columns = C'(1) << token;
-      write_row = now[40+:ROWS_LOG2] + ROWS_LOG2'(drain_word >> VLB);
-      write_mask = '0;
+      write_row = now[40+:ROWS_LOG2] + ROWS_LOG2'(attention_word >> VLB);
       for (int i = 0; i < VL / DRAIN; i++)
-        if (VLB'(i * DRAIN) == drain_word[VLB-1:0]) write_mask[i*DRAIN+:DRAIN] = '1;
-      write_words = {(VL / DRAIN) {drain_words}};
-    end else if (silu_valid[3]) begin
-      write = 1'b1;
-      write_row = target + ROWS_LOG2'(silu_index[3] >> VLB);
-      write_mask = VL'(1) << silu_index[3][VLB-1:0];
-      write_single = 1'b1;
-      for (int c = 0; c < C; c++) write_word0[c] = silu_word[c];
-    end else if (add1) begin
-      write = 1'b1;
-      write_row = target + ROWS_LOG2'(add_index1 >> VLB);
-      write_mask = VL'(add_pair1 ? 3 : 1) << add_index1[VLB-1:0];
-      write_pairs = add_pair1;
-      write_single = !add_pair1;
-      for (int c = 0; c < C; c++) begin
-        write_word0[c] = limit(sum0[c]);
-        write_word1[c] = limit(sum1[c]);
-      end
-    end else if (results && mode == MODE_STORE) begin
-      write = 1'b1;
-      write_row = target + ROWS_LOG2'(index >> VLB);
-      write_mask = VL'(four ? 3 : 1) << index[VLB-1:0];
-      write_pairs = four;
-      write_single = !four;
+        write_mask[i*DRAIN+:DRAIN] = {DRAIN{VLB'(i * DRAIN) == attention_word[VLB-1:0]}};
+      write_words = {(VL / DRAIN) {attention_words}};
+    end else if (result_write) begin
+      write_columns = active;
+      write_row = result_row;
+      write_mask = result_mask;
+      from_results = 1'b1;
     end
   end
-  assign pop = consuming || vector_pop || ((state == EMBED || state == TURNS) && fifo_valid);
-
-  // ---- sequencer
-  logic [4:0] settle;  // cycles after the last beat until its result is stored
-  logic fence_wait;
-  assign fence_open = (state == FENCE || keys || values || state == DIVIDE || state == READ_OUT) && stores_open == 0;
-  logic last_token;
-  assign last_token = {1'b0, token} + 1'b1 == count;
   always_ff @(posedge clk) begin
-    done <= 1'b0;
-    vector_start <= 1'b0;
-    walk_start <= 1'b0;
-    divide_start <= 1'b0;
-    stores_open <= stores_open + 16'(store && store_ready) - 16'(store_done);
-    case (state)
-      IDLE:
-      if (start) begin
-        pc <= '0;
-        state <= LOAD;
-      end
-      LOAD: state <= DECODE;
-      DECODE: begin
-        now <= instruction;
-        load_token <= '0;
-        load_row <= '0;
-        token <= '0;
-        head <= '0;
-        settle <= '0;
-        state <= NEXT;
-        case (instruction[63:60])
-          OP_END: begin
-            done <= 1'b1;
-            state <= IDLE;
-          end
-          OP_SET:
-          case (instruction[59:56])
-            SET_HEADS: begin
-              head_chunks <= instruction[2:0];
-              block_beats <= instruction[15:8];
-              query_heads <= instruction[23:16];
-              kv_heads <= instruction[31:24];
-              group_heads <= instruction[39:32];
-              scratch <= instruction[40+:ROWS_LOG2];
-            end
-            SET_HEAD_STRIDE: head_stride <= instruction[31:0];
-            SET_VALUE_OFFSET: value_offset <= instruction[31:0];
-            SET_EPSILON: epsilon <= instruction[31:0];
-            SET_FACTORS: begin
-              code_factor <= instruction[15:0];
-              norm_factor <= instruction[31:16];
-              score_factor <= instruction[47:32];
-              score_shift <= instruction[55:48];
-            end
-            default: ;
-          endcase
-          OP_MODE: begin
-            target <= instruction[28+:ROWS_LOG2];
-            mode_shift <= instruction[47:40];
-            mode <= instruction[51:48];
-            four_bits <= instruction[52];
-          end
-          OP_EMBED: state <= EMBED;
-          OP_TURNS: state <= TURNS;
-          OP_NORM, OP_CODES, OP_HEADS: begin
-            vector_start <= 1'b1;
-            state <= VECTOR;
-          end
-          OP_GEMV: begin
-            walk_start <= 1'b1;
-            units <= instruction[51:32];
-            chunks <= {2'b0, instruction[57:52]};
-            scale_period <= four_bits ? 8'(KW / 4) : 8'(KW / 2);
-            activation_base <= '0;
-            for (int c = 0; c < C; c++) begin
-              use_mantissa[c] <= token_mantissa[c];
-              use_shift[c] <= 6'(token_shift[c] + 8'(mode_shift));
-            end
-            state <= GEMV;
-          end
-          OP_ATTEND: state <= FENCE;
-          default: ;
-        endcase
-      end
-      EMBED, TURNS:
-      if (fifo_valid) begin
-        load_row <= load_row + 1'b1;
-        if (load_row + 1'b1 == (state == EMBED ? now[32+:ROWS_LOG2] : ROWS_LOG2'({head_chunks, 1'b0}))) begin
-          load_row <= '0;
-          load_token <= load_token + 1'b1;
-          if ({1'b0, load_token} + 1'b1 == count) state <= NEXT;
-        end
-      end
-      VECTOR: if (vector_done) state <= NEXT;
-      GEMV: begin
-        settle <= (walk_start || walking) ? '0 : settle + 1'b1;
-        if (settle == 5'd25) state <= NEXT;
-      end
-      FENCE:
-      if (stores_open == 0) begin
-        walk_start <= 1'b1;
-        units <= 20'(position) + 20'(token) + 20'd1;
-        chunks <= {5'b0, head_chunks};
-        scale_period <= block_beats;
-        activation_base <= CODES_LOG2'((8'(token) * kv_heads + head) * 8'(head_chunks));
-        for (int c = 0; c < C; c++) begin
-          use_mantissa[c] <= query_mantissa[{token, HEADS_LOG2'(head * group_heads + 8'(c))}];
-          use_shift[c] <= 6'(query_shift[{token, HEADS_LOG2'(head * group_heads + 8'(c))}] + 8'(score_shift));
-        end
-        settle <= '0;
-        state <= KEYS;
-      end
-      KEYS: begin
-        settle <= (walk_start || walking) ? '0 : settle + 1'b1;
-        if (settle == 5'd19) begin
-          walk_start <= 1'b1;
-          settle <= '0;
-          state <= VALUES;
-        end
-      end
-      VALUES: begin
-        settle <= (walk_start || walking) ? '0 : settle + 1'b1;
-        if (settle == 5'd5) begin
-          divide_start <= 1'b1;
-          state <= DIVIDE;
-        end
-        in_group <= '0;
-        drain_index <= '0;
-      end
-      DIVIDE: if (divide_done[0]) state <= READ_OUT;
-      READ_OUT: begin
-        drain_index <= drain_index + 6'd1;
-        if (drain_index + 6'd1 == 6'({head_chunks, 4'b0})) begin
-          drain_index <= '0;
-          in_group <= in_group + 8'd1;
-        end
-        if (!draining && !drain1) begin
-          token <= last_token ? '0 : token + 1'b1;
-          head <= last_token ? head + 8'd1 : head;
-          state <= last_token && head + 8'd1 == kv_heads ? NEXT : FENCE;
-        end
-      end
-      NEXT: begin
-        pc <= pc + 1'b1;
-        state <= LOAD;
-      end
-      default: state <= IDLE;
-    endcase
-    if (rst) begin
-      state <= IDLE;
-      stores_open <= '0;
+    embed1 <= embed && fifo_valid && !rst;
+    embed_beat <= beat;
+    embed_token <= load_token;
+    embed_row <= load_row;
+    write_columns1 <= rst ? '0 : write_columns;
+    from_results1 <= from_results;
+    if (write_columns != 0) begin
+      write_row1 <= write_row;
+      write_mask1 <= write_mask;
+      if (from_results) {result_word1_1, result_word0_1} <= {result_word1, result_word0};
+      else write_words1 <= write_words;
     end
+  end
+  logic read_rows;
+  logic [ROWS_LOG2-1:0] read_row;
+  assign read_rows = vector_read || result_read;
+  assign read_row = vector_read ? vector_read_row : result_read_row;
+  for (genvar c = 0; c < C; c++) begin : g_memory
+    for (genvar w = 0; w < VL; w++) begin : g_bank
+      ram #(
+          .WIDTH(32), .DEPTH_LOG2(ROWS_LOG2)
+      ) bank (
+          .clk, .read(read_rows), .read_address(read_row), .out(rows[(c*VL+w)*32+:32]),
+          .write(write_columns1[c] && write_mask1[w]), .write_address(write_row1),
+`ifdef PROBE
+          .probe_address(probe_row), .probe(probe_words[(c*VL+w)*32+:32]),
+`endif
+          .in(!from_results1 ? write_words1[w*32+:32] : w % 2 == 1 ? result_word1_1[c*32+:32] : result_word0_1[c*32+:32])
+      );
+    end
+  end
+  always_comb begin
+    vector_row = rows[VL*32-1:0];
+    for (int c = 1; c < C; c++) if (vector_column1 == CB'(c)) vector_row = rows[c*VL*32+:VL*32];
   end
 endmodule

@@ -1,11 +1,11 @@
 // Two rows of KW weights times one column of KW activations, all in [-127, 127], LATENCY cycles later.
 //
-// Both rows share each multiplier: (high * 2**18 + low) * activation holds both products in one DSP48E2, and a
-// cascade of eight adds them without carrying into each other (8 * 127 * 127 < 2**17). Eight inputs enter
-// the cascade one cycle after each other. Without USE_DSP48E2 a plain sum with the same latency stands in.
+// With USE_DSP48E2 both rows share each multiplier: (high * 2**18 + low) * activation holds both products in one
+// DSP48E2, and a cascade of eight adds them without carrying into each other (8 * 127 * 127 < 2**17). With
+// USE_TREE they are products and sums with a register after each. Simulation takes a plain sum of the same latency.
 module dot_pair #(
     parameter int KW = 64,
-    parameter int LATENCY = 12  // 11 in the cascade, 1 in the tree
+    parameter int LATENCY = 12  // 11 in the cascade, 1 in the sum of cascades
 ) (
     input  logic clk,
     input  logic enable,  // simulation skips idle columns
@@ -16,15 +16,15 @@ module dot_pair #(
     output logic signed [21:0] high_sum
 );
 `ifdef USE_DSP48E2
-  logic signed [21:0] low_part[0:KW/8-1], high_part[0:KW/8-1];
+  logic [KW/8*22-1:0] low_part, high_part;
   for (genvar i = 0; i < KW / 8; i++) begin : g_chain
     mac_chain chain (
         .clk(clk),
         .low(low[i*64+:64]),
         .high(high[i*64+:64]),
         .activation(activation[i*64+:64]),
-        .low_sum(low_part[i]),
-        .high_sum(high_part[i])
+        .low_sum(low_part[i*22+:22]),
+        .high_sum(high_part[i*22+:22])
     );
   end
   logic signed [21:0] low_total, high_total;
@@ -32,14 +32,21 @@ module dot_pair #(
     low_total = '0;
     high_total = '0;
     for (int i = 0; i < KW / 8; i++) begin
-      low_total = low_total + low_part[i];
-      high_total = high_total + high_part[i];
+      low_total = low_total + $signed(low_part[i*22+:22]);
+      high_total = high_total + $signed(high_part[i*22+:22]);
     end
   end
   always_ff @(posedge clk) begin
     low_sum <= low_total;
     high_sum <= high_total;
   end
+`elsif USE_TREE
+  localparam int WAIT = LATENCY - 2 - $clog2(KW);
+  logic [43:0] sums;
+  logic [WAIT*44-1:0] later;
+  dot_tree #(.KW(KW)) tree (.clk, .low, .high, .activation, .low_sum(sums[21:0]), .high_sum(sums[43:22]));
+  always_ff @(posedge clk) later <= (WAIT * 44)'({later, sums});
+  assign {high_sum, low_sum} = later[WAIT*44-1-:44];
 `else
   logic signed [21:0] low_total, high_total;
   logic [43:0] later[0:LATENCY-2];

@@ -27,25 +27,25 @@ module fetch #(
     input logic popped
 );
 `include "isa.svh"
-  typedef enum logic [2:0] {IDLE, LOAD, DECODE, RUN, ISSUE, NEXT} state_t;
+  typedef enum logic [3:0] {IDLE, LOAD, READ, DECODE, RUN, MULTIPLY, ADDRESS, LENGTH, ISSUE, NEXT} state_t;
   state_t state;
   logic [63:0] now;
-  logic [27:0] gemv_beats;
+  logic [27:0] gemv_beats, left;
   logic [2:0] head_chunks;
   logic [7:0] block_beats, kv_heads, head;
-  logic [31:0] head_stride, value_offset, head_start, start_address;
-  logic [27:0] left;
+  logic [31:0] head_stride, value_offset, head_start, factor, product;
+  logic [8:0] times;
+  logic [10:0] place;
   logic [CB-1:0] token;
   logic value;
   logic [FIFO_LOG2:0] room;
-  logic [3:0] op;
-  assign op = now[63:60];
   logic [BURST_LOG2:0] to_boundary, length;
+  logic [3:0] op;
+  logic last_token;
+  assign op = now[63:60];
   assign to_boundary = (BURST_LOG2 + 1)'(1 << BURST_LOG2) - {1'b0, address[BURST_LOG2-1:0]};
-  assign length = left < 28'(to_boundary) ? left[BURST_LOG2:0] : to_boundary;
   assign request = state == ISSUE && room >= (FIFO_LOG2 + 1)'(length);
   assign beats = length;
-  logic last_token;
   assign last_token = {1'b0, token} + 1'b1 == count;
 
   always_ff @(posedge clk) begin
@@ -56,68 +56,63 @@ module fetch #(
         pc <= '0;
         state <= LOAD;
       end
-      LOAD: state <= DECODE;  // the instruction memory's cycle
-      DECODE: begin
+      LOAD: state <= READ;  // the program memory's cycle
+      READ: begin
         now <= instruction;
+        state <= DECODE;
+      end
+      DECODE: begin
         token <= '0;
         head <= '0;
         value <= 1'b0;
-        head_start <= instruction[31:0];
-        start_address <= instruction[31:0];
+        head_start <= now[31:0];
         state <= NEXT;
-        case (instruction[63:60])
+        case (op)
           OP_SET: begin
-            if (instruction[59:56] == SET_HEADS) begin
-              head_chunks <= instruction[2:0];
-              block_beats <= instruction[15:8];
-              kv_heads <= instruction[31:24];
+            if (now[59:56] == SET_HEADS) begin
+              head_chunks <= now[2:0];
+              block_beats <= now[15:8];
+              kv_heads <= now[31:24];
             end
-            if (instruction[59:56] == SET_HEAD_STRIDE) head_stride <= instruction[31:0];
-            if (instruction[59:56] == SET_VALUE_OFFSET) value_offset <= instruction[31:0];
+            if (now[59:56] == SET_HEAD_STRIDE) head_stride <= now[31:0];
+            if (now[59:56] == SET_VALUE_OFFSET) value_offset <= now[31:0];
           end
-          OP_MODE: gemv_beats <= instruction[27:0];
+          OP_MODE: gemv_beats <= now[27:0];
           OP_END: state <= IDLE;
-          OP_EMBED, OP_TURNS, OP_NORM, OP_GEMV: state <= RUN;
-          OP_ATTEND: state <= RUN;
+          OP_EMBED, OP_TURNS, OP_NORM, OP_GEMV, OP_ATTEND: state <= RUN;
           default: ;
         endcase
       end
-      RUN: begin  // one run of beats
-        case (op)
-          OP_EMBED: begin
-            address <= start_address + tokens[token*32+:32] * 32'(now[39:32]);
-            left <= 28'(now[39:32]);
-            state <= ISSUE;
-          end
-          OP_TURNS: begin
-            address <= start_address + (position + 32'(token)) * 32'({head_chunks, 1'b0});
-            left <= 28'({head_chunks, 1'b0});
-            state <= ISSUE;
-          end
-          OP_NORM: begin
-            address <= start_address;
-            left <= 28'(now[39:32]);
-            state <= ISSUE;
-          end
-          OP_GEMV: begin
-            address <= start_address;
-            left <= gemv_beats;
-            state <= ISSUE;
-          end
-          default: begin
-            address <= head_start + (value ? value_offset : 32'd0);
-            left <= 28'(block[token*24+:24] * 24'(block_beats + 8'd1)) + 28'd1 +
-                28'((offset[token*8+:8] + 8'd1) * head_chunks);
-            if (fence_open && fence_pc == pc) state <= ISSUE;
-          end
-        endcase
+      // One run of beats: the two factors of its address or length, their product, address and length.
+      RUN: begin
+        times <= op == OP_EMBED ? {1'b0, now[39:32]} : op == OP_TURNS ? {5'b0, head_chunks, 1'b0} : {1'b0, block_beats} + 9'd1;
+        factor <= op == OP_EMBED ? tokens[token*32+:32] : op == OP_TURNS ? position + 32'(token) : 32'(block[token*24+:24]);
+        place <= 11'(9'(offset[token*8+:8]) + 9'd1);
+        if (op != OP_ATTEND || (fence_open && fence_pc == pc)) state <= MULTIPLY;
+      end
+      MULTIPLY: begin
+        product <= factor * 32'(times);
+        place <= 11'(place * head_chunks);
+        state <= ADDRESS;
+      end
+      ADDRESS: begin
+        address <= op == OP_EMBED || op == OP_TURNS ? head_start + product
+                 : op == OP_ATTEND && value ? head_start + value_offset : head_start;
+        left <= op == OP_EMBED || op == OP_NORM ? 28'(now[39:32]) : op == OP_TURNS ? 28'({head_chunks, 1'b0})
+              : op == OP_GEMV ? gemv_beats : product[27:0] + 28'(place) + 28'd1;
+        state <= LENGTH;
+      end
+      LENGTH: begin
+        length <= left < 28'(to_boundary) ? left[BURST_LOG2:0] : to_boundary;
+        state <= ISSUE;
       end
       ISSUE:
       if (request && request_ready) begin
         address <= address + 32'(length);
         left <= left - 28'(length);
+        state <= LENGTH;
         if (left == 28'(length)) begin
-          state <= RUN;
+          state <= NEXT;
           if (op == OP_ATTEND) begin
             value <= !value;
             if (value) begin
@@ -125,13 +120,14 @@ module fetch #(
               if (last_token) begin
                 head <= head + 8'd1;
                 head_start <= head_start + head_stride;
-                if (head + 8'd1 == kv_heads) state <= NEXT;
               end
             end
-          end else if (op == OP_EMBED || op == OP_TURNS) begin
+            if (!(value && last_token && head + 8'd1 == kv_heads)) state <= RUN;
+          end
+          if ((op == OP_EMBED || op == OP_TURNS) && !last_token) begin
             token <= token + 1'b1;
-            if (last_token) state <= NEXT;
-          end else state <= NEXT;
+            state <= RUN;
+          end
         end
       end
       NEXT: begin

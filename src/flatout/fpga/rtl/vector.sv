@@ -1,9 +1,10 @@
 // The integer vector unit: norms, rounding to codes, rotary embedding, keys and values.
 //
-// VL lanes of one multiplier each. Rows of VL words are read from the vector memory of one token at a time:
+// VL lanes (vector_lane.sv). Rows of VL words are read from the vector memory of one token at a time:
 //   pass 1  multiply by the norm's weights, turn pairs, or just look; note the largest of the row's chunk
-//   scale   mantissa, exponent and reciprocal of the largest; root of the mean square for norms
+//   fit     mantissa, exponent and reciprocal of the largest; root of the mean square for norms
 //   pass 2  multiply by the reciprocal, round to codes, write them to the activation memory or as a key or value
+// A row is in stage s, s cycles after it was asked for: 1 read, 2 multiply, ... 6 rounded, END its largest is known.
 module vector #(
     parameter int KW = 64,
     parameter int C = 4,
@@ -77,17 +78,21 @@ module vector #(
     output logic [KW*8-1:0] store_data
 );
   localparam logic [1:0] NORM = 0, CODES = 1, HEADS = 2;
+  localparam int LEVELS = $clog2(VL);
+  localparam int END = 7 + LEVELS;
   typedef enum logic [3:0] {
-    IDLE, PASS1, DRAIN1, FIT0, FIT1, FIT2, ROOT, DIVIDE, PASS2, DRAIN2, STORE, STORE_SCALE, NEXT
+    IDLE, PASS1, DRAIN1, FIT, DIVIDE, PASS2, DRAIN2, STORE, STORE_SCALE, NEXT
   } state_t;
   state_t state;
+  logic busy;
+  assign busy = state != IDLE;
 
   logic [1:0] kind;
   logic [CB-1:0] token;
   logic [CB:0] last_token;
   logic [ROWS_LOG2-1:0] at;
   logic part;
-  logic [2:0] wait_;
+  logic [4:0] waited;
   logic [7:0] head, query_group, query_in_group;
   logic [ROWS_LOG2-1:0] head_row;
   logic is_query, is_key, is_value, turned;
@@ -101,10 +106,9 @@ module vector #(
   assign half_at = at >= half_rows ? at - half_rows : at;
   assign base = kind == HEADS ? head_row : source;
 
-  // Stage 0: which row, and what it is multiplied by.
-  logic issue, issue_part, second;
+  // ---- stage 0: which row, and what it is multiplied by
+  logic issue, second, pass2;
   assign second = at >= half_rows;
-  logic pass2;
   assign pass2 = state == PASS2;
   assign issue = (state == PASS1 && (kind != NORM || beat_valid)) || pass2;
   assign read = issue;
@@ -116,185 +120,176 @@ module vector #(
   assign turn_row = (second ^ part) ? 4'(half_at + half_rows) : 4'(half_at);
   assign beat_pop = state == PASS1 && kind == NORM && beat_valid && {1'b0, token} == last_token;
 
-  // Stage 1: the row is here.
-  logic valid1, pass2_1, norm1, turned1, part1, minus1, last1;
+  // ---- what the stages know of their row
+  localparam int CT = 6 + CB + ROWS_LOG2;
+  logic [CT-1:0] control0;
+  logic [END*CT-1:0] control;
+  assign control0 = {issue && !(turned && !pass2 && !part), issue && turned && !pass2 && !part, pass2,
+                     kind == NORM && !pass2, turned && !pass2, !second, token, at};
+  always_ff @(posedge clk) control <= rst ? '0 : {control[(END-1)*CT-1:0], control0};
+  logic pass2_1, norm1, turned1;
   logic [CB-1:0] token1;
   logic [ROWS_LOG2-1:0] at1;
-  logic [KW*8-1:0] gamma1;
-  logic [15:0] inverse;
-  // Stage 2: products.
-  logic valid2, pass2_2, norm2, turned2, part2, minus2, plain2;
-  logic [CB-1:0] token2;
-  logic [ROWS_LOG2-1:0] at2;
-  logic signed [48:0] product[0:VL-1], kept[0:VL-1];
-  logic signed [31:0] word2[0:VL-1];
-  logic [55:0] square[0:VL-1];
-  logic [5:0] shift2;
-  // Stage 3: rounded.
-  logic valid3, pass2_3;
+  assign {pass2_1, norm1, turned1, token1, at1} = {control[CT-3-:3], control[CB+ROWS_LOG2-1:0]};
+  logic whole3, keep3, pass2_3, norm3, turned3, minus3;
   logic [CB-1:0] token3;
   logic [ROWS_LOG2-1:0] at3;
-  logic [VL*32-1:0] word3;
-  logic [63:0] squares;
-  logic square3;
-  // Stage 4: the row's largest.
-  logic valid4;
-  logic [CB-1:0] token4;
-  logic [ROWS_LOG2-1:0] at4;
-  logic [31:0] largest4, largest3;
+  assign {whole3, keep3, pass2_3, norm3, turned3, minus3, token3, at3} = control[2*CT+:CT];
+  logic turned5;
+  assign turned5 = control[4*CT+CT-5];
+  logic whole6, pass2_6;
+  logic [CB-1:0] token6;
+  logic [ROWS_LOG2-1:0] at6;
+  assign {whole6, pass2_6, token6, at6} = {control[6*CT-1], control[6*CT-3], control[5*CT+:CB+ROWS_LOG2]};
+  logic squares_valid;
+  logic [CB-1:0] squares_token;
+  logic [ROWS_LOG2-1:0] squares_at;
+  assign squares_valid = control[(END-2)*CT-1] && control[(END-2)*CT-4];
+  assign {squares_token, squares_at} = control[(END-3)*CT+:CB+ROWS_LOG2];
+  logic end_valid;
+  logic [CB-1:0] end_token;
+  logic [ROWS_LOG2-1:0] end_at;
+  assign end_valid = control[END*CT-1] && !control[END*CT-3];
+  assign {end_token, end_at} = control[(END-1)*CT+:CB+ROWS_LOG2];
 
+  // ---- lanes
+  logic [KW*8-1:0] gamma1;
+  logic [15:0] inverse;
+  logic [VL*32-1:0] word2, word6;
+  logic [VL*16-1:0] factor2;
+  logic [VL*56-1:0] square5;
+  logic [5:0] right4;
+  always_ff @(posedge clk) begin
+    if (beat_valid && busy) gamma1 <= beat;
+    if (busy) begin
+      word2 <= row;
+      for (int l = 0; l < VL; l++)
+        factor2[l*16+:16] <= pass2_1 ? inverse : norm1 ? gamma1[l*16+:16] : turned1 ? turn[l*16+:16] : 16'd2;
+    end
+  end
+  for (genvar l = 0; l < VL; l++) begin : g_lane
+    vector_lane lane (
+        .clk, .enable(busy), .word2(word2[l*32+:32]), .factor2(factor2[l*16+:16]), .keep3, .turned3, .minus3,
+        .right4, .narrow5(turned5), .word6(word6[l*32+:32]), .square5(square5[l*56+:56])
+    );
+  end
+
+  // ---- the largest of rows and chunks, and the sum of squares
+  logic [31:0] end_largest;
+  logic [55:0] squares;
   logic [31:0] largest[0:C-1];
   logic [63:0] square_sum[0:C-1];
   logic [31:0] chunk_largest[0:C*CHUNKS-1];
+  max_tree #(.N(VL)) largest_of_row (.clk, .enable(busy), .words(word6), .largest(end_largest));
+  sum_tree #(.N(VL), .WIDTH(56)) squares_of_row (.clk, .enable(busy), .in(square5), .sum(squares));
+  always_ff @(posedge clk) begin
+    if (squares_valid)
+      square_sum[squares_token] <= (squares_at == 0 ? 64'(epsilon) : square_sum[squares_token]) + 64'(squares);
+    if (end_valid) begin
+      if (end_at == 0 || end_largest > largest[end_token]) largest[end_token] <= end_largest;
+      if (!end_at[0] || end_largest > chunk_largest[{end_token, 6'(end_at>>1)}])
+        chunk_largest[{end_token, 6'(end_at>>1)}] <= end_largest;
+    end
+  end
 
-  // The scale of what pass 1 has seen.
-  logic [31:0] top;
-  logic [5:0] digits;
-  logic [4:0] exponent;
+  // ---- the scale of what pass 1 has seen: each step from registers that have long been still
+  logic [31:0] top1, less2, less5;
+  logic [63:0] mean1;
+  logic [6:0] top_digits2, top_digits3, mean_digits2, mean_digits3;
+  logic [4:0] exponent4, exponent;
+  logic [3:0] missing4;
   logic [12:0] mantissa;
-  logic [3:0] missing;
   logic [11:0] full;
-  logic signed [7:0] power;
-  logic [63:0] mean;
-  logic [6:0] mean_digits;
-  logic signed [7:0] halvings;
-  logic [15:0] plain_mantissa, root, quotient;
-  logic root_start, root_done, divide_start, divide_done, root_ready, dividing_root;
-  logic [15:0] numerator, denominator;
+  logic signed [7:0] power, halvings;
   logic [31:0] fitted;
   logic [37:0] bound;  // the largest code stands for this
   logic [27:0] plain_product;
-  assign plain_product = full * (kind == HEADS && is_query ? score_factor : factor);
-
-  function automatic logic [6:0] count_digits(input logic [63:0] x);
-    count_digits = '0;
-    for (int i = 0; i < 64; i++) if (x[i]) count_digits = 7'(i + 1);
-  endfunction
-
+  logic [15:0] root, quotient;
+  logic root_start, root_done, divide_start, divide_done, root_ready, dividing_root;
+  logic [15:0] numerator, denominator;
+  leading_digits digits_of_top (.clk, .x({32'b0, top1}), .digits(top_digits2));
+  leading_digits digits_of_mean (.clk, .x(mean1), .digits(mean_digits2));
   divide divider (.clk, .rst, .start(divide_start), .numerator, .denominator, .done(divide_done), .quotient);
   square_root rooter (.clk, .rst, .start(root_start), .square(fitted), .done(root_done), .root);
-
-  logic [31:0] spread_largest;
-  assign spread_largest = chunk_largest[{token1, 6'(at1>>1)}];
-  logic [1:0] spread_now;
-  always_comb begin
-    spread_now = 2'd0;
-    if ({5'b0, spread_largest, 1'b0} <= bound) spread_now = 2'd1;
-    if ({4'b0, spread_largest, 2'b0} <= bound) spread_now = 2'd2;
-    if ({3'b0, spread_largest, 3'b0} <= bound) spread_now = 2'd3;
-    if (kind == HEADS) spread_now = 2'd0;
-  end
-
-  logic [31:0] size;
-  always_comb begin
-    largest3 = '0;
-    for (int l = 0; l < VL; l++) begin
-      size = word3[l*32+31] ? -word3[l*32+:32] : word3[l*32+:32];
-      if (size > largest3) largest3 = size;
+  always_ff @(posedge clk)
+    if (busy) begin
+      top1 <= largest[token] == 0 ? 32'd1 : largest[token];
+      mean1 <= square_sum[token];
+      less2 <= top1 - 32'd1;
+      top_digits3 <= top_digits2;
+      mean_digits3 <= mean_digits2;
+      exponent4 <= top_digits3 > 12 ? 5'(top_digits3 - 7'd12) : 5'd0;
+      missing4 <= top_digits3 < 12 ? 4'(7'd12 - top_digits3) : 4'd0;
+      // Half of what is above 32 digits, rounded up; half of what is below, rounded down.
+      halvings <= 8'(($signed({1'b0, mean_digits3}) - 8'sd31) >>> 1);
+      less5 <= less2 >> exponent4;
+      fitted <= halvings >= 0 ? 32'(mean1 >> {halvings[5:0], 1'b0}) : 32'(mean1 << {6'(-halvings), 1'b0});
+      // The scale rounded up: what is one less, rounded down, plus one.
+      mantissa <= less5 == 32'd4095 ? 13'd2048 : 13'(less5) + 13'd1;
+      exponent <= exponent4 + 5'(less5 == 32'd4095);
+      full <= 12'(mantissa << missing4);
+      power <= 8'(exponent) - 8'(missing4);
+      bound <= 38'(mantissa) << exponent;
+      plain_product <= full * (kind == HEADS && is_query ? score_factor : factor);
     end
-  end
 
-  logic signed [48:0] turned_sum;
-  logic signed [63:0] rounded;
-  logic signed [27:0] narrowed;
+  // ---- how much larger the codes of quiet chunks are made
+  logic [31:0] chunk2;
+  logic [1:0] spread2, spread3;
+  always_comb begin
+    spread2 = 2'd0;
+    if ({5'b0, chunk2, 1'b0} <= bound) spread2 = 2'd1;
+    if ({4'b0, chunk2, 2'b0} <= bound) spread2 = 2'd2;
+    if ({3'b0, chunk2, 3'b0} <= bound) spread2 = 2'd3;
+    if (kind == HEADS) spread2 = 2'd0;
+  end
   always_ff @(posedge clk) begin
-    valid1 <= issue && !rst;
-    pass2_1 <= pass2;
-    norm1 <= kind == NORM && !pass2;
-    turned1 <= turned && !pass2;
-    part1 <= part;
-    minus1 <= !second;
-    token1 <= token;
-    at1 <= at;
-    gamma1 <= beat;
-
-    valid2 <= valid1 && !rst;
-    pass2_2 <= pass2_1;
-    norm2 <= norm1;
-    turned2 <= turned1;
-    part2 <= part1;
-    minus2 <= minus1;
-    token2 <= token1;
-    at2 <= at1;
-    plain2 <= !(pass2_1 || norm1 || turned1);
-    if (valid1)
-      for (int l = 0; l < VL; l++) begin
-        product[l] <= $signed(row[l*32+:32]) * $signed(
-            pass2_1 ? inverse : norm1 ? gamma1[l*16+:16] : turn[l*16+:16]
-        );
-        word2[l] <= $signed(row[l*32+:32]);
-        if (norm1) begin
-          narrowed = 28'($signed(row[l*32+5+:27])) + $signed({27'b0, row[l*32+4]});
-          square[l] <= narrowed * narrowed;
-        end
-      end
-    shift2 <= pass2_1 ? 6'(8'sd19 + power - 8'(spread_now)) : norm1 ? gamma_shift : 6'd14;
-    spread_write <= valid1 && pass2_1 && at1[0] && kind != HEADS;
-    spread_chunk <= 8'(at1 >> 1);
-    spread <= spread_now;
-
-    valid3 <= valid2 && !rst && !(turned2 && !part2);
-    pass2_3 <= pass2_2;
-    token3 <= token2;
-    at3 <= at2;
-    square3 <= valid2 && norm2;
-    if (valid2) begin
-      squares = '0;
-      for (int l = 0; l < VL; l++) begin
-        if (turned2 && !part2) kept[l] <= product[l];
-        turned_sum = turned2 ? (minus2 ? kept[l] - product[l] : kept[l] + product[l]) : product[l];
-        rounded = (64'(turned_sum) + (64'sd1 <<< (shift2 - 6'd1))) >>> shift2;
-        if (plain2) rounded = 64'(word2[l]);
-        if (turned2) begin
-          if (rounded > 64'sd67108863) rounded = 64'sd67108863;
-          if (rounded < -64'sd67108864) rounded = -64'sd67108864;
-        end
-        if (rounded > 64'sd2147483647) rounded = 64'sd2147483647;
-        if (rounded < -64'sd2147483648) rounded = -64'sd2147483648;
-        word3[l*32+:32] <= rounded[31:0];
-        squares = squares + 64'(square[l]);
-      end
-      if (norm2) square_sum[token2] <= (at2 == 0 ? 64'(epsilon) : square_sum[token2]) + squares;
-    end
-
-    valid4 <= valid3 && !pass2_3 && !rst;
-    token4 <= token3;
-    at4 <= at3;
-    if (valid3 && !pass2_3) largest4 <= largest3;
-    if (valid4) begin
-      largest[token4] <= (at4 == 0 || largest4 > largest[token4]) ? largest4 : largest[token4];
-      if (!at4[0] || largest4 > chunk_largest[{token4, 6'(at4>>1)}])
-        chunk_largest[{token4, 6'(at4>>1)}] <= largest4;
-    end
+    chunk2 <= chunk_largest[{token1, 6'(at1>>1)}];
+    spread3 <= spread2;
+    right4 <= pass2_3 ? 6'(8'sd18 + power - 8'(spread3)) : norm3 ? gamma_shift - 6'd1 : turned3 ? 6'd13 : 6'd0;
+    spread_write <= whole3 && pass2_3 && at3[0] && kind != HEADS;
+    spread_chunk <= 8'(at3 >> 1);
+    spread <= spread3;
   end
 
-  assign write = valid3 && !pass2_3 && (kind == NORM || turned);
-  assign write_row = scratch + at3;
-  assign write_column = token3;
-  assign write_words = word3;
-  always_comb for (int l = 0; l < VL; l++) codes[l*8+:8] = word3[l*32+:8];
-  assign code_write = valid3 && pass2_3 && (kind != HEADS || is_query);
-  assign code_column = kind == HEADS ? CB'(query_in_group) : token3;
-  logic [7:0] query_row;
-  assign query_row = 8'((8'(token3) * kv_heads + query_group) * 8'(head_chunks));
-  assign code_row = (kind == HEADS ? query_row : 8'd0) + 8'(at3 >> 1);
-  assign code_half = at3[0];
+  // ---- results
+  assign write = whole6 && !pass2_6 && (kind == NORM || turned);
+  assign write_row = scratch + at6;
+  assign write_column = token6;
+  assign write_words = word6;
+  always_comb for (int l = 0; l < VL; l++) codes[l*8+:8] = word6[l*32+:8];
+  logic [7:0] query_number, query_row;
+  assign code_write = whole6 && pass2_6 && (kind != HEADS || is_query);
+  assign code_column = kind == HEADS ? CB'(query_in_group) : token6;
+  assign code_row = (kind == HEADS ? query_row : 8'd0) + 8'(at6 >> 1);
+  assign code_half = at6[0];
   assign scale_head = head;
 
+  // ---- where a key or value goes: each product from registers that have long been still
   logic [KW*8*4-1:0] line;  // codes of one key or value
   logic [2:0] stored;
-  logic [7:0] place;
-  logic [31:0] block_start;
-  assign place = offset[token*8+:8];
-  logic [7:0] kv_head;
+  logic [7:0] kv_head, scale_first, scale_end;
+  logic [31:0] stride1, block1, region1, start2, block_start, line_start;
   assign kv_head = is_key ? head - query_heads : head - query_heads - kv_heads;
+  always_ff @(posedge clk)
+    if (busy) begin
+      query_number <= 8'(8'(token) * kv_heads) + query_group;
+      query_row <= 8'(query_number * head_chunks);
+      scale_first <= 8'(offset[token*8+:8] * head_chunks);
+      scale_end <= scale_first + 8'(head_chunks);
+      stride1 <= 32'(kv_head) * head_stride;
+      block1 <= 32'(block[token*24+:24] * (32'(block_beats) + 32'd1));
+      region1 <= cache + (is_value ? value_offset : 32'd0);
+      start2 <= stride1 + block1;
+      block_start <= start2 + region1;
+      line_start <= block_start + 32'(scale_first) + 32'd1;
+    end
   assign store = state == STORE || state == STORE_SCALE;
-  assign store_address = block_start + (state == STORE_SCALE ? 32'd0 : 32'd1 + 32'(place * head_chunks) + 32'(stored));
-  assign store_data = state == STORE ? line[stored*KW*8+:KW*8] : {(KW / 2) {exponent[3:0], mantissa[11:0]}};
+  assign store_address = state == STORE_SCALE ? block_start : line_start + 32'(stored);
+  assign store_data = state == STORE ? line[stored[1:0]*KW*8+:KW*8] : {(KW / 2) {exponent[3:0], mantissa[11:0]}};
   logic [KW-1:0] scale_strobe;
   always_comb
-    for (int i = 0; i < KW; i++)
-      scale_strobe[i] = 8'(i / 2) >= place * head_chunks && 8'(i / 2) < (place + 8'd1) * head_chunks;
+    for (int i = 0; i < KW; i++) scale_strobe[i] = 8'(i / 2) >= scale_first && 8'(i / 2) < scale_end;
   assign store_strobe = state == STORE ? {KW{1'b1}} : scale_strobe;
 
   always_ff @(posedge clk) begin
@@ -304,7 +299,8 @@ module vector #(
     scale_write <= 1'b0;
     query_write <= 1'b0;
     if (root_done) root_ready <= 1'b1;
-    if (valid3 && pass2_3) line[at3*VL*8+:VL*8] <= codes;
+    if (whole6 && pass2_6) line[at6[2:0]*VL*8+:VL*8] <= codes;
+    waited <= waited + 1'b1;
     case (state)
       IDLE:
       if (start) begin
@@ -318,7 +314,6 @@ module vector #(
         query_group <= '0;
         query_in_group <= '0;
         head_row <= source;
-        wait_ <= '0;
       end
       PASS1:
       if (issue) begin
@@ -330,61 +325,32 @@ module vector #(
           at <= at + 1'b1;
           if (at + 1'b1 == length) begin
             at <= '0;
+            waited <= '0;
             state <= DRAIN1;
           end
         end
       end
-      DRAIN1: begin
-        wait_ <= wait_ + 1'b1;
-        if (wait_ == 3'd4) begin
-          wait_ <= '0;
-          state <= FIT0;
-        end
+      DRAIN1:
+      if (waited == 5'(END - 1)) begin
+        waited <= '0;
+        state <= FIT;
       end
-      FIT0: begin
-        top <= largest[token] == 0 ? 32'd1 : largest[token];
-        digits <= 6'(count_digits({32'b0, largest[token] == 0 ? 32'd1 : largest[token]}));
-        mean <= square_sum[token];
-        mean_digits <= count_digits(square_sum[token]);
-        state <= FIT1;
-      end
-      FIT1: begin
-        exponent <= digits > 12 ? 5'(digits - 6'd12) : 5'd0;
-        mantissa <= digits > 12 ? 13'((33'(top) + (33'd1 << (digits - 6'd12)) - 33'd1) >> (digits - 6'd12)) : 13'(top);
-        missing <= digits < 12 ? 4'(6'd12 - digits) : 4'd0;
-        // Half of what is above 32 digits, rounded up; half of what is below, rounded down.
-        halvings <= 8'(($signed({1'b0, mean_digits}) - 8'sd31) >>> 1);
-        state <= FIT2;
-      end
-      FIT2: begin
-        if (mantissa == 13'd4096) begin
-          mantissa <= 13'd2048;
-          exponent <= exponent + 1'b1;
-          full <= 12'd2048;
-          power <= 8'(exponent) + 8'sd1;
-        end else begin
-          full <= 12'(mantissa << missing);
-          power <= 8'(exponent) - 8'(missing);
-        end
-        fitted <= halvings >= 0 ? 32'(mean >> {halvings[5:0], 1'b0}) : 32'(mean << {6'(-halvings), 1'b0});
-        root_start <= kind == NORM;
+      FIT: begin
         root_ready <= 1'b0;
         dividing_root <= 1'b0;
-        state <= ROOT;
-      end
-      ROOT: begin
-        bound <= 38'(mantissa) << exponent;
-        plain_mantissa <= plain_product[27:12];
-        numerator <= 16'd32512;
-        denominator <= {full, 4'b0};
-        divide_start <= 1'b1;
-        state <= DIVIDE;
+        root_start <= kind == NORM && waited == 5'd5;
+        if (waited == 5'd7) begin
+          numerator <= 16'd32512;
+          denominator <= {full, 4'b0};
+          divide_start <= 1'b1;
+          state <= DIVIDE;
+        end
       end
       DIVIDE: begin
         if (divide_done && !dividing_root) begin
           inverse <= quotient;
           if (kind != NORM) begin
-            scale_mantissa <= plain_mantissa;
+            scale_mantissa <= plain_product[27:12];
             scale_shift <= -power;
             scale_write <= kind == CODES;
             query_write <= kind == HEADS && is_query;
@@ -394,7 +360,7 @@ module vector #(
         end
         if (dividing_root && root_ready) begin
           root_ready <= 1'b0;
-          numerator <= plain_mantissa;
+          numerator <= plain_product[27:12];
           denominator <= root;
           divide_start <= 1'b1;
         end
@@ -410,18 +376,13 @@ module vector #(
         at <= at + 1'b1;
         if (at + 1'b1 == length) begin
           at <= '0;
+          waited <= '0;
           state <= DRAIN2;
         end
       end
       DRAIN2: begin
-        wait_ <= wait_ + 1'b1;
         stored <= '0;
-        block_start <= cache + 32'(kv_head) * head_stride + (is_value ? value_offset : 32'd0) +
-            32'(block[token*24+:24]) * (32'(block_beats) + 32'd1);
-        if (wait_ == 3'd3) begin
-          wait_ <= '0;
-          state <= kind == HEADS && !is_query ? STORE : NEXT;
-        end
+        if (waited == 5'd5) state <= kind == HEADS && !is_query ? STORE : NEXT;
       end
       STORE:
       if (store_ready) begin
@@ -430,7 +391,8 @@ module vector #(
       end
       STORE_SCALE: if (store_ready) state <= NEXT;
       NEXT: begin
-        state <= kind == NORM ? FIT0 : PASS1;
+        state <= kind == NORM ? FIT : PASS1;
+        waited <= '0;
         part <= 1'b0;
         if (kind == HEADS && head + 8'd1 != query_heads + {kv_heads[6:0], 1'b0}) begin
           head <= head + 8'd1;

@@ -1,9 +1,8 @@
 // Softmax and the weighted sum of values for one query head: weights 2**(score - largest) are made as values arrive.
 //
-// A value's beat is added 4 cycles after `valid`. `total` sums the weights of whole tokens.
+// `total` sums the weights of whole tokens. Sums are complete 13 cycles after the last `valid`.
 module weighted_sum #(
     parameter int KW = 64,
-    parameter int CHUNKS = 4,
     parameter int DRAIN = KW / 16
 ) (
     input logic clk,
@@ -13,57 +12,79 @@ module weighted_sum #(
     input logic signed [31:0] score,
     input logic signed [31:0] largest,
     input logic [15:0] scale,  // exponent, mantissa
-    input logic [KW*8-1:0] codes4,  // 3 cycles after `valid`
+    input logic [KW*8-1:0] codes10,  // 10 cycles after `valid`
     output logic [31:0] total,
     input logic [5:0] drain_index,  // word / DRAIN
-    output logic [DRAIN*48-1:0] drain
+    output logic [DRAIN*48-1:0] drain  // a cycle later
 );
 `include "tables.svh"
   logic [15:0] rom[0:256];
   initial for (int i = 0; i < 257; i++) rom[i] = EXP2[i*16+:16];
 
-  logic [31:0] distance;
-  assign distance = largest - score;
-  logic valid1, valid2, valid3, first1, first2, first3;
-  logic [1:0] chunk1, chunk2, chunk3;
-  logic [15:0] from1, to1, probability2, scale1, scale2;
-  logic [7:0] rest1;
-  logic [15:0] whole1;
-  logic [15:0] value1;
-  logic [26:0] weight3;
-  logic [42:0] spread2;
-  logic signed [47:0] sums[0:CHUNKS*KW-1];
-  assign value1 = from1 - 16'((24'(from1 - to1) * 24'(rest1)) >> 8);
-  assign spread2 = 43'(28'(probability2) * 28'(scale2[11:0])) << scale2[15:12];
-
+  logic [11:1] valids, firsts;
+  logic [21:0] chunks;
+  logic [8*16-1:0] scales;
+  logic [31:0] score1, distance2;
+  logic [15:0] from3, to3, whole3, from4, whole4, from5, whole5, value6, whole6, probability7;
+  logic [7:0] rest3, rest4;
+  logic [15:0] gap4;
+  logic [23:0] drop5;
+  logic [27:0] product8;
+  logic [3:0] exponent8;
+  logic [42:0] shifted9;
+  logic [26:0] weight10;
   always_ff @(posedge clk) begin
-    valid1 <= valid;
-    first1 <= first_token;
-    chunk1 <= chunk;
-    if (valid) begin
-      from1 <= rom[{1'b0, distance[15:8]}];
-      to1 <= rom[{1'b0, distance[15:8]}+9'd1];
-      rest1 <= distance[7:0];
-      whole1 <= distance[31:16];
-      scale1 <= scale;
-    end
-    valid2 <= valid1;
-    first2 <= first1;
-    chunk2 <= chunk1;
-    if (valid1) begin
-      probability2 <= whole1 > 16'd15 ? 16'd0 : value1 >> whole1[3:0];
-      scale2 <= scale1;
-    end
-    valid3 <= valid2;
-    first3 <= first2;
-    chunk3 <= chunk2;
-    if (valid2) begin
-      weight3 <= 27'((spread2 + 43'd65536) >> 17);
-      if (chunk2 == 0) total <= (first2 ? 32'd0 : total) + 32'(probability2);
-    end
-    if (valid3)
-      for (int l = 0; l < KW; l++)
-        sums[chunk3*KW+l] <= (first3 ? 48'sd0 : sums[chunk3*KW+l]) + 48'($signed(weight3) * $signed(codes4[l*8+:8]));
+    valids <= {valids[10:1], valid};
+    firsts <= {firsts[10:1], first_token};
+    chunks <= {chunks[19:0], chunk};
+    scales <= {scales[7*16-1:0], scale};
+    if (valid) score1 <= score;
+    distance2 <= largest - score1;
+    from3 <= rom[{1'b0, distance2[15:8]}];
+    to3 <= rom[{1'b0, distance2[15:8]}+9'd1];
+    rest3 <= distance2[7:0];
+    whole3 <= distance2[31:16];
+    gap4 <= from3 - to3;
+    {from4, rest4, whole4} <= {from3, rest3, whole3};
+    drop5 <= 24'(gap4) * 24'(rest4);
+    {from5, whole5} <= {from4, whole4};
+    value6 <= from5 - drop5[23:8];
+    whole6 <= whole5;
+    probability7 <= whole6 > 16'd15 ? 16'd0 : value6 >> whole6[3:0];
+    product8 <= 28'(probability7) * 28'(scales[6*16+:12]);
+    exponent8 <= scales[6*16+12+:4];
+    if (valids[7] && chunks[13:12] == 0) total <= (firsts[7] ? 32'd0 : total) + 32'(probability7);
+    shifted9 <= 43'(product8) << exponent8;
+    weight10 <= 27'((shifted9 + 43'd65536) >> 17);
   end
-  always_comb for (int i = 0; i < DRAIN; i++) drain[i*48+:48] = sums[drain_index*DRAIN+i];
+
+  logic [KW*48-1:0] sums;
+  for (genvar l = 0; l < KW; l++) begin : g_lane
+    value_lane lane (
+        .clk, .valid(valids[10]), .weight(weight10), .code(codes10[l*8+:8]),
+        .valid1(valids[11]), .first1(firsts[11]), .chunk1(valids[11] ? chunks[21:20] : drain_index[5:4]),
+        .sum(sums[l*48+:48])
+    );
+  end
+  always_ff @(posedge clk) drain <= sums[drain_index[3:0]*(DRAIN*48)+:DRAIN*48];
+endmodule
+
+// Weight times code, added to the sum of its chunk.
+module value_lane (
+    input logic clk,
+    input logic valid,
+    input logic [26:0] weight,
+    input logic [7:0] code,
+    input logic valid1,
+    input logic first1,
+    input logic [1:0] chunk1,
+    output logic [47:0] sum
+);
+  logic signed [47:0] sums[0:3];
+  logic signed [34:0] product;
+  assign sum = sums[chunk1];
+  always_ff @(posedge clk) begin
+    if (valid) product <= $signed({1'b0, weight[25:0]}) * $signed(code);
+    if (valid1) sums[chunk1] <= (first1 ? 48'sd0 : sum) + 48'(product);
+  end
 endmodule

@@ -2,7 +2,7 @@
 
 The cache of a layer is two arrays (pages, G, PAGE, E), bfloat16 or e4m3, so that what one key/value head has
 in a page lies in one piece. A step's linear `qkv` (T, (H + 2 G) E) holds a token's queries, keys and values
-one after another, before bias, norm and RoPE; SCALED as in `elementwise.py`.
+one after another, before bias, norm and RoPE; CUT and SCALED as in `elementwise.py`.
 
 Legend: S sequences, T tokens, H query heads, G key/value heads, R = H / G, E head size.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from flatout.kernels.triton.elementwise import joined
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -36,21 +38,24 @@ def _heads(
     cos,
     sin,
     eps,
-    WIDTH: tl.constexpr,
+    part_size,
     E: tl.constexpr,
     HEADS: tl.constexpr,
+    CUT: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
     """float32 (rows, E): some heads of a token after bias, norm and RoPE. cos and sin: (E,), of its position
-    as `_turns` gives them. Pairs e with e + E / 2, which is read again. Rows outside are read as head 0."""
+    as `_turns` gives them. Pairs e with e + E / 2, which is read again. Rows outside are zero until the
+    bias."""
     columns = tl.arange(0, E)
+    inside = (heads < HEADS)[:, None] & (columns >= 0)[None, :]
     own = tl.where(heads < HEADS, heads, 0)[:, None] * E + columns[None, :]
     other = tl.where(heads < HEADS, heads, 0)[:, None] * E + (columns ^ (E // 2))[None, :]
-    base = qkv + token.to(tl.int64) * WIDTH
-    x = tl.load(base + own).to(tl.float32)
+    base = qkv + token.to(tl.int64) * (HEADS * E)
+    x = joined(base, own, own, inside, part_size, CUT)
     if SCALED:
         scale = tl.load(token_scales + token)
         x *= scale * tl.load(row_scales + own)
@@ -60,7 +65,7 @@ def _heads(
         rms = tl.rsqrt(tl.sum(x * x, 1) / E + eps)
         x *= rms[:, None] * tl.load(gains + columns).to(tl.float32)[None, :]
     if ROTATE:
-        y = tl.load(base + other).to(tl.float32)
+        y = joined(base, other, other, inside, part_size, CUT)
         if SCALED:
             y *= scale * tl.load(row_scales + other)
         if BIAS:
@@ -116,6 +121,7 @@ def decode_attention(
     scale,
     eps,
     window,  # keys at least this far back are not seen
+    part_size,
     G: tl.constexpr,
     R: tl.constexpr,
     ROWS: tl.constexpr,  # R padded to what the tensor cores take
@@ -124,6 +130,7 @@ def decode_attention(
     BLOCK: tl.constexpr,  # tokens read at a time, at most PAGE
     SPLITS: tl.constexpr,
     COMPUTE: tl.constexpr,  # what the tensor cores multiply
+    CUT: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
@@ -139,7 +146,6 @@ def decode_attention(
     position = tl.load(positions + sequence)
     if position < 0:
         return
-    WIDTH: tl.constexpr = (G * R + 2 * G) * E
     HEADS: tl.constexpr = G * R + 2 * G
     FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
     rows = tl.arange(0, ROWS)
@@ -149,7 +155,7 @@ def decode_attention(
     table = pages + sequence.to(tl.int64) * page_stride
     q = _heads(
         qkv, sequence, tl.where(rows < R, head * R + rows, HEADS), token_scales, row_scales, bias, q_gains,
-        turn_cos, turn_sin, eps, WIDTH, E, HEADS, SCALED, BIAS, NORM, True,
+        turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
     )  # fmt: skip
     q = q * (scale * LOG2E)
     peak = tl.full((ROWS,), -1e30, tl.float32)
@@ -159,11 +165,11 @@ def decode_attention(
         one = tl.zeros((1,), tl.int32)
         new_k = _heads(
             qkv, sequence, G * R + head + one, token_scales, row_scales, bias, k_gains,
-            turn_cos, turn_sin, eps, WIDTH, E, HEADS, SCALED, BIAS, NORM, True,
+            turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
         )  # fmt: skip
         new_v = _heads(
             qkv, sequence, G * R + G + head + one, token_scales, row_scales, bias, k_gains,
-            turn_cos, turn_sin, eps, WIDTH, E, HEADS, SCALED, BIAS, False, False,
+            turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, False, False,
         )  # fmt: skip
         new_k, new_v = _stored(new_k, FP8), _stored(new_v, FP8)
         new_page = tl.load(table + position // PAGE).to(tl.int64)
@@ -238,36 +244,45 @@ def rotate_and_store(
     positions,  # int32 (T,)
     out,  # bfloat16 (T, (H + 2 G) E)
     eps,
+    part_size,
     G: tl.constexpr,
     R: tl.constexpr,
     E: tl.constexpr,
     PAGE: tl.constexpr,
+    CUT: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out = qkv after bias, norm and RoPE; keys and values also go to the cache. One program a token and a
-    key/value head with its R query heads, which come as rows 0 to R - 1, then key and value."""
+    key/value head with its R query heads, which come as rows 0 to R - 1, then key and value. Tokens at
+    position -1 are left alone."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token, head = tl.program_id(0), tl.program_id(1)
     HEADS: tl.constexpr = G * R + 2 * G
     columns = tl.arange(0, E)
     position = tl.load(positions + token)
+    if position < 0:
+        return
     turn_cos, turn_sin = _turns(cos, sin, position, E)
     one = tl.zeros((1,), tl.int32)
     base = token.to(tl.int64) * (HEADS * E)
     for r in tl.static_range(R):
         q = _heads(
             qkv, token, head * R + r + one, token_scales, row_scales, bias, q_gains, turn_cos, turn_sin,
-            eps, HEADS * E, E, HEADS, SCALED, BIAS, NORM, True,
+            eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
         )  # fmt: skip
         tl.store(out + base + (head * R + r) * E + columns[None, :], q.to(tl.bfloat16))
     k = _heads(
         qkv, token, G * R + head + one, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin,
-        eps, HEADS * E, E, HEADS, SCALED, BIAS, NORM, True,
+        eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
     )  # fmt: skip
     v = _heads(
         qkv, token, G * R + G + head + one, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin,
-        eps, HEADS * E, E, HEADS, SCALED, BIAS, False, False,
+        eps, part_size, E, HEADS, CUT, SCALED, BIAS, False, False,
     )  # fmt: skip
     FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
     k, v = _stored(k, FP8), _stored(v, FP8)

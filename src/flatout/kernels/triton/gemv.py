@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flatout.kernels.triton.elementwise import gated
 from flatout.kernels.triton.words import BF16, INT4, dot_4bit, dot_8bit, high, low, pair, sum_pair, value
 
 PLAIN, RESIDUAL, SILU, GELU = (tl.constexpr(i) for i in range(4))
@@ -201,11 +202,7 @@ def gemv(
             total = total * tl.load(scales + rows, mask=inside, other=0.0).to(tl.float32)[None, :]
         if EPILOGUE == SILU or EPILOGUE == GELU:
             gate, up = tl.split(tl.reshape(total, (M, ROWS // 2, 2)))
-            if EPILOGUE == SILU:
-                activated = gate / (1.0 + tl.exp(-gate)) * up
-            else:
-                inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-                activated = gate * up / (1.0 + tl.exp(-2.0 * inner))
+            activated = gated(gate, up, EPILOGUE == GELU)
             half = block * (ROWS // 2) + tl.arange(0, ROWS // 2)
             tl.store(
                 y + tokens[:, None] * (N // 2) + half[None, :],

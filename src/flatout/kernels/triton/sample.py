@@ -16,6 +16,17 @@ _INFINITY = tl.constexpr(0x7F800000)
 
 
 @triton.jit
+def greatest(x, ids, axis: tl.constexpr):
+    """int64: the keys of the greatest of logits x float32 with the tokens `ids`, along an axis."""
+    x = tl.where(x == x, x, float("inf"))
+    most = tl.max(x, axis, keep_dims=True)
+    token = tl.min(tl.where(x == most, ids, 0x7FFFFFFF), axis)
+    bits = tl.max(x, axis).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - token.to(tl.int64))
+
+
+@triton.jit
 def argmax(logits, keys, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """keys (rows,) int64 |= the key of the greatest of BLOCK logits, float32 (rows, V). Keys start as
     LEAST."""
@@ -25,10 +36,7 @@ def argmax(logits, keys, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
     part, row = tl.program_id(0), tl.program_id(1)
     ids = part * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row.to(tl.int64) * V + ids, mask=ids < V, other=-float("inf"))
-    bits = tl.where(x == x, x, float("inf")).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    found = (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
-    tl.atomic_max(keys + row, tl.max(found, 0))
+    tl.atomic_max(keys + row, greatest(x, ids, 0))
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -1,0 +1,115 @@
+"""Kept work: a model is rounded layer by layer, and what is done survives the end of the process.
+
+Every finished layer is a file of its weights; a last file holds the calibration text's activations behind
+it. Both replace their predecessors as a whole, so that a process killed at any moment leaves a state from
+which the next goes on. Work belongs to a recipe, a text and a method by the key of all three, and to a model
+by the hash of each layer's own weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from flatout.compress.method import Data
+from flatout.core.files import write_bytes
+from flatout.core.formats import Recipe, parse_format
+from flatout.core.fuse import Source, float_weight
+from flatout.core.quantized import QuantizedTensor
+from flatout.core.types import to_json
+
+_VERSION = 1
+Arrays = Mapping[str, np.ndarray]
+
+
+class Kept:
+    """The kept work of one run. Without a folder (`data.keep`) nothing is kept and nothing found."""
+
+    def __init__(self, source: Source, data: Data, recipe: Recipe, method: str) -> None:
+        self._source = source
+        digest = hashlib.sha256(
+            json.dumps([_VERSION, method, to_json(recipe.renamed("")), to_json(source.spec)]).encode()
+        )
+        for document in data.documents:
+            digest.update(len(document).to_bytes(8, "little") + document.astype("<i8").tobytes())
+        self._key = digest.hexdigest()
+        self._folder = None if data.keep is None else data.keep / self._key[:32]
+
+    def load(self) -> tuple[list[dict[str, QuantizedTensor]], Arrays]:
+        """Weights of the layers that are done and the state behind them; ([], {}) if nothing fits."""
+        if self._folder is None:
+            return [], {}
+        try:
+            state = _read(self._folder / "state.npz")
+            layers = []
+            for layer in range(int(state["layers"])):
+                arrays = _read(self._folder / f"layer-{layer}.npz")
+                if str(arrays["source"]) != self._digest(layer):
+                    return [], {}
+                layers.append(_weights(arrays))
+        except (OSError, ValueError, KeyError, BadZipFile):  # absent, or not whole
+            return [], {}
+        return layers, state
+
+    def save(self, layer: int, weights: Mapping[str, QuantizedTensor], state: Arrays) -> None:
+        """Keep `layer`, counted from 0, and the state behind it. Raises ResourceError for a full disk."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _write(
+            self._folder / f"layer-{layer}.npz", {**_arrays(weights), "source": np.array(self._digest(layer))}
+        )
+        _write(self._folder / "state.npz", {**state, "layers": np.array(layer + 1)})
+
+    def done(self) -> None:
+        """Forget the work, once the model is whole."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            with suppress(OSError):  # other work is kept beside it
+                self._folder.parent.rmdir()
+
+    def _digest(self, layer: int) -> str:
+        """Of the layer's own float weights."""
+        digest = hashlib.sha256()
+        for linear in self._source.spec.linears():
+            digest.update(np.ascontiguousarray(float_weight(self._source, f"layers.{layer}.{linear}")).data)
+        return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, buffer.getvalue())
+
+
+def _arrays(weights: Mapping[str, QuantizedTensor]) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for name, weight in weights.items():
+        arrays[f"{name}/{weight.format.name}/codes"] = weight.codes
+        arrays[f"{name}/{weight.format.name}/scales"] = weight.scales
+        if weight.zeros is not None:
+            arrays[f"{name}/{weight.format.name}/zeros"] = weight.zeros
+    return arrays
+
+
+def _weights(arrays: Arrays) -> dict[str, QuantizedTensor]:
+    parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        if "/" in key:
+            name, fmt, part = key.split("/")
+            parts.setdefault((name, fmt), {})[part] = array
+    return {name: QuantizedTensor(format=parse_format(fmt), **found) for (name, fmt), found in parts.items()}

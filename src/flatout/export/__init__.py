@@ -1,0 +1,1 @@
+"""Models as other programs, or a slow line, want them: each export is read back before it counts."""

@@ -1,0 +1,68 @@
+// Beats of the FIFO as scales and chunks of rows: a beat of scales, then as many beats of codes as it has scales for.
+//
+// A chunk is taken in one cycle; what belongs to it is there in the next (names with 1).
+module walker #(
+    parameter int KW = 64,
+    parameter int BITS = KW * 8
+) (
+    input logic clk,
+    input logic rst,
+    input logic start,
+    input logic [19:0] units,  // rows, or pairs of rows
+    input logic [7:0] chunks,  // of a row
+    input logic [7:0] scale_period,  // beats of codes after each beat of scales
+    input logic four_bits,
+    output logic walking,
+    input logic beat_valid,
+    input logic [BITS-1:0] beat,
+    output logic pop,
+    output logic take,
+    output logic [19:0] unit,
+    output logic [7:0] chunk,
+    output logic take1,
+    output logic first1,
+    output logic last1,
+    output logic first_unit1,
+    output logic [19:0] unit1,
+    output logic [7:0] chunk1,
+    output logic [31:0] scale1,
+    output logic [BITS-1:0] beat1
+);
+  logic [7:0] scales_left;
+  logic [BITS-1:0] scale_beat;
+  logic scale_take, row_ends;
+  assign scale_take = walking && beat_valid && scales_left == 0;
+  assign take = walking && beat_valid && scales_left != 0;
+  assign pop = walking && beat_valid;
+  assign row_ends = chunk + 8'd1 == chunks;
+  always_ff @(posedge clk) begin
+    take1 <= take && !rst;
+    if (scale_take) begin
+      scale_beat <= beat;
+      scales_left <= scale_period;
+    end
+    if (take) begin
+      beat1 <= beat;
+      scale1 <= scale_beat[31:0];
+      scale_beat <= four_bits ? scale_beat >> 32 : scale_beat >> 16;
+      scales_left <= scales_left - 8'd1;
+      first1 <= chunk == 0;
+      last1 <= row_ends;
+      first_unit1 <= unit == 0;
+      unit1 <= unit;
+      chunk1 <= chunk;
+      chunk <= row_ends ? '0 : chunk + 8'd1;
+      if (row_ends) begin
+        unit <= unit + 20'd1;
+        if (unit + 20'd1 == units) walking <= 1'b0;
+      end
+    end
+    if (start) begin
+      walking <= 1'b1;
+      unit <= '0;
+      chunk <= '0;
+      scales_left <= '0;
+    end
+    if (rst) walking <= 1'b0;
+  end
+endmodule
