@@ -146,11 +146,12 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     downloads.
     """
     path = resolve(str(model))
+    name = path.name if Path(model).exists() else str(model)
     if path.is_dir():
         folder = open_folder(path)
         return Checkpoint(
             spec=folder.spec,
-            name=str(model),
+            name=name,
             path=path,
             files=folder.files,
             reader=folder,
@@ -170,7 +171,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     )
     return Checkpoint(
         spec=spec,
-        name=str(model),
+        name=name,
         path=path,
         files=(path,),
         reader=_GgufWeights(file, spec, file.metadata["general.architecture"]),

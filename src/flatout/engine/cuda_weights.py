@@ -65,7 +65,7 @@ def check_shapes(spec: ModelSpec, recipe: Recipe) -> None:
     if wrong:
         shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise UnsupportedModelError(
-            "the cuda runner takes heads of 16, 32, 64, 128 or 256, and widths that 32 divides (8 bits: 16)",
+            "the cuda runner takes 4 and 8 bits, heads of 16, 32, 64, 128 or 256, and widths that 32 divides",
             shown,
             "--runner cpu",
         )

@@ -31,6 +31,7 @@ Legend: T tokens, N rows and K columns of a weight, V vocabulary.
 from __future__ import annotations
 
 import functools
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -42,9 +43,10 @@ from torch import Tensor
 from flatout.compress.gptq import Factor
 from flatout.compress.inputs import Documents
 from flatout.compress.library import Library
-from flatout.compress.rtn import group_rows, make_grid, round_to_nearest
-from flatout.core.formats import Format, parse_format
+from flatout.compress.rtn import group_rows, make_grid, round_to_nearest, search_grid
+from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.fuse import Source, float_weight, native_format
+from flatout.core.model import Weight, dense
 from flatout.kernels.linear import BYTE, FIFTEEN_BITS, as_tensor, quantize_activations
 from flatout.models.llama import Llama, decoder_layer, rms_norm, rope_turns, round_keys_or_values
 
@@ -65,6 +67,7 @@ _STRIDE = (
 _PASSAGES, _PASSAGE = 4, 256  # passages that pass forward and back, and their tokens
 _PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
 _MEASURED = 20  # choices whose divergence is measured
+_SPREAD = "w6a16"  # the format in which what GPTQ leaves is measured: weights decide, and it is often chosen
 _LEAST, _MOST = 2e-4, 0.02  # expected nats a token of a choice, in all layers, that is worth measuring
 
 
@@ -200,9 +203,9 @@ class _Place:
             weight = weight * library.smoothing(self.name)
             assert isinstance(self.smoothed, Tensor)
             fisher = self.smoothed
-        steps = torch.from_numpy(make_grid(group_rows(weight, fmt), fmt).scales)
-        by_group = fisher.view(len(steps), steps.shape[1], -1).sum(dim=2)
-        return share * 0.5 * float((steps.square() / 12 * by_group).sum())
+        squares = _squared_errors(weight, fmt)
+        by_group = fisher.view(len(squares), squares.shape[1], -1).sum(dim=2)
+        return share * 0.5 * float((squares * by_group).sum())
 
 
 def _float_weights(source: Source) -> Callable[[str], Tensor]:
@@ -222,6 +225,17 @@ def _table_error(source: Source, rows: Tensor, name: str) -> Tensor:
     return rows - as_tensor(round_to_nearest(rows.numpy(), fmt).dequantize())
 
 
+def _squared_errors(weight: np.ndarray, fmt: Format) -> Tensor:
+    """Mean squared rounding error (N, groups) of each group of a weight (N, K): step^2 / 12, or where the
+    range is searched for, what rounding makes of it."""
+    grouped = group_rows(weight, fmt)
+    if fmt.bits == 8:
+        return torch.from_numpy(make_grid(grouped, fmt).scales).square() / 12
+    grid = search_grid(grouped, fmt)
+    rounded = (grid.codes(grouped) - grid.zeros[:, :, None]) * grid.scales[:, :, None]
+    return torch.from_numpy(np.square(rounded - grouped).mean(axis=2))
+
+
 def _bf16_error(weight: np.ndarray) -> Tensor:
     exact = torch.from_numpy(np.ascontiguousarray(weight))
     return exact - exact.bfloat16().float()
@@ -233,8 +247,9 @@ def expected_losses(
     choices: Mapping[str, Sequence[str]],
     progress: Progress | None = None,
 ) -> tuple[Losses, Losses]:
-    """(smooth-gptq, rounded to nearest): expected nats a token of every choice, those of all layers together
-    that matter most corrected by their measured divergence.
+    """(smooth-gptq, rounded to nearest): expected nats a token of every choice. Of the 8-bit formats, those
+    of all layers together that matter most are corrected by their measured divergence, and others as the
+    8-bit one with the same activations; what GPTQ leaves of weights as that of one format was measured.
 
     documents: calibration token ids, of which a few thousand tokens are used.
     """
@@ -243,21 +258,48 @@ def expected_losses(
     sums: dict[tuple[str, str], float] = {}
     for (place, name), loss in activations.items():
         key = (place.rpartition(".")[2], name)
-        sums[key] = sums.get(key, 0.0) + weights.get((place, name), 0.0) + loss
+        if name == _eight_bit(name):
+            sums[key] = sums.get(key, 0.0) + weights.get((place, name), 0.0) + loss
     worth = sorted((key for key in sums if _LEAST < sums[key] < _MOST), key=lambda key: -sums[key])
     probes = [document[:_PROBE] for document in documents[-_PROBES:]]
     measured = divergences(library, probes, worth[:_MEASURED], progress)
     ratios = {key: min(max(found / sums[key], 0.5), 5.0) for key, found in measured.items()}
     usual = statistics.median(ratios.values()) if ratios else 1.0
+    own = {key: loss * _kept(library, left, *key) for key, loss in weights.items()}
+    by_gptq = _spread_ratios(library, probes, own, progress)
     spread: Losses = {}
     nearest: Losses = {}
     for place, name in activations:
-        ratio = ratios.get((place.rpartition(".")[2], name), usual)
-        own, rest = weights.get((place, name), 0.0), activations[place, name]
-        nearest[place, name] = ratio * (own + rest)
-        # What weights lose beyond expectation is what their errors have in common, and that GPTQ takes out.
-        spread[place, name] = own * _kept(library, left, place, name) + ratio * rest
+        kind = place.rpartition(".")[2]
+        ratio, rest = ratios.get((kind, _eight_bit(name)), usual), activations[place, name]
+        nearest[place, name] = ratio * (weights.get((place, name), 0.0) + rest)
+        # What weights rounded to nearest lose beyond expectation is what their errors have in common: GPTQ
+        # takes it out.
+        spread[place, name] = by_gptq.get(kind, 1.0) * own.get((place, name), 0.0) + ratio * rest
     return spread, nearest
+
+
+def _spread_ratios(
+    library: Library, probes: Sequence[Sequence[int]], own: Losses, progress: Progress | None
+) -> dict[str, float]:
+    """Kind of linear -> measured over expected loss of weights in format `_SPREAD`, as the library rounds
+    them, where the space has it."""
+    sums: dict[str, float] = {}
+    for (place, name), loss in own.items():
+        if name == _SPREAD and place != "head":
+            kind = place.rpartition(".")[2]
+            sums[kind] = sums.get(kind, 0.0) + loss
+    if not sums:
+        return {}
+    recipe = Recipe(name=_SPREAD, layers=_SPREAD, method="smooth-gptq")
+    weights = library.model(recipe, progress).weights
+    found = divergences(library, probes, [(kind, _SPREAD) for kind in sums], progress, weights)
+    return {kind: min(max(found[kind, _SPREAD] / loss, 0.25), 4.0) for kind, loss in sums.items()}
+
+
+def _eight_bit(name: str) -> str:
+    """The 8-bit format with the activations of format `name`; other formats are their own."""
+    return re.sub(r"^w[3456]a", "w8a", name)
 
 
 def _is_spread(library: Library, name: str, fmt: Format) -> bool:
@@ -346,10 +388,11 @@ def divergences(
     documents: Sequence[Sequence[int]],
     kinds: Sequence[tuple[str, str]],
     progress: Progress | None = None,
+    weights: Mapping[str, Weight] | None = None,
 ) -> dict[tuple[str, str], float]:
     """Measured KL(original || rounded) in nats a token of each (kind, format): a linear rounded to nearest in
     all layers at once, the head, or the cache, everything else exact. kind: qkv, o, gate_up, down, head or
-    kv_cache."""
+    kv_cache. weights: take those of linears from here instead of rounding them; nothing is smoothed then."""
     source = library.source
     spec = source.spec
     lengths = [len(document) for document in documents]
@@ -367,6 +410,8 @@ def divergences(
             if name.rpartition(".")[2] != kind:
                 return x @ w.T
             fmt = parse_format(format_name)
+            if weights is not None:
+                return rounded_inputs(x, fmt) @ as_tensor(dense(weights[name])).T
             if fmt.scales_tokens:
                 s = as_tensor(library.smoothing(name))
                 x, w = x / s, w * s
