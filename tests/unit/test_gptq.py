@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_checkpoint_folder, tiny_model, tiny_source, tiny_spec
 
 from flatout.compress.apply import compress
-from flatout.compress.gptq import gptq, gptq_layers
+from flatout.compress.gptq import gptq, gptq_layers, triangle_of, upper_of
 from flatout.compress.method import data_of
 from flatout.compress.rtn import group_rows, round_to_nearest, search_grid
 from flatout.core.formats import Format, Recipe, parse_format, uniform
@@ -182,3 +182,12 @@ def test_gptq_is_repeatable() -> None:
 def test_gptq_needs_text() -> None:
     with pytest.raises(ConfigError, match="method gptq needs calibration text"):
         tiny_model(tiny_spec(), uniform("w4a8-g32", method="gptq"))
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(st.integers(1, 40))
+def test_a_triangle_is_half_of_the_square(k: int) -> None:
+    square = np.triu(np.random.default_rng(k).standard_normal((k, k)))
+    triangle = triangle_of(square)
+    assert triangle.shape == (k * (k + 1) // 2,)
+    assert np.array_equal(upper_of(triangle, k), square)

@@ -58,7 +58,7 @@ def test_smoothing_takes_the_hessian_along(library: Library, smoothed: bool) -> 
     which = recipe("w8a16", (name, "w8a8")) if smoothed else recipe("w8a16")
     source = rescaled(library.source, {name: library._smoothing[name]} if smoothed else {})
     s = library.smoothing(name) if smoothed else np.ones(64, np.float32)
-    moments = library._moments[name] / np.outer(s, s)
+    moments = library.moments(name) / np.outer(s, s)
     fmt = which.format_of(1, "gate_up")
     expected = gptq(float_weight(source, name), moments, fmt)
     assert (codes(library, which, name) == expected.codes).mean() > 0.999

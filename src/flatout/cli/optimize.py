@@ -91,6 +91,8 @@ def optimize(
 
 def summary(result: Mapping[str, Any]) -> str:
     """The three columns, the verdict and the next command."""
+    if result.get("kind") == "encoder":
+        return _encoder_summary(result)
     columns = [result["baseline"], result["engine_original"], result["optimized"]]
     work = result["request"]["workload"]
     rows = [["", *(column["name"] for column in columns)]]
@@ -129,6 +131,31 @@ def summary(result: Mapping[str, Any]) -> str:
         f"next: flatout run {result['artifact']}",
     ]
     return "\n".join(lines)
+
+
+def _encoder_summary(result: Mapping[str, Any]) -> str:
+    rows = [["", "texts/s"]]
+    for column in (result["baseline"], result["engine_original"], result["optimized"]):
+        if column is not None:
+            rows.append([column["name"], rate(column["texts_per_s"])])
+    work, quality = result["request"]["workload"], result["quality"]
+    low, high = result["speedup_interval"]["texts"]
+    return "\n".join(
+        [
+            f"{result['model']['name']} on {result['hardware']['name']}, {result['threads']} threads, "
+            f"{work['prompt']} tokens, batch {work['batch']}",
+            "",
+            aligned(rows),
+            "",
+            f"format {result['optimized']['name']}; against PyTorch: {times(result['speedup']['texts'])} "
+            f"({times(low)} to {times(high)})",
+            f"certificate {quality['verdict'].replace('_', ' ')}: {len(quality['passages'])} passages, "
+            f"{quality['pieces']:,} pieces, opening {quality['k']}; accuracy "
+            f"{percent(quality['accuracy_original'])} to {percent(quality['accuracy_optimised'])}",
+            result["verdict"],
+            f'next: flatout.load("{result["artifact"]}").encode(["a text"])',
+        ]
+    )
 
 
 def _energy(found: Mapping[str, Any]) -> str:
@@ -186,11 +213,16 @@ def _progress() -> Iterator[tuple[Listener, Callable[[str], None]]]:
         task = bar.add_task("", total=1.0, what="")
 
         def listen(status: Status) -> None:
-            left = f"{status.what}  about {seconds(max(status.eta_s, 1))} left".strip()
-            stage = f"[{status.number}/{status.count}] {status.stage}"
+            left = f"{status.what}  {_left(status)}".strip()
+            stage = f"[{status.number}/{status.count}] {status.stage}" if status.count else status.stage
             bar.update(task, description=stage, completed=status.fraction, what=left)
 
         yield listen, lambda message: console.print(message, markup=False, highlight=False)
+
+
+def _left(status: Status) -> str:
+    """The time that is left; nothing where stages are not counted."""
+    return f"about {seconds(max(status.eta_s, 1))} left" if status.count else ""
 
 
 def _lines() -> Listener:
@@ -200,7 +232,7 @@ def _lines() -> Listener:
     def listen(status: Status) -> None:
         if status.stage not in shown:
             shown.append(status.stage)
-            left = f"about {seconds(max(status.eta_s, 1))} left"
-            log(f"[{status.number}/{status.count}] {status.stage}, {left}")
+            number = f"[{status.number}/{status.count}] " if status.count else ""
+            log(f"{number}{status.stage}{f', {_left(status)}' if status.count else ''}")
 
     return listen

@@ -14,7 +14,7 @@ from flatout.core.encoder import (
     check_encoder_format,
     expected_encoder_weights,
 )
-from flatout.core.encoder_folder import is_encoder, open_encoder
+from flatout.core.encoder_folder import is_encoder, open_encoder, saved_format
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.model import Weight
 from flatout.engine import load as decoders
@@ -65,9 +65,9 @@ def load(
     """What runs `model`: an Engine that generates text, or an Encoder for a BERT folder (`minilm` is one).
 
     Decoders are loaded by `flatout.engine.load.load`, whose arguments these are. An encoder takes runner,
-    threads and `format`, the number format of its linears: "bf16" (default), "fp32", "w8a8", "w8a16" and the
-    other integer formats, rounded to nearest when it is loaded. Raises ConfigError for an argument that the
-    model has no use for.
+    threads and `format`, the number format of its linears: by default what `flatout optimize` chose, or else
+    "bf16"; "fp32", "w8a8", "w8a16" and the other integer formats are rounded to nearest when it is loaded.
+    Raises ConfigError for an argument that the model has no use for.
     """
     if not is_encoder(model):
         if format is not None:
@@ -88,7 +88,7 @@ def load(
             raise ConfigError(f"an encoder has no {name}", _shown(value), 'format="w8a8"')
     checkpoint = open_encoder(model)
     tokenizer = checkpoint.tokenizer()
-    compressed = compress_encoder(checkpoint, format or DEFAULT_FORMAT)
+    compressed = compress_encoder(checkpoint, format or saved_format(checkpoint.path) or DEFAULT_FORMAT)
     chosen = decoders.choose_runner(runner)
     return Encoder.of(
         compressed,

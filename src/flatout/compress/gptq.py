@@ -59,12 +59,30 @@ def gptq(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Factor:
-    """A Hessian as rounding uses it: `columns` (K,) in the order in which they are rounded, U float32 (K, K)
-    of them, and the damped diagonal (K,) in the weight's own order."""
+    """A Hessian as rounding uses it: `columns` (K,) in the order in which they are rounded, the upper
+    triangle of U float32 of them, row by row, and the damped diagonal (K,) in the weight's own order."""
 
     columns: np.ndarray
-    upper: np.ndarray
+    triangle: np.ndarray
     importance: np.ndarray
+
+    @property
+    def upper(self) -> np.ndarray:
+        """U (K, K), made anew each time: a search keeps hundreds of factors and uses one at a time."""
+        return upper_of(self.triangle, len(self.columns))
+
+
+def triangle_of(square: np.ndarray) -> np.ndarray:
+    """The upper triangle of (K, K), row by row, as (K (K + 1) / 2,)."""
+    triangle: np.ndarray = square[~np.tri(len(square), k=-1, dtype=bool)]
+    return triangle
+
+
+def upper_of(triangle: np.ndarray, k: int) -> np.ndarray:
+    """(K, K) with that upper triangle and zeros below it."""
+    square = np.zeros((k, k), dtype=triangle.dtype)
+    square[~np.tri(k, k=-1, dtype=bool)] = triangle
+    return square
 
 
 def factorise(hessian: np.ndarray, damping: float = 0.01, order: bool = True) -> Factor:
@@ -73,7 +91,7 @@ def factorise(hessian: np.ndarray, damping: float = 0.01, order: bool = True) ->
     columns = np.argsort(-diagonal, kind="stable") if order else np.arange(len(hessian))
     return Factor(
         columns=columns,
-        upper=_inverse_factor(hessian[np.ix_(columns, columns)], damping),
+        triangle=triangle_of(_inverse_factor(hessian[np.ix_(columns, columns)], damping)),
         importance=(diagonal + damping * diagonal.mean() + 1e-12).astype(np.float32),
     )
 

@@ -6,8 +6,9 @@ activations, so what a linear becomes depends on its own format (and, as to the 
 what it feeds is smoothed) and on nothing else in the recipe. That is what lets a search change one layer of a
 candidate and build the rest from what it has.
 
-Memory: 4 bytes x K^2 for every linear (core.costs.moment_bytes; 400 MB for SmolLM2-135M), as much again for
-what rounding makes of them, and a byte a weight for every format used.
+Memory: half of 4 bytes x K^2 for every linear (core.costs.moment_bytes; 200 MB for SmolLM2-135M), as much
+again for what rounding makes of them, twice where they are smoothed in some recipes only, and a byte a weight
+for every format used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from flatout.compress.gptq import DAMPING, PASSES, Factor, damped, factorise, spread
+from flatout.compress.gptq import (
+    DAMPING,
+    PASSES,
+    Factor,
+    damped,
+    factorise,
+    spread,
+    triangle_of,
+    upper_of,
+)
 from flatout.compress.inputs import linear_inputs
 from flatout.compress.method import Progress
 from flatout.compress.refine import refine
@@ -45,8 +55,7 @@ class Library:
         if not arrays:
             raise ConfigError("a library needs calibration text", "none", "give token lists")
         self.source = source
-        self._columns: dict[str, np.ndarray] = {}
-        self._moments: dict[str, np.ndarray] = {}
+        self._moments: dict[str, np.ndarray] = {}  # upper triangles
         self._factors: dict[tuple[str, bool], Factor] = {}
         self._weights: dict[tuple[str, str, bool, bool], Weight] = {}
         total = source.spec.num_layers * len(source.spec.linears()) + 1
@@ -57,7 +66,7 @@ class Library:
                 progress(f"calibrating {name}", len(self._smoothing), total)
             self._smoothing[name] = factors_for(source.spec, name, inputs, hidden, weight)
             if name != "head":
-                self._moments[name] = (inputs.T @ inputs / len(inputs)).numpy()
+                self._moments[name] = triangle_of((inputs.T @ inputs / len(inputs)).numpy())
 
         linear_inputs(source, arrays, see)
 
@@ -66,14 +75,15 @@ class Library:
         factors: np.ndarray = self._smoothing[name][owner_of(self.source.spec, name).numpy()]
         return factors
 
-    def moments(self, name: str, smoothed: bool) -> np.ndarray:
-        """The second moments (K, K) of the inputs of linear `name`, smoothed if asked for."""
-        moments = self._moments[name]
-        if not smoothed:
-            return moments
-        inverse = 1 / self.smoothing(name)
-        found: np.ndarray = moments * np.outer(inverse, inverse)
-        return found
+    def moments(self, name: str, smoothed: bool = False) -> np.ndarray:
+        """The second moments (K, K) of the inputs of linear `name`, smoothed if asked for; made anew each
+        time."""
+        upper = upper_of(self._moments[name], self.source.spec.linears()[name.rpartition(".")[2]][1])
+        moments: np.ndarray = upper + np.triu(upper, 1).T
+        if smoothed:
+            inverse = 1 / self.smoothing(name)
+            moments *= np.outer(inverse, inverse)
+        return moments
 
     def factor(self, name: str, smoothed: bool) -> Factor:
         """The Hessian of linear `name`, of its smoothed inputs if asked for, ready for rounding."""

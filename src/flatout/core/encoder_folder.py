@@ -7,8 +7,9 @@ tokens, as sentence-transformers itself reads such a folder.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from flatout.core.artifact import MANIFEST, check_output
 from flatout.core.config import ConfigReader
 from flatout.core.encoder import (
     MODEL_TYPES,
@@ -24,9 +26,19 @@ from flatout.core.encoder import (
     encoder_weight_names,
     fused_tensors,
 )
-from flatout.core.files import corrupt, parse_json_object, read_json_object, read_text, shown
+from flatout.core.files import (
+    corrupt,
+    parse_json_object,
+    read_json_object,
+    read_text,
+    sha256_of,
+    shown,
+    write_bytes,
+)
 from flatout.core.folder import Shards, check_shapes, open_shards
+from flatout.core.scratch import replace_folder, scratch_folder
 from flatout.core.sources import resolve
+from flatout.core.types import to_json
 from flatout.errors import ConfigError, ModelFileError, UnsupportedModelError
 
 _UNUSED = ("pooler.", "cls.", "embeddings.position_ids")  # heads of the pre-training, and a constant
@@ -65,6 +77,11 @@ class EncoderCheckpoint:
     max_tokens: int
     tensors: Shards
     prefix: str
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files."""
+        return self.tensors.files
 
     def array(self, name: str) -> np.ndarray:
         """Fused weight `name` of `expected_encoder_weights` as float32. Raises ModelFileError when a value is
@@ -178,3 +195,52 @@ def _max_tokens(path: Path, spec: EncoderSpec) -> int:
             "max_seq_length must leave room for a token between the special ones", "max_seq_length"
         )
     return tokens
+
+
+def save_encoder(source: EncoderCheckpoint, out: Path, format_name: str, manifest: Mapping[str, Any]) -> None:
+    """Write the folder of `source` to `out` as it is, which everything loads as before, with flatout.json:
+    the number format to run it in, the SHA-256 of every file, and `manifest`. All or nothing."""
+    import shutil
+
+    out = out.absolute()
+    check_output(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(out.parent, f".{out.name}.flatout-") as temporary:
+        folder = temporary / "encoder"
+        names = [
+            path.relative_to(source.path)
+            for pattern in ("*.json", "*.txt", "*.safetensors", "*/config.json")
+            for path in sorted(source.path.glob(pattern))
+            if path.is_file() and path.name != MANIFEST
+        ]
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
+        hashes = {str(name): sha256_of([folder / name]) for name in names}
+        own = {"encoder": {"format": format_name}, "files": hashes}
+        content = json.dumps(own | to_json(dict(manifest)), indent=2, allow_nan=False) + "\n"
+        write_bytes(folder / MANIFEST, content.encode())
+        replace_folder(folder, out)
+
+
+def saved_format(path: Path) -> str | None:
+    """The number format that `save_encoder` wrote into the folder, None for one that is not ours. Raises
+    ModelFileError for a folder that was changed since."""
+    file = path / MANIFEST
+    if not file.is_file():
+        return None
+    manifest = read_json_object(file)
+    encoder, hashes = manifest.get("encoder"), manifest.get("files")
+    name = encoder.get("format") if isinstance(encoder, dict) else None
+    if not isinstance(name, str) or not isinstance(hashes, dict):
+        raise corrupt(
+            file, "flatout.json of an encoder holds its format and files", name, "optimize it again"
+        )
+    for member, expected in hashes.items():
+        if ".." in Path(member).parts or Path(member).is_absolute():
+            raise corrupt(file, "files of an artifact lie in its folder", member, "optimize it again")
+        if sha256_of([path / member]) != expected:
+            raise corrupt(
+                path / member, "files must be as they were written", "another hash", "optimize it again"
+            )
+    return name

@@ -90,6 +90,16 @@ def available_memory(root: Path = Path("/")) -> int:
     return min([machine, *limits] if machine else limits, default=0)
 
 
+def give_back_memory() -> None:
+    """Return to the system what the allocator has kept of freed memory: hundreds of megabytes after weights
+    were rounded, since glibc keeps pieces below 32 MB."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def free_memory(root: Path = Path("/")) -> int:
     """Bytes that could be allocated now without swapping, in the machine and in every control group."""
     left = [max(0, limit - _used(folder)) for folder, limit in _memory_limits(root)]

@@ -37,7 +37,7 @@ from flatout.engine.cpu import CpuRunner, extension
 from flatout.engine.runner import Runner
 from flatout.errors import BackendError, EvidenceError
 from flatout.hardware.ceilings import measure_ceilings
-from flatout.hardware.detect import available_cores
+from flatout.hardware.detect import available_cores, give_back_memory
 from flatout.hardware.energy import EnergyMeter, open_meter
 from flatout.perf.profile import Profile, profile_model
 from flatout.perf.tables import Table, latency_table, profile_stand_in
@@ -198,6 +198,8 @@ class CpuBench:
             model = compress(self._checkpoint, recipe, [cluster.tokens for cluster in used], progress, keep)
         runner = CpuRunner(model, threads=self._threads, num_pages=self._pages)
         self._built[recipe] = _Built(runner, None if recipe == ORIGINAL else model)
+        del model
+        give_back_memory()
 
     def _calibrated(self, calibration: Sequence[Cluster], step: Step) -> Library:
         """What mixed recipes are made from, calibrated once."""
@@ -226,9 +228,13 @@ class CpuBench:
 
         if moment_bytes(self.source.spec) > MOST_MOMENTS:
             return None
+        self._reference = None  # sensitivities hold the same weights; it is made again in a second
         library = self._calibrated(calibration, step)
+        give_back_memory()
         rest = [cluster.tokens for cluster in calibration[_LIBRARY:]]
-        return expected_losses(library, rest, choices, step)
+        found = expected_losses(library, rest, choices, step)
+        give_back_memory()
+        return found
 
     def _runner(self, recipe: Recipe) -> CpuRunner:
         return self._built[recipe].runner

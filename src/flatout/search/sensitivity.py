@@ -211,8 +211,10 @@ class _Place:
 
 
 def _float_weights(source: Source) -> Callable[[str], Tensor]:
-    """name -> the weight (N, K) as float32, each read once."""
-    return functools.cache(lambda name: as_tensor(float_weight(source, name)))
+    """name -> the weight (N, K) as float32, each read once; a tied head is the embedding."""
+    read = functools.cache(lambda name: as_tensor(float_weight(source, name)))
+    tied = source.spec.tie_embeddings
+    return lambda name: read("embedding" if tied and name == "head" else name)
 
 
 def _table_error(source: Source, rows: Tensor, name: str) -> Tensor:

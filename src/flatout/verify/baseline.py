@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from flatout.core.checkpoint import Checkpoint
 from flatout.core.config import spec_to_config
@@ -116,14 +120,11 @@ def _build(checkpoint: Checkpoint) -> Any:
     """The transformers model with the checkpoint's weights rounded to bfloat16."""
     import torch
     import transformers
-    from transformers.utils import logging
 
     values = spec_to_config(checkpoint.spec, "bfloat16")
     kind = getattr(transformers, values["architectures"][0])
     state = {name: torch.from_numpy(checkpoint.array(name)).bfloat16() for name in checkpoint.names}
-    shows_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with _quiet():
         model, report = kind.from_pretrained(
             None,
             config=transformers.AutoConfig.for_model(**values),
@@ -131,9 +132,6 @@ def _build(checkpoint: Checkpoint) -> Any:
             dtype=torch.bfloat16,
             output_loading_info=True,
         )
-    finally:
-        if shows_progress:
-            logging.enable_progress_bar()
     wrong = sorted(
         [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]
     )
@@ -142,3 +140,50 @@ def _build(checkpoint: Checkpoint) -> Any:
             "transformers must take every weight", ", ".join(wrong)[:120], "another version of it"
         )
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bar and its remarks on weights that are not used."""
+    from transformers.utils import logging
+
+    shows_progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+class BertBaseline:
+    """An encoder's folder in transformers, float32, eager mode: what sentence-transformers runs on a
+    processor. Raises BackendError when transformers is not installed."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import torch
+
+        try:
+            import transformers
+        except ImportError as error:
+            raise BackendError(
+                "the baseline needs transformers", "not installed", "pip install 'flatout[baselines]'"
+            ) from error
+        self._threads = threads
+        with _quiet():
+            self._model = transformers.BertModel.from_pretrained(
+                folder, dtype=torch.float32, add_pooling_layer=False
+            ).eval()
+
+    def seconds(self, batch: np.ndarray) -> float:
+        """Of one batch of token ids (B, T), none padded, up to the pooled vectors."""
+        import torch
+
+        with _Inference(self._threads):
+            ids = torch.from_numpy(batch.astype(np.int64))
+            start = time.perf_counter()
+            mean = self._model(ids).last_hidden_state.mean(1)
+            torch.nn.functional.normalize(mean, dim=1)
+            return time.perf_counter() - start

@@ -29,15 +29,8 @@ class Peer(Session):
     def convert(self, source: str, target: str, threads: int, bits: int, group: int) -> bool:
         """Export the transformers folder `source` to the folder `target`. 8 bits: a scale a row (group 0); 4
         bits: groups of `group`, embedding and head included."""
-        export = importlib.import_module("optimum.exporters.openvino").export_from_model
-        transformers, torch = importlib.import_module("transformers"), importlib.import_module("torch")
         nncf = importlib.import_module("nncf")
-        torch.set_num_threads(threads)
-        original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        exported = Path(source) / "exported"
-        export(original, exported, task="text-generation-with-past", stateful=True, preprocessors=None)
-        del original
-        model = self._openvino.Core().read_model(exported / _MODEL)
+        model = self.exported(source, threads)
         if bits == 8:
             model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
         else:
@@ -48,9 +41,24 @@ class Peer(Session):
                 ratio=1.0,
                 all_layers=True,
             )
+        self.save(model, target)
+        return True
+
+    def exported(self, source: str, threads: int) -> Any:
+        """The transformers folder `source` as a model of OpenVINO in float32."""
+        export = importlib.import_module("optimum.exporters.openvino").export_from_model
+        transformers, torch = importlib.import_module("transformers"), importlib.import_module("torch")
+        torch.set_num_threads(threads)
+        original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        exported = Path(source) / "exported"
+        export(original, exported, task="text-generation-with-past", stateful=True, preprocessors=None)
+        del original
+        return self._openvino.Core().read_model(exported / _MODEL)
+
+    def save(self, model: Any, target: str) -> None:
+        """Write the folder that `load` opens."""
         self._want_positions(model)
         self._openvino.save_model(model, Path(target) / _MODEL, compress_to_fp16=False)
-        return True
 
     def load(self, path: str, threads: int) -> dict[str, object]:
         config = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": threads}

@@ -1,0 +1,321 @@
+"""optimize() of an encoder: the fastest number format that keeps its vectors, proven like a decoder's recipe.
+
+Validation passages say which formats keep the budget, an A/B test of the workload which is the fastest. It
+opens the sealed passages (verify/vectors.py), and has to beat the engine at original precision and PyTorch,
+which is how sentence-transformers runs the model; otherwise the next one is tried, and in the end the
+original comes back. The artifact is the original's folder, which everything loads as before, with the format
+in flatout.json: our engine rounds to nearest when it loads it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flatout._version import __version__
+from flatout.compress.encoder import compress_encoder, load
+from flatout.core.encoder import check_encoder_format
+from flatout.core.encoder_folder import EncoderCheckpoint, open_encoder, save_encoder
+from flatout.core.files import sha256_of, shown
+from flatout.core.formats import parse_format
+from flatout.core.types import Workload, to_json
+from flatout.data.passages import load_passages, passages_sha256
+from flatout.engine.encoder import Encoder
+from flatout.errors import ConfigError, EvidenceError
+from flatout.hardware.detect import available_cores, detect
+from flatout.search.preflight import check_output
+from flatout.search.request import parse_max_loss
+from flatout.search.units import percent, times
+from flatout.verify.baseline import BertBaseline
+from flatout.verify.ledger import record_opening
+from flatout.verify.speed import SpeedResult, ab_test
+from flatout.verify.statistics import alpha_k
+from flatout.verify.vectors import VectorVerdict, examine_vectors, judged_sha256, pieces_of
+
+Json = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+
+ORIGINAL = "bf16"
+FORMATS = ("w8a8", "w8a8-g64", "w8a8-g32", "w8a16", "w4a16-g32")
+_BATCHES = {"latency": 1, "throughput": 32}
+_TOKENS = 128
+_WORKLOAD = re.compile(r"(?P<tokens>\d{1,4})(x(?P<batch>\d{1,4}))?")
+_ALPHA = 0.05
+_LOOK_S, _RACE_S = 6.0, 12.0  # of an A/B test
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A format with what is known of it. status: waiting, rejected, slower, failed, chosen or original."""
+
+    format: str
+    weight_bytes: int
+    validation: VectorVerdict | None = None
+    seconds: float | None = None
+    status: str = "waiting"
+    reason: str = ""
+
+
+class _Search:
+    """What every step shares: the checkpoint, its vectors, and encoders by format."""
+
+    def __init__(
+        self, checkpoint: EncoderCheckpoint, threads: int, workload: Workload, step: Progress
+    ) -> None:
+        self.checkpoint, self.threads, self.workload, self.step = checkpoint, threads, workload, step
+        self.passages = {split: load_passages(split) for split in ("validation", "holdout")}
+        self._encoders: dict[str, Encoder] = {}
+        self._original: dict[str, np.ndarray] = {}
+        tokenizer = checkpoint.tokenizer()
+        ids = tokenizer.encode_batch([p.text for p in self.passages["validation"]])
+        length = workload.prompt
+        rows = [row[:length] for row in ids if len(row) >= length]
+        if not rows:
+            raise ConfigError(
+                f"a text of this model has at most {checkpoint.max_tokens} tokens",
+                str(length),
+                "--workload 128",
+            )
+        self.batch = np.array([rows[i % len(rows)] for i in range(workload.batch)], dtype=np.int32)
+
+    def encoder(self, name: str) -> Encoder:
+        if name not in self._encoders:
+            found = self.checkpoint
+            self._encoders[name] = Encoder.of(
+                compress_encoder(found, name),
+                found.tokenizer(),
+                threads=self.threads,
+                pooling=found.pooling,
+                normalize=True,
+            )
+        return self._encoders[name]
+
+    def original_vectors(self, split: str) -> np.ndarray:
+        """Of the float32 weights, by the plain PyTorch specification, once a split."""
+        if split not in self._original:
+            from flatout.models.bert import Bert
+
+            found = self.checkpoint
+            exact = Encoder(
+                Bert(compress_encoder(found, "fp32")),
+                found.tokenizer(),
+                pooling=found.pooling,
+                normalize=True,
+            )
+            self._original[split] = self._vectors(exact, split, "original")
+        return self._original[split]
+
+    def judge(self, name: str, split: str, margin: float, alpha: float) -> VectorVerdict:
+        vectors = self._vectors(self.encoder(name), split, name)
+        return examine_vectors(self.passages[split], self.original_vectors(split), vectors, margin, alpha)
+
+    def _vectors(self, encoder: Encoder, split: str, name: str) -> np.ndarray:
+        texts = [text for _, text in pieces_of(self.passages[split])]
+        found = []
+        for start in range(0, len(texts), 128):
+            self.step(f"vectors of {split}: {name}", start, len(texts))
+            found.append(encoder.encode(texts[start : start + 128]))
+        return np.concatenate(found)
+
+    def seconds(self, name: str) -> Callable[[], float]:
+        """Seconds of one batch of the workload by our engine."""
+        encoder, rows = self.encoder(name), len(self.batch)
+        tokens, starts = self.batch.reshape(-1), np.arange(rows) * self.workload.prompt
+
+        def run() -> float:
+            begin = time.perf_counter()
+            encoder.pooled(tokens, starts)
+            return time.perf_counter() - begin
+
+        return run
+
+
+def optimize_encoder(
+    model: str | Path,
+    out: str | Path,
+    *,
+    max_loss: str | float = "1%",
+    recipe: str | None = None,
+    objective: str = "latency",
+    workload: str | None = None,
+    threads: int | None = None,
+    step: Progress | None = None,
+) -> Json:
+    """The fastest format of the encoder `model` whose vectors stay within `max_loss`, written to `out`.
+
+    max_loss bounds both 1 - cosine and the share of pieces that are misplaced. recipe: a format, instead of
+    trying all. objective: latency or throughput. workload: TOKENS or TOKENSxBATCH, "128x32". Raises
+    ConfigError for nonsense and what reading the model raises.
+    """
+    margin = parse_max_loss(max_loss)
+    work = _workload(workload, objective)
+    check_output(Path(out), Path(model))
+    checkpoint = open_encoder(model)
+    search = _Search(checkpoint, threads or available_cores(), work, step or (lambda what, done, of: None))
+    for name in (recipe,) if recipe else ():
+        check_encoder_format(checkpoint.spec, parse_format(name))
+    sha256 = sha256_of(checkpoint.files)
+    rows = _screen(search, [recipe] if recipe else _fitting(checkpoint), margin)
+    chosen, verdict, races, k = _prove(search, rows, margin, sha256)
+    baseline = races["baseline"]
+    passed = verdict.passed and recipe in (None, chosen.format)
+    fallback = chosen.format == ORIGINAL and recipe != ORIGINAL
+    result: Json = {
+        "command": "optimize",
+        "kind": "encoder",
+        "flatout": __version__,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "model": {
+            "name": shown(checkpoint.name),
+            "sha256": sha256,
+            "parameters": checkpoint.spec.num_parameters(),
+        },
+        "verdict": _sentence(chosen, verdict, baseline, fallback),
+        "passed": passed,
+        "fallback": fallback,
+        "threads": search.threads,
+        "hardware": to_json(detect()),
+        "request": {"model": str(model), "max_loss": margin, "recipe": recipe, "workload": to_json(work)},
+        "baseline": _column("PyTorch float32", baseline, "a", work),
+        "engine_original": _column(ORIGINAL, races["original"], "a", work) if "original" in races else None,
+        "optimized": _column(chosen.format, baseline, "b", work) | {"memory_bytes": chosen.weight_bytes},
+        "speedup": {"texts": baseline.ratio},
+        "speedup_interval": {"texts": [baseline.low, baseline.high]},
+        "quality": to_json(verdict) | {"k": k, "text_sha256": passages_sha256(search.passages["holdout"])},
+        "candidates": [to_json(replace(row, validation=None)) | _validation(row) for row in rows],
+        "report": None,
+    }
+    save_encoder(checkpoint, Path(out), chosen.format, {"measurements": result})
+    _check_saved(search, Path(out), chosen.format)
+    return result | {"artifact": str(out)}
+
+
+def _workload(text: str | None, objective: str) -> Workload:
+    if objective not in _BATCHES:
+        raise ConfigError("an encoder's objective is latency or throughput", repr(objective), "latency")
+    match = _WORKLOAD.fullmatch((text or str(_TOKENS)).strip())
+    if match is None:
+        raise ConfigError("an encoder's workload is TOKENS or TOKENSxBATCH", repr(text), "128x32")
+    batch = int(match["batch"] or _BATCHES[objective])
+    return Workload(prompt=int(match["tokens"]), output=1, batch=batch, objective=objective)
+
+
+def _fitting(checkpoint: EncoderCheckpoint) -> list[str]:
+    found = []
+    for name in FORMATS:
+        try:
+            check_encoder_format(checkpoint.spec, parse_format(name))
+        except ConfigError:
+            continue  # groups that do not divide a width
+        found.append(name)
+    return found
+
+
+def _screen(search: _Search, names: list[str], margin: float) -> list[Candidate]:
+    """Every format with its vectors on validation passages and its time; the original is the last."""
+    rows = []
+    for name in dict.fromkeys((*names, ORIGINAL)):
+        encoder = search.encoder(name)
+        row = Candidate(format=name, weight_bytes=encoder.runner.weight_bytes)  # type: ignore[attr-defined]
+        try:
+            verdict = search.judge(name, "validation", margin, _ALPHA)
+        except EvidenceError as error:
+            rows.append(replace(row, status="rejected", reason=str(error)))
+            continue
+        seconds = float(np.median([search.seconds(name)() for _ in range(15)]))
+        status = "waiting" if verdict.verdict != "failed" else "rejected"
+        reason = "" if status == "waiting" else verdict.reason
+        row = replace(row, validation=verdict, seconds=seconds, status=status, reason=reason)
+        rows.append(replace(row, status="original") if name == ORIGINAL else row)
+    return rows
+
+
+def _prove(
+    search: _Search, rows: list[Candidate], margin: float, sha256: str
+) -> tuple[Candidate, VectorVerdict, dict[str, SpeedResult], int]:
+    """(delivered, its verdict on sealed passages, races, opening). `rows` are marked as their fates are
+    known."""
+
+    def mark(row: Candidate, status: str, reason: str = "") -> Candidate:
+        rows[rows.index(row)] = marked = replace(row, status=status, reason=reason)
+        return marked
+
+    baseline = BertBaseline(search.checkpoint.path, search.threads)
+
+    def against_baseline(name: str) -> SpeedResult:
+        search.step(f"{name} against PyTorch", 0, 1)
+        return ab_test(lambda: baseline.seconds(search.batch), search.seconds(name), max_seconds=_RACE_S)
+
+    waiting = [row for row in rows if row.status == "waiting"]
+    for row in sorted(waiting, key=lambda row: row.seconds or 0.0):
+        search.step(f"{row.format} against {ORIGINAL}", 0, 1)
+        own = ab_test(search.seconds(ORIGINAL), search.seconds(row.format), max_seconds=_LOOK_S)
+        if not own.faster:
+            mark(row, "slower", "not faster than original precision in an A/B test")
+            continue
+        verdict, k = _certify(search, row.format, margin, sha256)
+        if not verdict.passed:
+            mark(row, "failed", verdict.reason)
+            continue
+        final = against_baseline(row.format)
+        if final.faster:
+            return mark(row, "chosen"), verdict, {"original": own, "baseline": final}, k
+        mark(row, "slower", "not faster than PyTorch in an A/B test")
+    original = next(row for row in rows if row.format == ORIGINAL)
+    verdict, k = _certify(search, ORIGINAL, margin, sha256)
+    return (
+        mark(original, "chosen", "the original comes back"),
+        verdict,
+        {"baseline": against_baseline(ORIGINAL)},
+        k,
+    )
+
+
+def _certify(search: _Search, name: str, margin: float, sha256: str) -> tuple[VectorVerdict, int]:
+    """Open the sealed passages for one format."""
+    text = passages_sha256(search.passages["holdout"])
+    k = record_opening(text, sha256, judged_sha256(name, search.encoder(name).runner.name, margin))
+    return search.judge(name, "holdout", margin, alpha_k(k, _ALPHA)), k
+
+
+def _check_saved(search: _Search, out: Path, name: str) -> None:
+    again = load(out, threads=search.threads)
+    texts = [text for _, text in pieces_of(search.passages["validation"][:1])]
+    if not isinstance(again, Encoder) or again.runner.spec != search.checkpoint.spec:
+        raise EvidenceError("a saved encoder must load again", str(out), "report this")
+    vectors = again.encode(texts)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.allclose(vectors, search.encoder(name).encode(texts), rtol=0, atol=1e-6):
+        raise EvidenceError(
+            "a saved encoder must give the certified vectors", f"{out} does not", "report this"
+        )
+
+
+def _column(name: str, race: SpeedResult, side: str, work: Workload) -> Json:
+    seconds = race.seconds_a if side == "a" else race.seconds_b
+    return {"name": name, "seconds": to_json(seconds), "texts_per_s": work.batch / seconds.median}
+
+
+def _validation(row: Candidate) -> Json:
+    found = row.validation
+    if found is None:
+        return {"validation": None}
+    return {
+        "validation": {"distance": found.distance, "lost_share": found.lost_share, "pieces": found.pieces}
+    }
+
+
+def _sentence(chosen: Candidate, verdict: VectorVerdict, race: SpeedResult, fallback: bool) -> str:
+    quality = (
+        f"1 - cosine {percent(verdict.distance)} (at most {percent(verdict.distance_upper)}), "
+        f"{percent(verdict.lost_share, signed=True)} of the pieces misplaced (at most "
+        f"{percent(verdict.lost_upper, signed=True)}), budget {percent(verdict.margin)}"
+    )
+    start = "Nothing beat the original inside the budget; in bf16 it" if fallback else f"{chosen.format}"
+    return f"{start} encodes {times(race.ratio)} as fast as PyTorch in float32: {quality}."

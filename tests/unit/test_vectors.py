@@ -1,0 +1,154 @@
+"""Vectors of two encoders on the same pieces: distances, placing, verdicts, and a search on a tiny one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.encoders import tiny_encoder_folder, tiny_encoder_spec
+
+import flatout
+from flatout.data.passages import Passage, load_passages
+from flatout.engine.encoder import Encoder
+from flatout.errors import ConfigError, EvidenceError, ModelFileError
+from flatout.report.optimize import optimize
+from flatout.search import encoder as module
+from flatout.verify.speed import ab_test
+from flatout.verify.vectors import compare, examine_vectors, pieces_of, placed
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def passages(count: int, words: int = 90) -> list[Passage]:
+    return [
+        Passage(id=f"p{i}", book="b", text=" ".join(f"w{i}.{j}" for j in range(words))) for i in range(count)
+    ]
+
+
+def test_pieces_cover_every_word_once() -> None:
+    for words in (1, 27, 28, 29, 90):
+        texts = [text for _, text in pieces_of(passages(1, words))]
+        assert " ".join(texts) == passages(1, words)[0].text
+        assert len(texts) == max(words // 28, 1)
+
+
+def test_placing_by_hand() -> None:
+    vectors = unit(np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.05]]))
+    assert placed(vectors, np.array([0, 0, 1, 1])).tolist() == [False, False, False, False]
+    assert placed(vectors, np.array([0, 0, 1, 0])).tolist() == [True, True, False, True]
+
+
+def model(count: int, noise: float, seed: int = 0) -> tuple[list[Passage], np.ndarray, np.ndarray]:
+    texts = passages(count)
+    draw = np.random.default_rng(seed)
+    pieces = pieces_of(texts)
+    centres = {name: draw.standard_normal(32) for name, _ in pieces}
+    original = unit(np.stack([centres[name] + 0.5 * draw.standard_normal(32) for name, _ in pieces]))
+    return texts, original, unit(original + noise * draw.standard_normal(original.shape) / np.sqrt(32))
+
+
+def test_the_same_vectors_pass_and_others_do_not() -> None:
+    texts, original, close = model(60, 0.05)
+    same = examine_vectors(texts, original, original, 0.01, 0.05)
+    assert same.passed
+    assert same.distance == pytest.approx(0, abs=1e-12)
+    assert same.accuracy_original == same.accuracy_optimised > 0.9
+    near = examine_vectors(texts, original, close, 0.01, 0.05)
+    expected = 1 - (original * close).sum(axis=1).mean()
+    assert near.passed
+    assert near.distance == pytest.approx(expected)
+    assert near.distance < near.distance_upper < 0.01
+    assert examine_vectors(texts, original, close, expected * 0.9, 0.05).verdict == "failed"
+    _, _, far = model(60, 1.0)
+    assert examine_vectors(texts, original, far, 0.01, 0.05).verdict == "failed"
+
+
+def test_close_vectors_that_misplace_pieces_fail() -> None:
+    """Distances are within the margin, the order of neighbours is not."""
+    texts, original, _ = model(60, 0.0)
+    crowded = unit(np.ones(32) * 30 + original)
+    other = unit(crowded + 0.02 * np.random.default_rng(1).standard_normal(crowded.shape))
+    found = examine_vectors(texts, crowded, other, 0.01, 0.05)
+    assert found.distance_upper < 0.01
+    assert found.lost_share > 0.01
+    assert found.verdict == "failed"
+
+
+def test_lost_and_gained_are_counted_by_passage() -> None:
+    texts, original, changed = model(40, 0.8)
+    rows, before, after = compare(pieces_of(texts), original, changed)
+    assert sum(row.lost for row in rows) == int((before & ~after).sum()) > 0
+    assert sum(row.gained for row in rows) == int((~before & after).sum())
+    assert [row.pieces for row in rows] == [3] * 40
+
+
+def test_vectors_that_are_none_are_refused() -> None:
+    texts, original, _ = model(40, 0.0)
+    broken = original.copy()
+    broken[3, 4] = np.nan
+    for wrong in (broken, original[:-1], 2 * original):
+        with pytest.raises(EvidenceError):
+            examine_vectors(texts, original, wrong, 0.01, 0.05)
+    with pytest.raises(EvidenceError, match="at least 32 passages"):
+        examine_vectors(texts[:30], original[:90], original[:90], 0.01, 0.05)
+
+
+@pytest.fixture
+def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
+    """A whole search of a tiny encoder with short races, by a few passages."""
+    monkeypatch.setenv("FLATOUT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "load_passages", lambda split: load_passages(split)[:40])
+    monkeypatch.setattr(module, "ab_test", lambda a, b, max_seconds: faster(b, b))
+    folder = tiny_encoder_folder(tmp_path / "model", tiny_encoder_spec(), max_seq_length=64)
+    out = tmp_path / "out"
+    return out, optimize(folder, out, max_loss="5%", workload="16x2", threads=1)
+
+
+def faster(a: Any, b: Any) -> Any:
+    """B takes a tenth of the time, whatever is timed."""
+    return ab_test(lambda: 10 * b(), b, max_seconds=0.01, settle_s=0.0, max_foreign=1e9)
+
+
+def test_an_encoder_is_optimised(searched: tuple[Path, dict[str, Any]]) -> None:
+    out, result = searched
+    assert result["passed"]
+    assert not result["fallback"]
+    assert result["optimized"]["name"].startswith("w8a")
+    assert result["quality"]["k"] == 1 + sum(row["status"] == "failed" for row in result["candidates"])
+    assert result["quality"]["distance_upper"] < 0.05
+    assert result["speedup"]["texts"] > 5
+    manifest = json.loads((out / "flatout.json").read_text())
+    assert manifest["encoder"]["format"] == result["optimized"]["name"]
+    again = flatout.load(out, threads=1)
+    assert isinstance(again, Encoder)
+    same = flatout.load(out.parent / "model", threads=1, format=result["optimized"]["name"])
+    assert isinstance(same, Encoder)
+    np.testing.assert_array_equal(again.encode(["the sea was grey"]), same.encode(["the sea was grey"]))
+    assert (out / "model.safetensors").read_bytes() == (out.parent / "model/model.safetensors").read_bytes()
+
+
+def test_a_changed_file_is_noticed(searched: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = searched
+    config = out / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(ModelFileError, match="files must be as they were written"):
+        flatout.load(out)
+
+
+def test_what_an_encoder_has_no_use_for_is_refused(tmp_path: Path) -> None:
+    folder = tiny_encoder_folder(tmp_path / "model", tiny_encoder_spec())
+    with pytest.raises(ConfigError, match=r"optimising an encoder takes .*found: portable"):
+        optimize(folder, tmp_path / "out", portable="vllm")
+    with pytest.raises(ConfigError, match="an encoder's objective is latency or throughput"):
+        optimize(folder, tmp_path / "out", objective="energy")
+    for workload in ("512+64", "x", "12x", "-1"):
+        with pytest.raises(ConfigError, match="an encoder's workload is TOKENS or TOKENSxBATCH"):
+            optimize(folder, tmp_path / "out", workload=workload)
+    with pytest.raises(ConfigError, match="must not replace its own input"):
+        optimize(folder, folder)
+    assert not (tmp_path / "out").exists()
