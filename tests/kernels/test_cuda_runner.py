@@ -106,6 +106,28 @@ def test_going_ahead_changes_no_token() -> None:
     assert len(launched) == len(script) + 2  # once for each break
 
 
+def test_drafts_are_judged_in_one_step() -> None:
+    """Tokens after each of several new ones are those that come when they are given one by one; what a wrong
+    draft wrote is overwritten."""
+    model = tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t"))
+    fast, _ = runners(model)
+    plain, _ = runners(model)
+    for runner in (fast, plain):
+        runner.forward(step([5, 9, 7, 8, 6], [0, 0], [3, 2], PAGES), "last")
+    one_by_one, current, starts = [], np.array([4, 11]), np.array([3, 2])
+    for _ in range(4):
+        one_by_one.append(current)
+        current = plain.sample(step(current, starts, [1, 1], PAGES), *greedy(2))
+        starts = starts + 1
+    first, second = np.array(one_by_one).T.tolist()
+    wrong = step([first[0], 1, 2, 3, second[0], 9], [3, 2], [4, 2], PAGES)
+    found = fast.sample(wrong, *greedy(2), rows="all")
+    assert [found[0], found[4]] == [first[1], second[1]]
+    right = step([*first[:4], *second[:3]], [3, 2], [4, 3], PAGES)
+    found = fast.sample(right, *greedy(2), rows="all")
+    assert found.tolist() == [*first[1:], current[0], *second[1:4]]
+
+
 def test_a_page_that_is_missing_is_waited_for() -> None:
     fast, reference = runners(tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t")))
     tokens = list(range(3, 17))

@@ -28,6 +28,7 @@ from flatout.engine.cuda_decode import Decoder
 from flatout.engine.cuda_weights import GpuWeights, LayerWeights, load_weights
 from flatout.engine.runner import StepInput, check_step, sampled_rows
 from flatout.engine.sampler import sample
+from flatout.engine.scheduler import MAX_DRAFTED_ROWS
 from flatout.errors import BackendError, ResourceError, UnsupportedModelError
 from flatout.kernels import gpu, gpu_attention, gpu_linear
 from flatout.kernels.gpu import Activations, Card, Product
@@ -106,6 +107,8 @@ class CudaRunner:
         tokens: np.ndarray
         if len(batch.tokens) == len(batch.starts) <= self._decoder.max_batch:
             tokens = self._decoder.step(batch, temperature, top_k, top_p, seeds)
+        elif rows == "all" and len(batch.tokens) <= MAX_DRAFTED_ROWS:
+            tokens = self._decoder.drafted_step(batch, temperature, top_k, top_p, seeds)
         elif (temperature <= 0).all():
             tokens = self.logits(self._hidden(batch, rows)).argmax(dim=1).int().cpu().numpy()
         else:

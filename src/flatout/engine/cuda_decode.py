@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.engine.runner import StepInput
+from flatout.engine.runner import StepInput, sampled_rows
+from flatout.engine.scheduler import MAX_DRAFTED_ROWS
 from flatout.kernels import gpu, gpu_attention, gpu_linear
 from flatout.kernels.gpu import Activations, Product
 from flatout.kernels.sample import draw
@@ -44,7 +45,8 @@ class Decoder:
         self._runner = runner
         self.max_batch = min(max_batch, _SIZES[-1])
         spec, device = runner.spec, runner.device
-        rows, width = self.max_batch, runner.turns[0].shape[0]
+        self._capacity = rows = max(self.max_batch, MAX_DRAFTED_ROWS)
+        width = runner.turns[0].shape[0]
         self._width = -(-width // runner.page_size)
 
         def buffer(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -61,9 +63,10 @@ class Decoder:
         self._attended = buffer(rows, spec.q_size, dtype=torch.bfloat16)
         self._on_gpu = device.type == "cuda"
         self._results = torch.empty(2, rows, dtype=torch.int32, pin_memory=self._on_gpu)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
         self._plans: dict[int, gpu_attention.AttentionPlan] = {}
+        self._slots: Tensor | None = None  # where the rows of a drafted step go
         # What the device's buffers hold, as the host knows it.
         self._host_pages = np.zeros((rows, self._width), dtype=np.int32)
         self._parameters: tuple[np.ndarray, ...] = ()
@@ -75,6 +78,34 @@ class Decoder:
         """Another kind of step is about to run."""
         self._ahead = None
         self._last = None
+
+    @torch.no_grad()
+    def drafted_step(
+        self,
+        batch: StepInput,
+        temperature: np.ndarray,
+        top_k: np.ndarray,
+        top_p: np.ndarray,
+        seeds: np.ndarray,
+    ) -> np.ndarray:
+        """int32 (T,): the token after each of at most MAX_DRAFTED_ROWS new tokens, several of a sequence.
+
+        Each has a row of its own, as if it were a sequence of the same pages that ends with it.
+        """
+        self.forget()
+        of, after = sampled_rows(batch, "all")
+        starts = (after - 1).astype(np.int32)
+        rows = StepInput(batch.tokens, starts, np.ones_like(starts), batch.pages[of])
+        hot = bool((temperature > 0).any())
+        self._upload(rows, (temperature[of], top_k[of], top_p[of], seeds[of]), hot)
+        return self._tokens_of(self._launch(len(of), hot, drafted=True))
+
+    def _tokens_of(self, step: _Ahead) -> np.ndarray:
+        """Wait for a step's tokens."""
+        if step.event is not None:
+            step.event.synchronize()
+        tokens: np.ndarray = self._results[step.slot, : step.size].numpy().copy()
+        return tokens
 
     def dry_run(self) -> None:
         """Launch a step of one sequence, on a dry card."""
@@ -107,9 +138,7 @@ class Decoder:
             if int(following.max()) < self._width * self._runner.page_size and self._owned(batch, following):
                 self._upload_pages(batch)
                 self._ahead = self._launch(len(following), hot)
-        if under_way.event is not None:
-            under_way.event.synchronize()
-        tokens = self._results[under_way.slot, : under_way.size].numpy().copy()
+        tokens = self._tokens_of(under_way)
         self._last = batch.starts.copy(), tokens
         return tokens
 
@@ -150,18 +179,19 @@ class Decoder:
                 buffer[size:rows] = 0
         self._parameters = tuple(values.copy() for values in parameters)
 
-    def _launch(self, size: int, hot: bool) -> _Ahead:
+    def _launch(self, size: int, hot: bool, drafted: bool = False) -> _Ahead:
         """Run a step from what the buffers hold, and have its tokens copied to a slot of the results."""
         rows = self._rows(size)
-        if (rows, hot) not in self._graphs or not self._on_gpu:
-            self._graphs[rows, hot] = None
-            self._run(rows, hot)  # once without a graph: compiles, and lets libraries set themselves up
+        key = rows, hot, drafted
+        if key not in self._graphs or not self._on_gpu:
+            self._graphs[key] = None
+            self._run(*key)  # once without a graph: compiles, and lets libraries set themselves up
         else:
-            graph = self._graphs[rows, hot]
+            graph = self._graphs[key]
             if graph is None:
-                graph = self._graphs[rows, hot] = torch.cuda.CUDAGraph()
+                graph = self._graphs[key] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool):
-                    self._run(rows, hot)
+                    self._run(*key)
             graph.replay()
         self._slot = 1 - self._slot
         self._results[self._slot, :size].copy_(self._tokens[:size], non_blocking=True)
@@ -172,14 +202,15 @@ class Decoder:
 
     def _rows(self, size: int) -> int:
         """Rows of the smallest graph that `size` sequences fit."""
-        return min(next(s for s in _SIZES if s >= size), self.max_batch)
+        return min(next(s for s in _SIZES if s >= size), self._capacity)
 
-    def _run(self, rows: int, hot: bool) -> None:
-        """The kernels of a step of `rows` sequences."""
+    def _run(self, rows: int, hot: bool, drafted: bool = False) -> None:
+        """The kernels of a step of `rows` sequences, or drafted tokens."""
         runner = self._runner
         tokens, positions, keys = self._tokens[:rows], self._positions[:rows], self._keys[:rows]
         if rows not in self._plans:
             self._plans[rows] = gpu_attention.attention_plan(runner.card, runner.spec, rows, runner.device)
+        self._slots = self._slots_of(rows) if drafted else None
         hidden = None if runner.few(rows) else self._many(rows)
         if hidden is not None and not hot:
             gpu_linear.greedy_keys(runner.card, hidden, runner.weights.head, keys)
@@ -194,11 +225,21 @@ class Decoder:
             )  # fmt: skip
         gpu.advance(runner.card, keys, drawn, self._temperature[:rows], tokens, positions)
 
+    def _slots_of(self, rows: int) -> Tensor:
+        """int64 (rows,): page * page size + place of each row's position."""
+        size, at = self._runner.page_size, self._positions[:rows].clamp(min=0).long()
+        return self._pages[:rows].gather(1, (at // size)[:, None])[:, 0].long() * size + at % size
+
     def _attend(
         self, product: Product, heads: gpu_attention.HeadWeights, cache: gpu_attention.LayerCache
     ) -> Tensor:
         rows = product.tokens
         runner, out = self._runner, self._attended[:rows]
+        if self._slots is not None:  # rows see the keys of those drafted before them
+            gpu_attention.rotate_and_store(
+                runner.card, runner.spec, product, heads, runner.turns, cache, self._slots,
+                self._positions[:rows],
+            )  # fmt: skip
         gpu_attention.decode_attention(
             runner.card, runner.spec, product, heads, runner.turns, cache,
             self._pages, self._positions, self._plans[rows], out,

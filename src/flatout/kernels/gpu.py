@@ -29,13 +29,15 @@ _NO_LAUNCH: dict[str, Any] = {}
 @dataclass(frozen=True, slots=True)
 class Card:
     """What a GPU offers. asm: PTX for unpacking; pdl: programmatic dependent launch; fp8: tensor cores that
-    multiply e4m3. dry: kernels are compiled where they would be launched, and nothing runs."""
+    multiply e4m3. tiles: shared memory for the tiles of `triton/gemm.py`. dry: kernels are compiled where
+    they would be launched, and nothing runs."""
 
     name: str
     units: int  # streaming multiprocessors
     asm: bool
     pdl: bool
     fp8: bool
+    tiles: bool = False
     dry: bool = False
 
 
@@ -43,7 +45,7 @@ class Card:
 def card(device: torch.device) -> Card:
     """The GPU that `device` is; a processor runs the kernels in Triton's interpreter, for tests."""
     if device.type == "cpu":
-        return Card("interpreter", units=1, asm=False, pdl=False, fp8=False)
+        return Card("interpreter", units=1, asm=False, pdl=False, fp8=False, tiles=True)
     index = device.index or 0
     properties = torch.cuda.get_device_properties(index)
     version = (properties.major, properties.minor)
@@ -54,6 +56,7 @@ def card(device: torch.device) -> Card:
         asm=nvidia and version >= (8, 9),
         pdl=nvidia and version >= (9, 0),
         fp8=nvidia and version >= (8, 9),
+        tiles=nvidia and properties.major in (9, 10),  # 227 KB of shared memory a program
     )
 
 

@@ -75,16 +75,19 @@ VENDOR = TileRoute(0, 0, 0, 0, -1, 0)
 
 
 @cache
-def gemm_route(name: str, fmt: str, n: int, k: int, tile_rows: int) -> TileRoute:
-    """How the tensor cores' kernel is launched for an (n, k) weight on the card called `name`."""
-    measured = measured_routes(name).get(f"{fmt} {n}x{k} tile {tile_rows}")
+def gemm_route(card: Card, fmt: str, n: int, k: int, tile_rows: int) -> TileRoute:
+    """How the tensor cores' kernel is launched for an (n, k) weight; VENDOR if it is not."""
+    measured = measured_routes(card.name).get(f"{fmt} {n}x{k} tile {tile_rows}")
     if measured is not None:
         return TileRoute(*measured)
+    # As on the H100: tiles enough for every multiprocessor take what comes after them along; of smaller
+    # weights only those that meet few tokens gain.
     block_k = 64 if fmt == "bf16" else 128
-    programs = 2 if tile_rows == 64 else 1
-    if n >= 16384:  # tiles enough for every multiprocessor, and what comes after them can be done on the way
-        programs = 0
-    return TileRoute(128, block_k, 4 if tile_rows == 64 else 8, 4, programs, 4)
+    if not card.tiles:
+        return VENDOR
+    if n >= 16384:
+        return TileRoute(128, block_k, 4 if tile_rows == 64 else 8, 4, 0, 4)
+    return TileRoute(64, block_k, 4, 8, 1, 4) if tile_rows == 64 else VENDOR
 
 
 @cache
@@ -189,7 +192,7 @@ def tile_route(card: Card, x: Activations, weight: PackedWeight) -> TileRoute:
     if tokens > TILE_ROWS[-1] or weight.format != ("bf16" if x.scales is None else "fp8"):
         return VENDOR
     rows = next(rows for rows in TILE_ROWS if rows >= tokens)
-    return gemm_route(card.name, weight.format, weight.n, weight.k, rows)
+    return gemm_route(card, weight.format, weight.n, weight.k, rows)
 
 
 def multiply(card: Card, x: Activations, weight: PackedWeight) -> Product:

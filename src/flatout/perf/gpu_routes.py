@@ -139,7 +139,9 @@ class Bench:
             if self.few:
                 found[self.keys[name]] = gpu_linear.gemv_route(card, w.format, w.n, w.k, self.rows)
             else:
-                found[self.keys[name]] = gpu_linear.gemm_route(card, w.format, w.n, w.k, self.tile_rows)
+                found[self.keys[name]] = gpu_linear.gemm_route(
+                    self.runner.card, w.format, w.n, w.k, self.tile_rows
+                )
         _, bits, _, splits = self.keys["attention"].split()
         found[self.keys["attention"]] = gpu_attention.decode_route(card, int(bits) // 8, int(splits))
         return found
