@@ -92,10 +92,9 @@ class Library:
             self._factors[key] = factorise(self.moments(name, smoothed), DAMPING)
         return self._factors[key]
 
-    def _rounded(self, source: Source, name: str, smoothed: bool, fmt: Format) -> QuantizedTensor:
-        """Linear `name` of `source`, spread and, below 8 bits, refined: what method gptq does to one linear,
-        for the activations of the original."""
-        weight = float_weight(source, name)
+    def rounded(self, name: str, weight: np.ndarray, smoothed: bool, fmt: Format) -> QuantizedTensor:
+        """The `weight` (N, K) of linear `name`, spread and, below 8 bits, refined: what method gptq does to
+        one linear, for the activations of the original. smoothed: the weight takes smoothed inputs."""
         rounded = spread(weight, self.factor(name, smoothed), fmt)
         if fmt.bits >= 8:
             return rounded
@@ -119,7 +118,7 @@ class Library:
             smoothed, divided = name in names, _feeds(name) in names
             key = (name, fmt.name, smoothed, divided)
             if key not in self._weights:
-                self._weights[key] = self._rounded(source, name, smoothed, fmt)
+                self._weights[key] = self.rounded(name, float_weight(source, name), smoothed, fmt)
             weights[name] = self._weights[key]
         return Model(spec=self.source.spec, recipe=recipe, weights=weights)
 

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.gptq import Factor, spread
+from flatout.compress.gptq import Factor
 from flatout.compress.inputs import Documents
 from flatout.compress.library import Library
 from flatout.compress.rtn import group_rows, make_grid, round_to_nearest, search_grid
@@ -426,8 +426,11 @@ def divergences(
                 s = as_tensor(library.smoothing(name))
                 x, w = x / s, w * s
             if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
-                factor = library.factor(name, fmt.scales_tokens) if by_gptq else None
-                rounded = spread(w.numpy(), factor, fmt) if factor else round_to_nearest(w.numpy(), fmt)
+                rounded = (
+                    library.rounded(name, w.numpy(), fmt.scales_tokens, fmt)
+                    if by_gptq and name != "head"
+                    else round_to_nearest(w.numpy(), fmt)
+                )
                 w = as_tensor(rounded.dequantize())
             elif fmt.activation == "bf16":
                 w = w.bfloat16().float()
