@@ -256,7 +256,7 @@ def main() -> int:
     if is_encoder(args.model):
         result: dict[str, Any] = {"rows": encoder_rows(args.model, ENCODER_ROWS), "model": short}
         result["judged"] = "64 validation passages of up to 128 tokens, float32 original"
-        print(write(f"methods-{short}", measured_here("torch") | result, command=command))
+        print(write(f"methods_{short}", measured_here("torch") | result, command=command))
         return 0
     source = open_checkpoint(args.model)
     text, calibration = (
@@ -287,7 +287,7 @@ def main() -> int:
               f"{args.text.name if args.text else 'the shipped validation passages'}, calibrated on "
               f"{args.calibrated * CALIBRATED:,} of "
               f"{args.calibration.name if args.calibration else 'the shipped ones'}"}  # fmt: skip
-    print(write(f"methods-{short}", measured_here("torch") | result, command=command))
+    print(write(f"methods_{short}", measured_here("torch") | result, command=command))
     return 0
 
 
