@@ -35,8 +35,10 @@ from torch import Tensor
 from flatout._version import __version__
 from flatout.cli.output import Progress, log
 from flatout.compress.inputs import linear_inputs
+from flatout.compress.wanda import wanda
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.folder import write_folder
+from flatout.core.sparsity import parse_sparsity
 from flatout.core.types import to_json
 from flatout.errors import ConfigError, FlatoutError
 from flatout.train.config import TrainConfig
@@ -80,10 +82,8 @@ def two_of_four(bench: Bench) -> Trainable:
 
     def see(name: str, inputs: Tensor, hidden: Tensor, weight: np.ndarray) -> None:
         if name != "head":
-            scores = torch.from_numpy(np.abs(weight)) * inputs.square().mean(dim=0).sqrt()
-            fours = scores.reshape(-1, 4)
-            kept = torch.zeros_like(fours).scatter_(1, fours.topk(2, dim=1).indices, 1.0)
-            keep[name] = Mask(kept.reshape(scores.shape))
+            kept = wanda(weight, inputs.square().mean(dim=0).numpy(), parse_sparsity("wanda-2:4"))
+            keep[name] = Mask(torch.from_numpy(kept).float())
 
     linear_inputs(bench.source, [row.astype(np.int64) for row in rows], see)
     weights = source_weights(bench.source)

@@ -18,7 +18,7 @@ from flatout.compress.method import check_weight
 from flatout.core.fuse import Source, float_weight
 from flatout.errors import EvidenceError
 from flatout.kernels.linear import as_tensor
-from flatout.models.llama import Cache, Llama, attention, decoder_layer, rms_norm, rope_turns
+from flatout.models.llama import Cache, Linear, Llama, attention, decoder_layer, rms_norm, rope_turns
 
 _CHECKED_TOKENS = 128  # of the first document, whose probability says whether the text suits the model
 _WORSE_THAN_GUESSING = 1.0  # nats a token above a uniform guess
@@ -75,19 +75,38 @@ class Documents(Cache):
         return torch.cat(read)
 
 
+class Text:
+    """Calibration text as the layers see it: `tokens` of all documents, one behind the other."""
+
+    def __init__(self, source: Source, documents: Sequence[np.ndarray]) -> None:
+        self.source, self.spec = source, source.spec
+        self.documents = documents
+        self.positions = torch.cat([torch.arange(len(document)) for document in documents])
+        self.turns = rope_turns(self.spec, self.positions)
+        self.cache = Documents([len(document) for document in documents])
+
+    def embed(self) -> Tensor:
+        ids = np.concatenate(self.documents).astype(np.int64)
+        return Llama(self.source).embed(torch.from_numpy(ids))
+
+    def layer(self, layer: int, x: Tensor, linear: Linear) -> Tensor:
+        """What layer number `layer` makes of x (T, D) with `linear` for its products."""
+
+        def vector(name: str) -> Tensor:
+            return as_tensor(float_weight(self.source, name))
+
+        return decoder_layer(
+            self.spec, layer, x, self.positions, self.turns, linear=linear, vector=vector, cache=self.cache
+        )
+
+
 @torch.no_grad()
 def linear_inputs(source: Source, documents: Sequence[np.ndarray], see: See) -> None:
     """Call `see` for every fused linear of `source` in execution order and then for the head, with what it
     receives from `documents`: token ids, each a sequence of its own that lies behind the one before. Weights
     are used as they are."""
-    spec = source.spec
-    cache = Documents([len(document) for document in documents])
-    positions = torch.cat([torch.arange(len(document)) for document in documents])
-    turns = rope_turns(spec, positions)
-    x = Llama(source).embed(torch.from_numpy(np.concatenate(documents).astype(np.int64)))
-
-    def vector(name: str) -> Tensor:
-        return as_tensor(float_weight(source, name))
+    spec, text = source.spec, Text(source, documents)
+    x = text.embed()
 
     def linear(name: str, inputs: Tensor) -> Tensor:
         weight = float_weight(source, name)
@@ -96,8 +115,8 @@ def linear_inputs(source: Source, documents: Sequence[np.ndarray], see: See) -> 
         return inputs @ as_tensor(weight).T
 
     for layer in range(spec.num_layers):
-        x = decoder_layer(spec, layer, x, positions, turns, linear=linear, vector=vector, cache=cache)
-    normed = rms_norm(x, vector("norm"), spec.rms_norm_eps, spec.norm_offset)
+        x = text.layer(layer, x, linear)
+    normed = rms_norm(x, as_tensor(float_weight(source, "norm")), spec.rms_norm_eps, spec.norm_offset)
     see("head", normed, x, float_weight(source, "head"))
 
 

@@ -18,13 +18,13 @@ tokens x (4 x intermediate size + 6 x hidden size).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.inputs import Documents, fast_products
+from flatout.compress.inputs import Text, fast_products
 from flatout.compress.kept import Kept
 from flatout.compress.method import Data, check_weight, format_in, is_made
 from flatout.core.formats import Recipe
@@ -32,37 +32,11 @@ from flatout.core.fuse import Source, float_weight, native_weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
-from flatout.models.llama import Linear, Llama, decoder_layer, rope_turns
 
 RoundLinear = Callable[[str, np.ndarray, np.ndarray], QuantizedTensor]
 """round_linear(name, weight (N, K), hessian (K, K)) -> the rounded weight."""
 Weights = dict[str, QuantizedTensor]
 _DAMPING = 0.01  # of the mean of H's diagonal
-
-
-class Text:
-    """Calibration text as the layers see it: `tokens` of all documents, one behind the other."""
-
-    def __init__(self, source: Source, documents: Sequence[np.ndarray]) -> None:
-        self.source, self.spec = source, source.spec
-        self.documents = documents
-        self.positions = torch.cat([torch.arange(len(document)) for document in documents])
-        self.turns = rope_turns(self.spec, self.positions)
-        self.cache = Documents([len(document) for document in documents])
-
-    def embed(self) -> Tensor:
-        ids = np.concatenate(self.documents).astype(np.int64)
-        return Llama(self.source).embed(torch.from_numpy(ids))
-
-    def layer(self, layer: int, x: Tensor, linear: Linear) -> Tensor:
-        """What layer number `layer` makes of x (T, D) with `linear` for its products."""
-
-        def vector(name: str) -> Tensor:
-            return as_tensor(float_weight(self.source, name))
-
-        return decoder_layer(
-            self.spec, layer, x, self.positions, self.turns, linear=linear, vector=vector, cache=self.cache
-        )
 
 
 Improve = Callable[[Text, int, Tensor, Tensor, dict[str, Tensor], Weights], Weights]

@@ -22,18 +22,17 @@ import torch
 from torch import Tensor
 
 from flatout.compress.gptq import Factor, factorise
-from flatout.compress.inputs import Documents, check_understood
+from flatout.compress.inputs import Text, check_understood
 from flatout.compress.magnitude import magnitude
-from flatout.compress.method import Progress
+from flatout.compress.method import Progress, check_weight
 from flatout.compress.sparsegpt import sparsegpt
 from flatout.compress.wanda import wanda
-from flatout.core.fuse import Source, float_weight, source_names
+from flatout.core.fuse import Source, source_names
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.sparsity import Sparsity
 from flatout.core.spec import ModelSpec, weight_names
 from flatout.errors import ConfigError, EvidenceError
 from flatout.kernels.linear import as_tensor
-from flatout.models.llama import Llama, decoder_layer, rope_turns
 
 Stored = Callable[[np.ndarray], np.ndarray]
 
@@ -155,7 +154,8 @@ def _without_text(
         fused = f"layers.{index}.{linear}"
         tell(fused)
         for name in source_names(source.spec, fused):
-            weight = _finite(source.array(name), name)
+            weight = source.array(name)
+            check_weight(name, weight)
             weights[name] = stored(np.where(magnitude(weight, sparsity), weight, np.float32(0)))
             reports.append(_report(name, weight, weights[name], None))
     return Layer(index=index, weights=weights, reports=tuple(reports))
@@ -170,27 +170,15 @@ def _with_text(
     finished: Callable[[int], Layer | None],
     stored: Stored,
 ) -> Iterator[Layer]:
-    spec = source.spec
-    cache = Documents([len(document) for document in documents])
-    positions = torch.cat([torch.arange(len(document)) for document in documents])
-    turns = rope_turns(spec, positions)
-    x = Llama(source).embed(torch.from_numpy(np.concatenate(documents).astype(np.int64)))
-    for index in range(spec.num_layers):
+    text = Text(source, documents)
+    x = text.embed()
+    for index in range(source.spec.num_layers):
         known = finished(index)
         work = _Work(source, sparsity, tell, stored)
         if known is not None:
             work.weights |= known.weights
             work.reports += known.reports
-        x = decoder_layer(
-            spec,
-            index,
-            x,
-            positions,
-            turns,
-            linear=work.linear,
-            vector=lambda name: as_tensor(float_weight(source, name)),
-            cache=cache,
-        )
+        x = text.layer(index, x, work.linear)
         yield Layer(index=index, weights=work.weights, reports=tuple(work.reports))
 
 
@@ -212,7 +200,8 @@ class _Work:
         if not all(part in self.weights for part in parts):
             statistics = Statistics.of(inputs, self._sparsity, name)
             for part in parts:
-                weight = _finite(self._source.array(part), part)
+                weight = self._source.array(part)
+                check_weight(part, weight)
                 self.weights[part] = self._stored(prune_weight(weight, statistics, self._sparsity))
                 self.reports.append(_report(part, weight, self.weights[part], inputs))
         return torch.cat([inputs @ as_tensor(self.weights[part]).T for part in parts], dim=1)
@@ -252,12 +241,6 @@ def prune_weight(weight: np.ndarray, statistics: Statistics, sparsity: Sparsity)
     is_wanda = sparsity.method == "wanda"
     kept = wanda(weight, statistics.energy, sparsity) if is_wanda else magnitude(weight, sparsity)
     return np.where(kept, weight, np.float32(0))
-
-
-def _finite(weight: np.ndarray, name: str) -> np.ndarray:
-    if not np.isfinite(weight).all():
-        raise ConfigError("weights must be finite", f"infinity or NaN in {name}", "another checkpoint")
-    return np.asarray(weight, dtype=np.float32)
 
 
 def _report(name: str, before: np.ndarray, after: np.ndarray, inputs: Tensor | None) -> LinearReport:

@@ -139,9 +139,7 @@ def smooth(source: Source, data: Data, recipe: Recipe) -> tuple[Rescaled, Report
 
 def smoothable(source: Source, recipe: Recipe, name: str) -> bool:
     """Whether linear `name` rounds its activations to int8 with one scale a token, and can be rescaled."""
-    fmt = format_in(recipe, name)
-    one_scale = fmt.activation == "int8" and not fmt.activation_group
-    return one_scale and rescalable(source, recipe, name)
+    return format_in(recipe, name).scales_tokens and rescalable(source, recipe, name)
 
 
 def factors_for(spec: ModelSpec, name: str, inputs: Tensor, hidden: Tensor, weight: np.ndarray) -> np.ndarray:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from flatout.compress.gptq import gptq_layers
-from flatout.compress.layers import Text, Weights
+from flatout.compress.inputs import Text
+from flatout.compress.layers import Weights
 from flatout.compress.method import Data, Report
 from flatout.compress.rtn import storable
 from flatout.core.formats import Recipe

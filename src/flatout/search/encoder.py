@@ -158,8 +158,8 @@ def optimize_encoder(
     check_output(Path(out), Path(model))
     checkpoint = open_encoder(model)
     search = _Search(checkpoint, threads or available_cores(), work, step or (lambda what, done, of: None))
-    for name in (recipe,) if recipe else ():
-        check_encoder_format(checkpoint.spec, parse_format(name))
+    if recipe:
+        check_encoder_format(checkpoint.spec, parse_format(recipe))
     sha256 = sha256_of(checkpoint.files)
     rows = _screen(search, [recipe] if recipe else _fitting(checkpoint), margin)
     chosen, verdict, races, k = _prove(search, rows, margin, sha256)

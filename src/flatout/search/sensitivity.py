@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from flatout.compress.gptq import Factor
-from flatout.compress.inputs import Documents
+from flatout.compress.inputs import Documents, Text
 from flatout.compress.library import Library
 from flatout.compress.rtn import group_rows, make_grid, round_to_nearest, search_grid
 from flatout.core.formats import Format, parse_format
@@ -251,7 +251,7 @@ def expected_losses(
 ) -> tuple[Losses, Losses]:
     """(smooth-gptq, rounded to nearest): expected nats a token of every choice. Of the 8-bit formats, those
     of all layers together that matter most are corrected by their measured divergence, and others as the
-    8-bit one with the same activations; what GPTQ leaves of weights as that of one format was measured.
+    8-bit one with the same activations; what GPTQ leaves of weights as was measured in the formats `_SPREAD`.
 
     documents: calibration token ids, of which a few thousand tokens are used.
     """
@@ -267,13 +267,12 @@ def expected_losses(
     measured = divergences(library, probes, worth[:_MEASURED], progress)
     ratios = {key: min(max(found / sums[key], 0.5), 5.0) for key, found in measured.items()}
     usual = statistics.median(ratios.values()) if ratios else 1.0
-    rest = {
-        (place, name): loss * ratios.get((place.rpartition(".")[2], _eight_bit(name)), usual)
-        for (place, name), loss in activations.items()
-    }
-    nearest = dict(rest)
-    for (place, name), loss in weights.items():
-        nearest[place, name] += loss * ratios.get((place.rpartition(".")[2], _eight_bit(name)), usual)
+
+    def ratio(place: str, name: str) -> float:
+        return ratios.get((place.rpartition(".")[2], _eight_bit(name)), usual)
+
+    rest = {choice: loss * ratio(*choice) for choice, loss in activations.items()}
+    nearest = {choice: loss + weights.get(choice, 0.0) * ratio(*choice) for choice, loss in rest.items()}
     # What weights rounded to nearest lose beyond expectation is what their errors have in common: GPTQ takes
     # that out, and has deviations of its own.
     own = {key: loss * _kept(library, left, *key) for key, loss in weights.items()}
@@ -408,10 +407,8 @@ def divergences(
     source = library.source
     spec = source.spec
     lengths = [len(document) for document in documents]
-    ids = torch.from_numpy(np.concatenate([np.asarray(d, dtype=np.int64) for d in documents]))
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    turns = rope_turns(spec, positions)
-    embedded = Llama(source).embed(ids)
+    text = Text(source, [np.asarray(document, dtype=np.int64) for document in documents])
+    embedded = text.embed()
     weight = _float_weights(source)
 
     def log_probabilities(kind: str, format_name: str) -> Tensor:
@@ -438,7 +435,9 @@ def divergences(
 
         x = embedded
         for layer in range(spec.num_layers):
-            x = decoder_layer(spec, layer, x, positions, turns, linear=linear, vector=weight, cache=cache)
+            x = decoder_layer(
+                spec, layer, x, text.positions, text.turns, linear=linear, vector=weight, cache=cache
+            )
         normed = rms_norm(x, weight("norm"), spec.rms_norm_eps, spec.norm_offset)
         return torch.log_softmax(linear("head", normed), dim=1)
 
@@ -449,5 +448,5 @@ def divergences(
         if progress is not None:
             progress(f"measuring {kind} in {name}", done, len(kinds))
         rounded = log_probabilities(kind, name)
-        found[kind, name] = float((likely * (exact - rounded)).sum() / len(ids))
+        found[kind, name] = float((likely * (exact - rounded)).sum() / sum(lengths))
     return found
