@@ -60,9 +60,7 @@ Left = dict[tuple[str, bool], float]
 _GROUP = 32  # columns whose F is kept as one sum: the narrowest group of any format
 _SEED = 0
 _EVERY = 4  # rows of a layer's weight whose F is computed: one in four stands for the others
-_STRIDE = (
-    3  # layers of which the part that GPTQ leaves is computed: one in three, taken for its neighbours too
-)
+_STRIDE = 3  # one layer in three says what GPTQ leaves, for its neighbours too
 _PASSAGES, _PASSAGE = 4, 256  # passages that pass forward and back, and their tokens
 _PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
 _MEASURED = 20  # choices whose divergence is measured
@@ -293,19 +291,24 @@ def _spread_ratios(
     progress: Progress | None,
 ) -> dict[tuple[str, bool], float]:
     """(kind of linear, smoothed or not) -> measured over expected loss of weights as GPTQ rounds them, in the
-    formats `_SPREAD` where the space has them. rest: what activations lose."""
+    formats `_SPREAD` where the space has them, in one layer of `_STRIDE`. rest: what activations lose."""
     sums: dict[tuple[str, str], list[float]] = {}
     for (place, name), loss in own.items():
-        if name in _SPREAD and place != "head":
+        if name in _SPREAD and place != "head" and _is_nth(place, _STRIDE):
             both = sums.setdefault((place.rpartition(".")[2], name), [0.0, 0.0])
             both[0] += loss
             both[1] += rest[place, name]
-    found = divergences(library, probes, list(sums), progress, by_gptq=True)
+    found = divergences(library, probes, list(sums), progress, by_gptq=True, stride=_STRIDE)
     return {
         (kind, parse_format(name).scales_tokens): min(max((found[kind, name] - other) / loss, 0.25), 4.0)
         for (kind, name), (loss, other) in sums.items()
         if loss > 0
     }
+
+
+def _is_nth(place: str, stride: int) -> bool:
+    """Whether a place of all layers, layers.I.LINEAR, is one of each `stride`; others always are."""
+    return not place.startswith("layers.") or int(place.split(".")[1]) % stride == 0
 
 
 def _eight_bit(name: str) -> str:
@@ -400,10 +403,11 @@ def divergences(
     kinds: Sequence[tuple[str, str]],
     progress: Progress | None = None,
     by_gptq: bool = False,
+    stride: int = 1,
 ) -> dict[tuple[str, str], float]:
     """Measured KL(original || rounded) in nats a token of each (kind, format): a linear rounded to nearest in
     all layers at once, the head, or the cache, everything else exact. kind: qkv, o, gate_up, down, head or
-    kv_cache. by_gptq: round linears as smooth-gptq does."""
+    kv_cache. by_gptq: round linears as smooth-gptq does. stride: one in so many layers is rounded."""
     source = library.source
     spec = source.spec
     lengths = [len(document) for document in documents]
@@ -416,7 +420,7 @@ def divergences(
 
         def linear(name: str, x: Tensor) -> Tensor:
             w = weight(name)
-            if name.rpartition(".")[2] != kind:
+            if name.rpartition(".")[2] != kind or not _is_nth(name, stride):
                 return x @ w.T
             fmt = parse_format(format_name)
             if fmt.scales_tokens:
@@ -424,7 +428,7 @@ def divergences(
                 x, w = x / s, w * s
             if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
                 rounded = (
-                    library.rounded(name, w.numpy(), fmt.scales_tokens, fmt)
+                    library.rounded(name, fmt.scales_tokens, fmt)
                     if by_gptq and name != "head"
                     else round_to_nearest(w.numpy(), fmt)
                 )
