@@ -20,6 +20,7 @@ from torch import Tensor
 from flatout.compress.gptq import (
     DAMPING,
     PASSES,
+    REFINED,
     Factor,
     damped,
     factorise,
@@ -89,7 +90,7 @@ class Library:
         return factorise(self.moments(name, smoothed), DAMPING)
 
     def rounded(self, name: str, smoothed: bool, fmt: Format) -> QuantizedTensor:
-        """Linear `name` spread and, below 8 bits, refined: what method gptq does to one linear, for the
+        """Linear `name` spread and, where it is coarse, refined: what method gptq does to one linear, for the
         activations of the original; smoothed ones if asked for. Made once."""
         key = (name, fmt.name, smoothed)
         if key not in self._rounded:
@@ -97,7 +98,7 @@ class Library:
             if smoothed:
                 weight = weight * self.smoothing(name)
             rounded = spread(weight, self.factor(name, smoothed), fmt)
-            if fmt.bits < 8:
+            if fmt.bits <= REFINED:
                 rounded = refine(weight, damped(self.moments(name, smoothed)), rounded, PASSES)
             self._rounded[key] = rounded
         return self._rounded[key]

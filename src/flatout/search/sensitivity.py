@@ -291,24 +291,19 @@ def _spread_ratios(
     progress: Progress | None,
 ) -> dict[tuple[str, bool], float]:
     """(kind of linear, smoothed or not) -> measured over expected loss of weights as GPTQ rounds them, in the
-    formats `_SPREAD` where the space has them, in one layer of `_STRIDE`. rest: what activations lose."""
+    formats `_SPREAD` where the space has them. rest: what activations lose."""
     sums: dict[tuple[str, str], list[float]] = {}
     for (place, name), loss in own.items():
-        if name in _SPREAD and place != "head" and _is_nth(place, _STRIDE):
+        if name in _SPREAD and place != "head":
             both = sums.setdefault((place.rpartition(".")[2], name), [0.0, 0.0])
             both[0] += loss
             both[1] += rest[place, name]
-    found = divergences(library, probes, list(sums), progress, by_gptq=True, stride=_STRIDE)
+    found = divergences(library, probes, list(sums), progress, by_gptq=True)
     return {
         (kind, parse_format(name).scales_tokens): min(max((found[kind, name] - other) / loss, 0.25), 4.0)
         for (kind, name), (loss, other) in sums.items()
         if loss > 0
     }
-
-
-def _is_nth(place: str, stride: int) -> bool:
-    """Whether a place of all layers, layers.I.LINEAR, is one of each `stride`; others always are."""
-    return not place.startswith("layers.") or int(place.split(".")[1]) % stride == 0
 
 
 def _eight_bit(name: str) -> str:
@@ -403,11 +398,10 @@ def divergences(
     kinds: Sequence[tuple[str, str]],
     progress: Progress | None = None,
     by_gptq: bool = False,
-    stride: int = 1,
 ) -> dict[tuple[str, str], float]:
     """Measured KL(original || rounded) in nats a token of each (kind, format): a linear rounded to nearest in
     all layers at once, the head, or the cache, everything else exact. kind: qkv, o, gate_up, down, head or
-    kv_cache. by_gptq: round linears as smooth-gptq does. stride: one in so many layers is rounded."""
+    kv_cache. by_gptq: round linears as smooth-gptq does."""
     source = library.source
     spec = source.spec
     lengths = [len(document) for document in documents]
@@ -420,7 +414,7 @@ def divergences(
 
         def linear(name: str, x: Tensor) -> Tensor:
             w = weight(name)
-            if name.rpartition(".")[2] != kind or not _is_nth(name, stride):
+            if name.rpartition(".")[2] != kind:
                 return x @ w.T
             fmt = parse_format(format_name)
             if fmt.scales_tokens:
@@ -428,7 +422,7 @@ def divergences(
                 x, w = x / s, w * s
             if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
                 rounded = (
-                    library.rounded(name, fmt.scales_tokens, fmt)
+                    library.rounded(name, w.numpy(), fmt.scales_tokens, fmt)
                     if by_gptq and name != "head"
                     else round_to_nearest(w.numpy(), fmt)
                 )
