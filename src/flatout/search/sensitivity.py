@@ -422,7 +422,7 @@ def divergences(
                 x, w = x / s, w * s
             if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
                 rounded = (
-                    library.rounded(name, w.numpy(), fmt.scales_tokens, fmt)
+                    library.rounded(name, fmt.scales_tokens, fmt)
                     if by_gptq and name != "head"
                     else round_to_nearest(w.numpy(), fmt)
                 )
