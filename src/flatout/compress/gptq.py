@@ -34,7 +34,7 @@ from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 
 PASSES = 2  # of refining
-REFINED = 5
+REFINED = 6
 """Bits up to which codes are refined: that takes longer than rounding, leaves some per cent less error at 3
 bits, and the finer the codes the less there is to gain."""
 DAMPING = 0.05

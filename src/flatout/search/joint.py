@@ -33,7 +33,7 @@ from flatout.search.solve import Choice, Conflict, Solution, frontier, solve
 METHOD = "smooth-gptq"
 PRIOR = 0.3
 SPREAD = 0.2
-_CARE = 0.7
+_CARE = 0.5
 """Standard deviations of the loss scale by which a proposal stays inside the budget: one on the edge of it
 would fail half of its certificates, and the last tenth of a budget buys a per cent or two of time."""
 
