@@ -91,7 +91,7 @@ def test_finer_formats_lose_less(library: Library) -> None:
             assert nearest[place, "w4a8-g32"] > 20 * nearest[place, "w8a8-g32"]
             assert nearest[place, "w8a8-g32"] > nearest[place, "bf16"]
             assert spread[place, "w4a8-g32"] < nearest[place, "w4a8-g32"]
-            assert spread[place, "w8a16"] < spread[place, "w6a16"] < spread[place, "w6a8"]
+            assert spread[place, "w8a16"] < min(spread[place, "w6a16"], spread[place, "w6a8"])
     assert spread["kv_cache", "int8"] == nearest["kv_cache", "int8"] > spread["kv_cache", "bf16"] > 0
 
 
