@@ -95,29 +95,55 @@ module vector #(
   logic [4:0] waited;
   logic [7:0] head, query_group, query_in_group;
   logic [ROWS_LOG2-1:0] head_row;
-  logic is_query, is_key, is_value, turned;
-  assign is_query = head < query_heads;
-  assign is_key = !is_query && head < query_heads + kv_heads;
-  assign is_value = !is_query && !is_key;
+  // What the head is, and the next one: in registers, because much hangs on it. After the heads of a token: the first.
+  logic is_query, is_key, is_value, next_is_query, next_is_key, last_head, turned;
   assign turned = kind == HEADS && !is_value;
-  logic [ROWS_LOG2-1:0] length, half_rows, half_at, base;
+  always_ff @(posedge clk) begin
+    next_is_query <= head + 8'd1 < query_heads;
+    next_is_key <= head + 8'd1 >= query_heads && head + 8'd1 < query_heads + kv_heads;
+    last_head <= head + 8'd1 == query_heads + {kv_heads[6:0], 1'b0};
+  end
+  logic [ROWS_LOG2-1:0] length, half_rows, base;
   assign half_rows = {{(ROWS_LOG2 - 3) {1'b0}}, head_chunks};
   assign length = kind == HEADS ? {half_rows[ROWS_LOG2-2:0], 1'b0} : rows;
-  assign half_at = at >= half_rows ? at - half_rows : at;
-  assign base = kind == HEADS ? head_row : source;
+  assign base = state == IDLE ? source : kind == HEADS ? head_row : source;
 
   // ---- stage 0: which row, and what it is multiplied by
-  logic issue, second, pass2;
-  assign second = at >= half_rows;
+  logic issue, pass2, step, wraps;
   assign pass2 = state == PASS2;
   assign issue = (state == PASS1 && (kind != NORM || beat_valid)) || pass2;
+  assign step = pass2 || (issue && (kind == NORM ? {1'b0, token} == last_token : !turned || part));
+  assign wraps = at + 1'b1 == half_rows;
+  // The row of the source, of the scratch, and of the first and second half that are turned into each other, with their
+  // cos and sin: registers, because the memory wants them early.
+  logic [ROWS_LOG2-1:0] source_row, scratch_row, low_row, high_row;
+  logic [3:0] low_turn, high_turn;
+  logic second;
+  always_ff @(posedge clk)
+    if (state != PASS1 && !pass2) begin
+      source_row <= base;
+      scratch_row <= scratch;
+      low_row <= base;
+      high_row <= base + half_rows;
+      low_turn <= '0;
+      high_turn <= {1'b0, head_chunks};
+      second <= 1'b0;
+    end else if (step) begin
+      source_row <= source_row + 1'b1;
+      scratch_row <= scratch_row + 1'b1;
+      low_row <= wraps ? base : low_row + 1'b1;
+      high_row <= wraps ? base + half_rows : high_row + 1'b1;
+      low_turn <= wraps ? '0 : low_turn + 1'b1;
+      high_turn <= wraps ? {1'b0, head_chunks} : high_turn + 1'b1;
+      second <= second || wraps;
+    end
   assign read = issue;
   assign read_column = token;
-  assign read_row = pass2 ? ((kind == NORM || turned) ? scratch + at : base + at)
-                  : turned ? (part ? base + half_at + half_rows : base + half_at) : base + at;
+  assign read_row = pass2 ? (kind == NORM || turned ? scratch_row : source_row)
+                  : turned ? (part ? high_row : low_row) : source_row;
   assign turn_column = token;
   // cos for the first of a first half and the second of a second half, sin for the others
-  assign turn_row = (second ^ part) ? 4'(half_at + half_rows) : 4'(half_at);
+  assign turn_row = (second ^ part) ? high_turn : low_turn;
   assign beat_pop = state == PASS1 && kind == NORM && beat_valid && {1'b0, token} == last_token;
 
   // ---- what the stages know of their row
@@ -201,6 +227,7 @@ module vector #(
   logic [12:0] mantissa;
   logic [11:0] full;
   logic signed [7:0] power, halvings;
+  logic [5:0] doublings;
   logic [31:0] fitted;
   logic [37:0] bound;  // the largest code stands for this
   logic [27:0] plain_product;
@@ -223,7 +250,8 @@ module vector #(
       // Half of what is above 32 digits, rounded up; half of what is below, rounded down.
       halvings <= 8'(($signed({1'b0, mean_digits3}) - 8'sd31) >>> 1);
       less5 <= less2 >> exponent4;
-      fitted <= halvings >= 0 ? 32'(mean1 >> {halvings[5:0], 1'b0}) : 32'(mean1 << {6'(-halvings), 1'b0});
+      doublings <= 6'(-halvings);
+      fitted <= halvings >= 0 ? 32'(mean1 >> {halvings[5:0], 1'b0}) : 32'(mean1 << {doublings, 1'b0});
       // The scale rounded up: what is one less, rounded down, plus one.
       mantissa <= less5 == 32'd4095 ? 13'd2048 : 13'(less5) + 13'd1;
       exponent <= exponent4 + 5'(less5 == 32'd4095);
@@ -269,19 +297,23 @@ module vector #(
   logic [KW*8*4-1:0] line;  // codes of one key or value
   logic [2:0] stored;
   logic [7:0] kv_head, scale_first, scale_end;
-  logic [31:0] stride1, block1, region1, start2, block_start, line_start;
-  assign kv_head = is_key ? head - query_heads : head - query_heads - kv_heads;
+  logic [8:0] block_size;
+  logic [23:0] block_number;
+  logic [31:0] stride2, block2, region1, start3, block_start, line_start;
   always_ff @(posedge clk)
     if (busy) begin
       query_number <= 8'(8'(token) * kv_heads) + query_group;
       query_row <= 8'(query_number * head_chunks);
       scale_first <= 8'(offset[token*8+:8] * head_chunks);
       scale_end <= scale_first + 8'(head_chunks);
-      stride1 <= 32'(kv_head) * head_stride;
-      block1 <= 32'(block[token*24+:24] * (32'(block_beats) + 32'd1));
+      kv_head <= is_key ? head - query_heads : head - query_heads - kv_heads;
+      block_size <= {1'b0, block_beats} + 9'd1;
+      block_number <= block[token*24+:24];
+      stride2 <= 32'(kv_head) * head_stride;
+      block2 <= 32'(block_number) * 32'(block_size);
       region1 <= cache + (is_value ? value_offset : 32'd0);
-      start2 <= stride1 + block1;
-      block_start <= start2 + region1;
+      start3 <= stride2 + block2;
+      block_start <= start3 + region1;
       line_start <= block_start + 32'(scale_first) + 32'd1;
     end
   assign store = state == STORE || state == STORE_SCALE;
@@ -311,6 +343,9 @@ module vector #(
         at <= '0;
         part <= 1'b0;
         head <= '0;
+        is_query <= 1'b1;
+        is_key <= 1'b0;
+        is_value <= 1'b0;
         query_group <= '0;
         query_in_group <= '0;
         head_row <= source;
@@ -378,6 +413,7 @@ module vector #(
           at <= '0;
           waited <= '0;
           state <= DRAIN2;
+          head_row <= last_head ? source : head_row + length;
         end
       end
       DRAIN2: begin
@@ -394,15 +430,19 @@ module vector #(
         state <= kind == NORM ? FIT : PASS1;
         waited <= '0;
         part <= 1'b0;
-        if (kind == HEADS && head + 8'd1 != query_heads + {kv_heads[6:0], 1'b0}) begin
+        if (kind == HEADS && !last_head) begin
           head <= head + 8'd1;
-          head_row <= head_row + length;
+          is_query <= next_is_query;
+          is_key <= next_is_key;
+          is_value <= !next_is_query && !next_is_key;
           query_in_group <= query_in_group + 8'd1 == group_heads ? 8'd0 : query_in_group + 8'd1;
           if (query_in_group + 8'd1 == group_heads) query_group <= query_group + 8'd1;
         end else if ({1'b0, token} != last_token) begin
           token <= token + 1'b1;
           head <= '0;
-          head_row <= source;
+          is_query <= 1'b1;
+          is_key <= 1'b0;
+          is_value <= 1'b0;
           query_group <= '0;
           query_in_group <= '0;
         end else begin
