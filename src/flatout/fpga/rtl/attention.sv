@@ -66,7 +66,7 @@ module attention #(
         .in(word[c*32+:32])
     );
     always_ff @(posedge clk)
-      if (keys && ready[c] && (ready_unit == 0 || $signed(word[c*32+:32]) > largest)) largest <= word[c*32+:32];
+      if (keys && ready[c] && (ready_unit == 0 || largest < $signed(word[c*32+:32]))) largest <= word[c*32+:32];
     weighted_sum #(
         .KW(KW)
     ) sums (

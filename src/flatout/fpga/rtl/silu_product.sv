@@ -18,8 +18,7 @@ module silu_product (
     end
 
   logic [31:0] size1;
-  logic beyond1;
-  logic [8:0] index1;
+  logic beyond2, beyond3;  // of the table, where the sigmoid is one
   logic [5*32-1:0] gates;
   logic [7*32-1:0] ups;
   logic [15:0] value2, value3, value4;
@@ -32,18 +31,18 @@ module silu_product (
   logic signed [47:0] high8;
   logic signed [48:0] low8;
   logic signed [63:0] product9;
-  assign beyond1 = size1[31:20] != 0;
-  assign index1 = beyond1 ? 9'd511 : size1[19:11];
   always_ff @(posedge clk) begin
     gates <= {gates[4*32-1:0], gate};
     ups <= {ups[6*32-1:0], up};
     size1 <= gate < 0 ? -gate : gate;
-    value2 <= value[index1];
-    step2 <= step[index1];
-    rest2 <= beyond1 ? 8'd255 : size1[10:3];
+    value2 <= value[size1[19:11]];
+    step2 <= step[size1[19:11]];
+    rest2 <= size1[10:3];
+    beyond2 <= size1[31:20] != 0;
+    beyond3 <= beyond2;
     rise3 <= 18'(step2) * 18'(rest2);
     value3 <= value2;
-    value4 <= value3 + 16'(rise3[17:8]);
+    value4 <= beyond3 ? 16'hffff : value3 + 16'(rise3[17:8]);
     factor5 <= gates[4*32-1] ? 17'd65536 - {1'b0, value4} : {1'b0, value4};
     product6 <= $signed(gates[5*32-1-:32]) * $signed({1'b0, factor5});
     silu7 <= 32'((product6 + 50'sd32768) >>> 16);

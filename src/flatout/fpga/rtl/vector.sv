@@ -116,27 +116,30 @@ module vector #(
   assign wraps = at + 1'b1 == half_rows;
   // The row of the source, of the scratch, and of the first and second half that are turned into each other, with their
   // cos and sin: registers, because the memory wants them early.
-  logic [ROWS_LOG2-1:0] source_row, scratch_row, low_row, high_row;
+  logic [ROWS_LOG2-1:0] first_row, first_high, source_row, scratch_row, low_row, high_row;
   logic [3:0] low_turn, high_turn;
   logic second;
-  always_ff @(posedge clk)
+  always_ff @(posedge clk) begin
+    first_row <= base;
+    first_high <= base + half_rows;
     if (state != PASS1 && !pass2) begin
-      source_row <= base;
+      source_row <= first_row;
       scratch_row <= scratch;
-      low_row <= base;
-      high_row <= base + half_rows;
+      low_row <= first_row;
+      high_row <= first_high;
       low_turn <= '0;
       high_turn <= {1'b0, head_chunks};
       second <= 1'b0;
     end else if (step) begin
       source_row <= source_row + 1'b1;
       scratch_row <= scratch_row + 1'b1;
-      low_row <= wraps ? base : low_row + 1'b1;
-      high_row <= wraps ? base + half_rows : high_row + 1'b1;
+      low_row <= wraps ? first_row : low_row + 1'b1;
+      high_row <= wraps ? first_high : high_row + 1'b1;
       low_turn <= wraps ? '0 : low_turn + 1'b1;
       high_turn <= wraps ? {1'b0, head_chunks} : high_turn + 1'b1;
       second <= second || wraps;
     end
+  end
   assign read = issue;
   assign read_column = token;
   assign read_row = pass2 ? (kind == NORM || turned ? scratch_row : source_row)
@@ -161,8 +164,8 @@ module vector #(
   logic [CB-1:0] token3;
   logic [ROWS_LOG2-1:0] at3;
   assign {whole3, keep3, pass2_3, norm3, turned3, minus3, token3, at3} = control[2*CT+:CT];
-  logic turned5;
-  assign turned5 = control[4*CT+CT-5];
+  logic whole5, pass2_5, turned5;
+  assign {whole5, pass2_5, turned5} = {control[5*CT-1], control[5*CT-3], control[5*CT-5]};
   logic whole6, pass2_6;
   logic [CB-1:0] token6;
   logic [ROWS_LOG2-1:0] at6;
@@ -184,7 +187,7 @@ module vector #(
   logic [VL*32-1:0] word2, word6;
   logic [VL*16-1:0] factor2;
   logic [VL*56-1:0] square5;
-  logic [5:0] right4;
+  logic [5:0] right3;
   always_ff @(posedge clk) begin
     if (beat_valid && busy) gamma1 <= beat;
     if (busy) begin
@@ -196,7 +199,7 @@ module vector #(
   for (genvar l = 0; l < VL; l++) begin : g_lane
     vector_lane lane (
         .clk, .enable(busy), .word2(word2[l*32+:32]), .factor2(factor2[l*16+:16]), .keep3, .turned3, .minus3,
-        .right4, .narrow5(turned5), .word6(word6[l*32+:32]), .square5(square5[l*56+:56])
+        .right3, .narrow5(turned5), .word6(word6[l*32+:32]), .square5(square5[l*56+:56])
     );
   end
 
@@ -205,16 +208,17 @@ module vector #(
   logic [55:0] squares;
   logic [31:0] largest[0:C-1];
   logic [63:0] square_sum[0:C-1];
-  logic [31:0] chunk_largest[0:C*CHUNKS-1];
+  logic [31:0] even_row[0:C-1];  // a chunk is two rows
+  (* ram_style = "distributed" *) logic [31:0] chunk_largest[0:C*CHUNKS-1];  // block RAM would come too late
   max_tree #(.N(VL)) largest_of_row (.clk, .enable(busy), .words(word6), .largest(end_largest));
   sum_tree #(.N(VL), .WIDTH(56)) squares_of_row (.clk, .enable(busy), .in(square5), .sum(squares));
   always_ff @(posedge clk) begin
     if (squares_valid)
       square_sum[squares_token] <= (squares_at == 0 ? 64'(epsilon) : square_sum[squares_token]) + 64'(squares);
     if (end_valid) begin
-      if (end_at == 0 || end_largest > largest[end_token]) largest[end_token] <= end_largest;
-      if (!end_at[0] || end_largest > chunk_largest[{end_token, 6'(end_at>>1)}])
-        chunk_largest[{end_token, 6'(end_at>>1)}] <= end_largest;
+      if (end_at == 0 || largest[end_token] < end_largest) largest[end_token] <= end_largest;
+      if (!end_at[0]) even_row[end_token] <= end_largest;
+      else chunk_largest[{end_token, 6'(end_at>>1)}] <= even_row[end_token] < end_largest ? end_largest : even_row[end_token];
     end
   end
 
@@ -274,20 +278,23 @@ module vector #(
   always_ff @(posedge clk) begin
     chunk2 <= chunk_largest[{token1, 6'(at1>>1)}];
     spread3 <= spread2;
-    right4 <= pass2_3 ? 6'(8'sd18 + power - 8'(spread3)) : norm3 ? gamma_shift - 6'd1 : turned3 ? 6'd13 : 6'd0;
     spread_write <= whole3 && pass2_3 && at3[0] && kind != HEADS;
     spread_chunk <= 8'(at3 >> 1);
     spread <= spread3;
   end
 
-  // ---- results
-  assign write = whole6 && !pass2_6 && (kind == NORM || turned);
+  assign right3 = pass2_3 ? 6'(8'sd18 + power - 8'(spread3)) : norm3 ? gamma_shift - 6'd1 : turned3 ? 6'd13 : 6'd0;
+
+  // ---- results; `kind` and the head have long been still
+  always_ff @(posedge clk) begin
+    write <= whole5 && !pass2_5 && (kind == NORM || turned);
+    code_write <= whole5 && pass2_5 && (kind != HEADS || is_query);
+  end
   assign write_row = scratch + at6;
   assign write_column = token6;
   assign write_words = word6;
   always_comb for (int l = 0; l < VL; l++) codes[l*8+:8] = word6[l*32+:8];
   logic [7:0] query_number, query_row;
-  assign code_write = whole6 && pass2_6 && (kind != HEADS || is_query);
   assign code_column = kind == HEADS ? CB'(query_in_group) : token6;
   assign code_row = (kind == HEADS ? query_row : 8'd0) + 8'(at6 >> 1);
   assign code_half = at6[0];
