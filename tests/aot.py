@@ -125,8 +125,8 @@ def kernels(
             "size": "i32",
         }
         constants = {
-            "RANK": 0, "RANKS": 2, "CAPACITY": 8192, "BLOCK": 128, "GREATEST": greatest, "TWICE": not greatest,
-            "PDL": pdl,
+            "RANK": 0, "RANKS": 2, "CAPACITY": 8192, "BLOCK": 128, "GREATEST": greatest,
+            "TWICE": not greatest, "PDL": pdl,
         }  # fmt: skip
         yield f"exchange {greatest}", exchange.exchange, types, constants, 1
     types = {"tokens": I32, "table": BF16, "x": F32, "x_bf16": BF16, "D": "i32", "factor": "fp32"}
