@@ -256,9 +256,12 @@ class FakeBench:
         self._call(f"race {'baseline' if first is None else first.name} {second.name}")
         found = {}
         for phase in ("prefill", "decode"):
-            b = self._seconds(second.name)[phase] * (workload.output if phase == "decode" else 1)
-            before = self.baseline if first is None else self.speeds[first.name]
-            a = b * self.speeds[second.name] / before
+            times = workload.output if phase == "decode" else 1
+            b = self._seconds(second.name)[phase] * times
+            if first is None:
+                a = b * self.speeds[second.name] / self.baseline
+            else:
+                a = self._seconds(first.name)[phase] * times
             found[phase] = _result(a, b)
         return found
 

@@ -8,8 +8,9 @@ import torch
 from tests.tiny import tiny_source, tiny_spec
 
 from flatout.compress.apply import compress
-from flatout.compress.gptq import factorise, gptq, round_linear
+from flatout.compress.gptq import damped, factorise, gptq
 from flatout.compress.library import Library
+from flatout.compress.refine import refine
 from flatout.compress.rescale import rescaled
 from flatout.core.costs import moment_bytes
 from flatout.core.formats import Recipe, parse_format
@@ -46,7 +47,8 @@ def test_a_linear_by_hand(library: Library) -> None:
     x = Llama(source).embed(torch.tensor(np.concatenate(DOCUMENTS)))
     x = rms_norm(x, torch.from_numpy(float_weight(source, "layers.0.input_norm")), SPEC.rms_norm_eps).numpy()
     weight = float_weight(source, "layers.0.qkv")
-    expected = round_linear(weight, x.T @ x / len(x), parse_format("w4a8-g32"))
+    moments = x.T @ x / len(x)
+    expected = refine(weight, damped(moments), gptq(weight, moments, parse_format("w4a8-g32")), passes=1)
     found = codes(library, recipe("w4a8-g32"), "layers.0.qkv")
     assert (found == expected.codes).mean() > 0.999  # sums in another order move a code at a tie
 

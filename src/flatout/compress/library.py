@@ -19,7 +19,6 @@ from torch import Tensor
 
 from flatout.compress.gptq import (
     DAMPING,
-    PASSES,
     REFINED,
     Factor,
     damped,
@@ -39,6 +38,8 @@ from flatout.core.fuse import Source, float_weight, native_format, source_names
 from flatout.core.model import Model, Weight, expected_weights
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
+
+_PASSES = 1  # of refining: a search rounds hundreds of weights, and the first pass gains most
 
 
 class Library:
@@ -97,9 +98,10 @@ class Library:
             weight = float_weight(self.source, name)
             if smoothed:
                 weight = weight * self.smoothing(name)
-            rounded = spread(weight, self.factor(name, smoothed), fmt)
+            moments = self.moments(name, smoothed)
+            rounded = spread(weight, factorise(moments, DAMPING), fmt)
             if fmt.bits <= REFINED:
-                rounded = refine(weight, damped(self.moments(name, smoothed)), rounded, PASSES)
+                rounded = refine(weight, damped(moments), rounded, _PASSES)
             self._rounded[key] = rounded
         return self._rounded[key]
 

@@ -33,7 +33,7 @@ _TYPICAL = {"memory": 0.7, "compute": 0.4}
 """Fractions of floor that well-made kernels reach: a guess, which is why the tier's interval is wide."""
 _NOTABLE_SHARE = 0.01  # of a phase's floor; smaller parts do not decide the tier
 _COVERAGE = 0.9
-_ENOUGH = math.ceil(_COVERAGE / (1 - _COVERAGE) - 1e-9)
+ENOUGH = math.ceil(_COVERAGE / (1 - _COVERAGE) - 1e-9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +225,7 @@ def transfer_residuals(
 
 def _width(residuals: Sequence[float], tier: str) -> float:
     """Factor between the middle and an end of the interval."""
-    if len(residuals) < _ENOUGH:
+    if len(residuals) < ENOUGH:
         return _WIDTH[tier]
     sizes = sorted(abs(r) for r in residuals)
     rank = math.ceil(_COVERAGE * (len(sizes) + 1) - 1e-9)

@@ -42,13 +42,13 @@ from flatout.perf.profile import Profile, profile_model
 
 Progress = Callable[[str, int, int], None]
 
-_VERSION = 2
+_VERSION = 3
 _MAX_AGE_S = 86400.0
 _SECONDS = 0.4  # a stand-in is timed for about this long, in each round
 _ROUNDS = 2
 """Times all formats are gone through. A shared machine's bandwidth moves by a quarter within minutes; formats
 timed once, one after the other, would differ by that, and the solver would choose the luckiest."""
-_STEPS = 16  # decode steps of a timing
+_STEPS = 16  # decode steps of a timing, from the middle of the output
 _MOST_RESIDUALS = 400
 _PAGE = 64
 
@@ -97,16 +97,15 @@ def latency_table(
 
     measure: takes the place of `profile_stand_in` in tests and where foreign load must be waited out.
     """
-    short = replace(workload, output=min(workload.output, _STEPS))
     folder = directory or cache_dir()
-    path = folder / f"tables-{hardware.fingerprint}-{_key(spec, recipes, short, threads)}.json"
+    path = folder / f"tables-{hardware.fingerprint}-{_key(spec, recipes, workload, threads)}.json"
     if not fresh and (found := _load(path)) is not None:
         return found
     profiles = []
     for done, recipe in enumerate([*recipes] * _ROUNDS):
         if progress is not None:
             progress(f"timing {recipe.layers}", done, _ROUNDS * len(recipes))
-        profiles.append((measure or profile_stand_in)(spec, recipe, short, hardware, threads))
+        profiles.append((measure or profile_stand_in)(spec, recipe, workload, hardware, threads))
     table = table_of(profiles)
     _store(path, table)
     return table
@@ -144,8 +143,11 @@ def profile_stand_in(
     """A stand-in's profile. Raises the errors of CpuRunner for a format that no kernel takes."""
     stand_in = replace(spec, num_layers=stand_in_layers(spec, recipe))
     pages = workload.batch * (-(-(workload.prompt + workload.output) // _PAGE)) + 1
-    runner = CpuRunner(random_model(stand_in, recipe), threads=threads, num_pages=pages)
-    return profile_model(runner, recipe, hardware, workload, threads=threads, max_seconds=_SECONDS)
+    uniform = replace(recipe, overrides=())
+    runner = CpuRunner(random_model(stand_in, uniform), threads=threads, num_pages=pages)
+    return profile_model(
+        runner, recipe, hardware, workload, threads=threads, max_seconds=_SECONDS, steps=_STEPS
+    )
 
 
 def stand_in_layers(spec: ModelSpec, recipe: Recipe) -> int:
@@ -164,7 +166,7 @@ def stand_in_layers(spec: ModelSpec, recipe: Recipe) -> int:
 def random_model(spec: ModelSpec, recipe: Recipe) -> Model:
     """A Model of random weights of about the size that keeps activations near 1. Layers share their arrays;
     runners copy them."""
-    recipe = replace(recipe, overrides=(), method="native")
+    recipe = replace(recipe, method="native")
     rng = np.random.default_rng(0)
     made: dict[tuple[str, tuple[int, ...]], Weight] = {}
     weights: dict[str, Weight] = {}

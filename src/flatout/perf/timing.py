@@ -54,10 +54,14 @@ def chunks(prompt: int) -> list[tuple[int, int]]:
 
 
 def run_workload(
-    runner: TimedRunner, workload: Workload, max_seconds: float, progress: Progress
+    runner: TimedRunner,
+    workload: Workload,
+    max_seconds: float,
+    progress: Progress,
+    steps: int | None = None,
 ) -> dict[str, PhaseSamples]:
     """Samples of "prefill" and "decode" for about max_seconds, at least 3 repetitions after a warm-up, one of
-    them with timers.
+    them with timers. steps: of the decode steps only so many, from the middle of the output; all by default.
 
     Raises ConfigError for a workload longer than the model allows, ResourceError when its pages do not fit.
     """
@@ -65,6 +69,10 @@ def run_workload(
     shape = (workload.batch, workload.prompt + workload.output)
     tokens = np.random.default_rng(0).integers(0, runner.spec.vocab_size, shape, dtype=np.int32)
     samples = {phase: PhaseSamples() for phase in PHASES}
+    skipped = max(workload.output - (steps or workload.output), 0) // 2
+    decoded = (workload.prompt + skipped, workload.prompt + workload.output - skipped)
+    for row in range(len(tokens)):  # what lies between the prompt and the steps that are timed, once
+        _prefill(runner, tokens[row], pages[row : row + 1], workload.prompt, decoded[0])
     start = time.perf_counter()
     for repeat in range(-1, _MAX_REPEATS):
         if repeat == 0:  # -1 was the warm-up
@@ -74,10 +82,10 @@ def run_workload(
         if repeat >= _MIN_REPEATS and elapsed * (repeat + 1) / repeat > max_seconds:
             break
         progress("steps", max(0, repeat), _MAX_REPEATS)
-        _repetition(runner, tokens, pages, workload.prompt, samples, timed=False)
+        _repetition(runner, tokens, pages, workload.prompt, decoded, samples, timed=False)
         spent = time.perf_counter() - start >= max_seconds
         if repeat == 0 or (repeat > 0 and not spent):  # no shares of the warm-up's ops
-            _repetition(runner, tokens, pages, workload.prompt, samples, timed=True)
+            _repetition(runner, tokens, pages, workload.prompt, decoded, samples, timed=True)
     progress("steps", _MAX_REPEATS, _MAX_REPEATS)
     return samples
 
@@ -106,10 +114,11 @@ def _repetition(
     tokens: np.ndarray,
     pages: np.ndarray,
     prompt: int,
+    decoded: tuple[int, int],
     samples: dict[str, PhaseSamples],
     timed: bool,
 ) -> None:
-    """All prefills, then all decode steps."""
+    """All prefills, then decode steps at the positions from decoded[0] to before decoded[1]."""
 
     def record(phase: str, seconds: float) -> None:
         if timed:
@@ -119,17 +128,23 @@ def _repetition(
 
     runner.profile(timed)
     runner.timings()  # forget what was counted before
-    seconds = 0.0
-    for row in range(len(tokens)):
-        for start, length in chunks(prompt):
-            chunk = np.ascontiguousarray(tokens[row, start : start + length])
-            seconds += _step(runner, chunk, np.array([start]), np.array([length]), pages[row : row + 1])
+    rows = range(len(tokens))
+    seconds = sum(_prefill(runner, tokens[row], pages[row : row + 1], 0, prompt) for row in rows)
     record("prefill", seconds)
     ones = np.ones(len(tokens))
-    for position in range(prompt, tokens.shape[1]):
+    for position in range(*decoded):
         column = np.ascontiguousarray(tokens[:, position])
         record("decode", _step(runner, column, ones * position, ones, pages))
     runner.profile(False)
+
+
+def _prefill(runner: Runner, tokens: np.ndarray, pages: np.ndarray, first: int, last: int) -> float:
+    """Seconds of the steps that read one sequence's tokens from position `first` to before `last`."""
+    seconds = 0.0
+    for start, length in chunks(last - first):
+        chunk = np.ascontiguousarray(tokens[first + start : first + start + length])
+        seconds += _step(runner, chunk, np.array([first + start]), np.array([length]), pages)
+    return seconds
 
 
 def _step(

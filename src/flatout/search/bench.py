@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from flatout.compress.library import Library
 
 _PAGE = 64
+_PROFILE_STEPS = 16  # decode steps of a profile, from the middle of the output
 _KEPT = 3  # built recipes that stay loaded
 _CALIBRATION = 24  # passages that calibrate, about 11,000 tokens
 _LIBRARY = 10  # passages that calibrate mixed recipes, about 4,500 tokens
@@ -257,6 +258,7 @@ class CpuBench:
                 workload,
                 threads=self._threads,
                 max_seconds=max_seconds,
+                steps=_PROFILE_STEPS,
             )
 
         # What disturbs a measurement adds to it.

@@ -92,7 +92,12 @@ def assemble(
         "frontier": [
             {"workload_s": point.seconds, "loss": math.expm1(point.loss)} for point in screen.frontier
         ],
-        "races": {"baseline": proof.against_baseline, "original": proof.against_original},
+        "races": {
+            "baseline": proof.against_baseline,
+            "original": proof.against_original,
+            "other": proof.against_other,
+        },
+        "first_usable_s": screen.first_usable_s,
         "timings": [{"stage": name, "seconds": s} for name, s in context.stages.timings.items()],
         "trials": {"folder": str(context.store.folder), "reused": context.store.hits},
         "versions": dict(bench.versions),

@@ -53,13 +53,12 @@ QUICK, VALIDATION = 8, FEWEST_CLUSTERS
 """Validation passages of the first look (about 3,600 tokens), and of the one that a plan is made from."""
 
 _PROFILE_S = 1.5
-_PROFILE_STEPS = 16  # decode steps of a profile: all take alike
 NEAR = 1.10
 """Candidates within this factor of the best time are equally good for the stated workload, which is itself a
 guess: they are scored, and those that suit most other workloads are preferred (`by_suitability`)."""
 
 _PROPOSALS = 3  # recipes found, built and measured at most
-_GAIN = 0.99  # a further one must be predicted to take less than this part of the best time
+_GAIN = 0.96  # a further one must be predicted to take less than this part of the best time
 _SHY = 0.85  # of the loss of a found recipe that failed its certificate, the next one may lose this part
 _HALVINGS = 7
 
@@ -86,6 +85,7 @@ class Screen:
         self._earlier: list[float] = []  # residuals of earlier searches on this machine
         self._rooms: dict[str, float] = {}  # nats a token that a candidate could lose and still be certified
         self._timed_again: set[str] = set()
+        self.first_usable_s: float | None = None  # when the first candidate was likely to be certified
         self._proposals = _PROPOSALS  # that may still be made
         self._undecided: set[str] = set()  # failed on the text of a plan, but not beyond its doubt
         self._refuse_too_large()
@@ -396,6 +396,8 @@ class Screen:
         if more and likely != _suffices(self.plan(losses, less=-doubt / 2 if likely else doubt)):
             self._undecided.add(row.name)
             likely = False
+        if likely and self.first_usable_s is None:
+            self.first_usable_s = self.context.stages.elapsed()
         first = row.loss is None or row.plan is None
         row = self._set(
             row.name,
@@ -470,8 +472,7 @@ class Screen:
     def _profile(self, name: str, again: bool = False) -> Profile:
         context, recipe = self.context, self.row(name).recipe
         workload = context.request.workload
-        short = replace(workload, output=min(workload.output, _PROFILE_STEPS))
-        where = (context.hardware, short)
+        where = (context.hardware, workload)
 
         def compute() -> dict[str, Any]:
             context.build(recipe)

@@ -41,6 +41,7 @@ class Stages:
         self.timings: dict[str, float] = {}
         self._listen = listen or (lambda status: None)
         self._clock = clock
+        self._begun = clock()
         self._stage = ""
         self._running = ""
         self._started = 0.0
@@ -68,6 +69,10 @@ class Stages:
     def _stop(self) -> None:
         name, self._running = self._running, ""
         self.timings[name] = self.timings.get(name, 0.0) + self._clock() - self._started
+
+    def elapsed(self) -> float:
+        """Seconds since the search began."""
+        return self._clock() - self._begun
 
     def step(self, what: str, done: int, total: int) -> None:
         """Progress inside the current stage."""
