@@ -203,6 +203,19 @@ def test_norms_and_activations() -> None:
     assert close(eight.values.float() * eight.scales[:, None], more, 2.0**-3)  # three bits of mantissa, cut
 
 
+def test_activations_of_prompts_go_four_tokens_at_a_time() -> None:
+    torch.manual_seed(1)
+    tokens, size = 259, 40  # neither is a multiple of anything
+    linear = torch.randn(tokens, 2 * size).bfloat16()
+    token_scales, row_scales = torch.rand(tokens) + 0.1, torch.rand(2 * size)
+    found = gpu.activate(CPU, Product(linear, token_scales, row_scales), gelu=False, fp8=True)
+    values = linear.float() * token_scales[:, None] * row_scales[None, :]
+    wanted = torch.nn.functional.silu(values[:, 0::2]) * values[:, 1::2]
+    assert found.scales is not None
+    assert close(found.scales, wanted.abs().amax(1) / 448.0, BF16)
+    assert close(found.values.float() * found.scales[:, None], wanted, 2.0**-3)
+
+
 def test_embedding_of_a_token_that_could_not_be_chosen() -> None:
     table = torch.randn(5, 8).bfloat16()
     x, x_bf16 = torch.empty(3, 8), torch.empty(3, 8).bfloat16()
@@ -284,6 +297,27 @@ def test_tiles(fmt: str, n: int, k: int, units: int, programs: int, tokens: int)
         activated = torch.full((tokens, n // 2), torch.nan).bfloat16()
         gpu_linear.multiply_tiles(card, x, w, activated, route, cut, gpu_linear.gemm.SILU)
         assert close(activated, torch.nn.functional.silu(wanted[:, 0::2]) * wanted[:, 1::2], BF16)
+
+
+def test_whole_tiles_scale_what_they_activate() -> None:
+    """In e4m3 with a scale for each tile, as a linear that takes groups reads it."""
+    torch.manual_seed(2)
+    w, following = weight("fp8", 128, 64, 0, False), weight("fp8", 48, 64, 0, False)
+    x = gpu.quantize(CPU, torch.randn(5, 64).bfloat16())
+    route = gpu_linear.TileRoute(32, 16, 4, 3, 0, 0)
+    codes, scales = torch.empty(5, 64, dtype=torch.float8_e4m3fn), torch.full((5, 4), torch.nan)
+    cut = gpu_linear.cut_of(128, 64, route, 1)
+    gpu_linear.multiply_tiles(CPU, x, w, codes, route, cut, gpu_linear.gemm.SILU, scales)
+    assert x.scales is not None
+    product = (x.values.double() * x.scales.double()[:, None]) @ dequantize(w).double().T
+    wanted = torch.nn.functional.silu(product[:, 0::2]) * product[:, 1::2]
+    found = codes.float().view(5, 4, 16) * scales[:, :, None]
+    assert close(found.view(5, 64), wanted, 2.0**-3)
+    assert close(scales, wanted.view(5, 4, 16).abs().amax(2) / 448.0, BF16)
+    out = torch.full((1, 5, 48), torch.nan).bfloat16()
+    cut = gpu_linear.cut_of(48, 64, route, 1)
+    gpu_linear.multiply_tiles(CPU, Activations(codes, scales), following, out, route, cut)
+    assert close(out[0], found.view(5, 64).double() @ dequantize(following).double().T, BF16)
 
 
 @pytest.mark.parametrize("units", [1, 5])

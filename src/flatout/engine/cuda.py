@@ -186,7 +186,9 @@ class CudaRunner:
         o = self._added(x, read, layer.o)
         normal = gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up))
         gelu = self.spec.activation == "gelu_tanh"
-        activated = gpu_linear.multiply_gated(card, normal, layer.gate_up, gelu, self.fp8(layer.down))
+        activated = gpu_linear.multiply_gated(
+            card, normal, layer.gate_up, gelu, self.fp8(layer.down), layer.down if self.rank is None else None
+        )
         return self._added(x, activated, layer.down)
 
     def _added(self, x: Tensor, values: Activations, weight: PackedWeight) -> Product | None:
