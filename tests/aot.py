@@ -96,9 +96,8 @@ def kernels(
             "GELU": False,
             "BLOCK": 2048,
             "CHUNKS": 7 if eight else 1,
-            "TOKENS": 4 if eight else 1,
         }
-        yield f"activate {eight}", elementwise.activate, places | out | {"F": "i32", "T": "i32"}, constants, 8
+        yield f"activate {eight}", elementwise.activate, places | out | {"F": "i32"}, constants, 8
         kind, size = ("fp8e4nv", FP8) if eight else ("bf16", BF16)
         parts, whole = (6, 128, 64, 264, 3072), (1, 128, 64, 48, 3072)
         for tokens, cut, epilogue in (

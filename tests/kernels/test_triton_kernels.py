@@ -203,19 +203,6 @@ def test_norms_and_activations() -> None:
     assert close(eight.values.float() * eight.scales[:, None], more, 2.0**-3)  # three bits of mantissa, cut
 
 
-def test_activations_of_prompts_go_four_tokens_at_a_time() -> None:
-    torch.manual_seed(1)
-    tokens, size = 259, 40  # neither is a multiple of anything
-    linear = torch.randn(tokens, 2 * size).bfloat16()
-    token_scales, row_scales = torch.rand(tokens) + 0.1, torch.rand(2 * size)
-    found = gpu.activate(CPU, Product(linear, token_scales, row_scales), gelu=False, fp8=True)
-    values = linear.float() * token_scales[:, None] * row_scales[None, :]
-    wanted = torch.nn.functional.silu(values[:, 0::2]) * values[:, 1::2]
-    assert found.scales is not None
-    assert close(found.scales, wanted.abs().amax(1) / 448.0, BF16)
-    assert close(found.values.float() * found.scales[:, None], wanted, 2.0**-3)
-
-
 def test_embedding_of_a_token_that_could_not_be_chosen() -> None:
     table = torch.randn(5, 8).bfloat16()
     x, x_bf16 = torch.empty(3, 8), torch.empty(3, 8).bfloat16()

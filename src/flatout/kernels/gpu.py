@@ -25,7 +25,6 @@ from flatout.errors import BackendError, ResourceError
 from flatout.kernels.triton import elementwise, sample
 
 ARGMAX_BLOCK = 4096
-_PROMPT = 257  # tokens from which on there is work for every multiprocessor however it is cut
 _NO_LAUNCH: dict[str, Any] = {}
 
 
@@ -231,17 +230,15 @@ def activate(card: Card, product: Product, gelu: bool, fp8: bool) -> Activations
     out, scales = _outputs(product.values, tokens, size, fp8)
     block = min(2048, triton.next_power_of_2(size))
     chunks = triton.cdiv(size, block)
-    together = 4 if fp8 and tokens >= _PROMPT else 1
     kernel = start(
         card,
         elementwise.activate,
-        (triton.cdiv(tokens, together), 1 if fp8 else chunks),
+        (tokens, 1 if fp8 else chunks),
         product.values,
         product.token_scales,
         product.row_scales,
         out,
         scales,
-        tokens,
         size,
         product.part_size,
         CUT=product.cut,
@@ -250,9 +247,8 @@ def activate(card: Card, product: Product, gelu: bool, fp8: bool) -> Activations
         FP8=fp8,
         BLOCK=block,
         CHUNKS=chunks if fp8 else 1,
-        TOKENS=together,
         PDL=card.pdl,
-        num_warps=_warps(2 * block * together),
+        num_warps=_warps(2 * block),
     )
     carve(card, kernel, MANY_SHARED)
     return Activations(out, scales)

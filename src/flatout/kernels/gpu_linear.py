@@ -257,6 +257,9 @@ def logits(card: Card, x: Activations, weight: PackedWeight) -> Tensor:
         out = torch.empty(x.values.shape[0], weight.n, device=x.values.device)
         multiply_tiles(card, x, weight, out, route, cut_of(weight.n, weight.k, route, card.units))
         return out
+    if card.dry:
+        _compile_unpacking(card, x, weight)
+        return torch.empty(x.values.shape[0], weight.n, device=x.values.device)
     if x.scales is None and not x.values.is_cuda:
         return x.values.float() @ unpacked(card, weight).float().T
     if x.scales is None:
@@ -325,7 +328,18 @@ def multiply_tiles(
 _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv}
 
 
+def _compile_unpacking(card: Card, x: Activations, weight: PackedWeight) -> None:
+    """What is ours of a product of the vendor's. The product itself is left out on a dry card: PyTorch
+    imports its compiler, for seconds, to say what shape comes out."""
+    if x.scales is None:
+        unpacked(card, weight)
+
+
 def _multiply_vendor(card: Card, x: Activations, weight: PackedWeight) -> Product:
+    if card.dry:
+        _compile_unpacking(card, x, weight)
+        y = torch.empty(x.values.shape[0], weight.n, dtype=torch.bfloat16, device=x.values.device)
+        return Product(y) if x.scales is None else Product(y, x.scales, weight.scales)
     if x.scales is None:
         return Product(torch.mm(x.values, unpacked(card, weight).T))
     one = _one(x.values.device)

@@ -118,14 +118,13 @@ def add_norm(
     _emit(out, out_scales, token, values, places, inside, D, FP8)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def activate(
     linear,  # bfloat16 (T, 2 F): gate and up in turn
     token_scales,
     row_scales,
     out,  # bfloat16 or e4m3 (T, F)
     out_scales,
-    T,
     F,
     part_size,
     CUT: tl.constexpr,
@@ -134,7 +133,6 @@ def activate(
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a program, all of a token's if FP8
-    TOKENS: tl.constexpr,  # of a program, which share what they read of row_scales
     PDL: tl.constexpr,
 ):
     """out = silu(gate) * up, or with GELU gelu_tanh(gate) * up. For e4m3 they wait in bfloat16 until the
@@ -142,37 +140,32 @@ def activate(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    there = token < T
-    rows = token.to(tl.int64)[:, None, None] * (2 * F)
-    most = tl.zeros((TOKENS,), tl.float32)
+    token = tl.program_id(0)
+    row = token.to(tl.int64) * (2 * F)
+    most = 0.0
     kept = ()
     for chunk in tl.static_range(CHUNKS):
         places = (tl.program_id(1) * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
-        both = 2 * places[None, :, None] + tl.arange(0, 2)[None, None, :]
-        inside = there[:, None, None] & (both < 2 * F)
-        values = joined(linear, rows + both, both, inside, part_size, CUT)
+        both = 2 * places[:, None] + tl.arange(0, 2)[None, :]
+        inside = (both < 2 * F) & (places >= 0)[:, None]
+        values = joined(linear, row + both, both, inside, part_size, CUT)
         if SCALED:
-            scales = tl.load(row_scales + both, mask=both < 2 * F, other=0.0)
-            values *= tl.load(token_scales + token, mask=there, other=0.0)[:, None, None] * scales
+            values *= tl.load(token_scales + token) * tl.load(row_scales + both, mask=inside, other=0.0)
         gate, up = tl.split(values)
         values = gated(gate, up, GELU)
         if FP8:
-            most = tl.maximum(most, tl.max(tl.abs(values), 1))
+            most = tl.maximum(most, tl.max(tl.abs(values), 0))
             kept = kept + (values.to(tl.bfloat16),)
         else:
-            at = token.to(tl.int64)[:, None] * F + places[None, :]
-            tl.store(out + at, values.to(out.dtype.element_ty), mask=there[:, None] & (places < F)[None, :])
+            _emit(out, out_scales, token, values, places, places < F, F, False)
     if FP8:
         most = tl.maximum(most, 1e-12)
-        tl.store(out_scales + token, most / FP8_MAX, mask=there)
-        inverse = 1.0 / most * FP8_MAX
+        tl.store(out_scales + token, most / FP8_MAX)
         for chunk in tl.static_range(CHUNKS):
             places = chunk * BLOCK + tl.arange(0, BLOCK)
-            values = kept[chunk].to(tl.float32) * inverse[:, None]
-            values = tl.clamp(values, -FP8_MAX, FP8_MAX)
-            at = token.to(tl.int64)[:, None] * F + places[None, :]
-            tl.store(out + at, values.to(out.dtype.element_ty), mask=there[:, None] & (places < F)[None, :])
+            values = tl.clamp(kept[chunk].to(tl.float32) * (FP8_MAX / most), -FP8_MAX, FP8_MAX)
+            at = out + token.to(tl.int64) * F + places
+            tl.store(at, values.to(out.dtype.element_ty), mask=places < F)
 
 
 @triton.jit
