@@ -32,8 +32,8 @@ FLAGS = {
     "export": {"--to", "--out", "--recipe", "--vocabulary", "--text", "--json"},
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
     "fpga": {
-        "--board", "--recipe", "--tokens", "--context", "--columns", "--answer", "--synth", "--out",
-        "--report", "--json",
+        "--board", "--recipe", "--tokens", "--context", "--columns", "--answer", "--explore", "--synth",
+        "--out", "--report", "--json",
     },
     "train": {"--out", "--fresh", "--resume", "--json"},
     "run": {
