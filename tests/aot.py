@@ -92,7 +92,11 @@ def kernels(
         types = places | out | {"D": "i32", "eps": "fp32"}
         constants = flags | {"ADD": True, "BLOCK": 4096}
         yield f"add_norm {eight}", elementwise.add_norm, types, constants, 8
-        constants = flags | {"GELU": False, "BLOCK": 2048, "CHUNKS": 7 if eight else 1}
+        constants = flags | {
+            "GELU": False,
+            "BLOCK": 2048,
+            "CHUNKS": 7 if eight else 1,
+        }
         yield f"activate {eight}", elementwise.activate, places | out | {"F": "i32"}, constants, 8
         kind, size = ("fp8e4nv", FP8) if eight else ("bf16", BF16)
         parts, whole = (6, 128, 64, 264, 3072), (1, 128, 64, 48, 3072)
@@ -103,7 +107,10 @@ def kernels(
         ):
             types = {"x": f"tensordesc<{kind}[{tokens}, 64]>", "w": f"tensordesc<{kind}[128, 64]>"}
             types |= {"w_values": size, "token_scales": F32, "row_scales": F32, "T": "i32", "N": "i32"}
+            types["out_scales"] = F32
             types["out"] = I64 if epilogue.value == gemm.ARGMAX.value else BF16
+            if eight and epilogue.value == gemm.SILU.value:
+                types["out"] = FP8
             constants = {
                 "K": 4096, "BLOCK_T": tokens, "BLOCK_N": 128, "BLOCK_K": 64, "CUT": cut, "SCALED": eight,
                 "X_GROUP": 512 if eight and tokens == 64 else 0, "EPILOGUE": epilogue, "FETCH": 4, "PDL": pdl,

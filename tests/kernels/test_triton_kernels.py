@@ -286,6 +286,27 @@ def test_tiles(fmt: str, n: int, k: int, units: int, programs: int, tokens: int)
         assert close(activated, torch.nn.functional.silu(wanted[:, 0::2]) * wanted[:, 1::2], BF16)
 
 
+def test_whole_tiles_scale_what_they_activate() -> None:
+    """In e4m3 with a scale for each tile, as a linear that takes groups reads it."""
+    torch.manual_seed(2)
+    w, following = weight("fp8", 128, 64, 0, False), weight("fp8", 48, 64, 0, False)
+    x = gpu.quantize(CPU, torch.randn(5, 64).bfloat16())
+    route = gpu_linear.TileRoute(32, 16, 4, 3, 0, 0)
+    codes, scales = torch.empty(5, 64, dtype=torch.float8_e4m3fn), torch.full((5, 4), torch.nan)
+    cut = gpu_linear.cut_of(128, 64, route, 1)
+    gpu_linear.multiply_tiles(CPU, x, w, codes, route, cut, gpu_linear.gemm.SILU, scales)
+    assert x.scales is not None
+    product = (x.values.double() * x.scales.double()[:, None]) @ dequantize(w).double().T
+    wanted = torch.nn.functional.silu(product[:, 0::2]) * product[:, 1::2]
+    found = codes.float().view(5, 4, 16) * scales[:, :, None]
+    assert close(found.view(5, 64), wanted, 2.0**-3)
+    assert close(scales, wanted.view(5, 4, 16).abs().amax(2) / 448.0, BF16)
+    out = torch.full((1, 5, 48), torch.nan).bfloat16()
+    cut = gpu_linear.cut_of(48, 64, route, 1)
+    gpu_linear.multiply_tiles(CPU, Activations(codes, scales), following, out, route, cut)
+    assert close(out[0], found.view(5, 64).double() @ dequantize(following).double().T, BF16)
+
+
 @pytest.mark.parametrize("units", [1, 5])
 def test_tiles_of_activations_in_groups(units: int) -> None:
     """A scale for each 48 columns of a token, which blocks of 16 meet one after another."""

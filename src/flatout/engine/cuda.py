@@ -186,7 +186,9 @@ class CudaRunner:
         o = self._added(x, read, layer.o)
         normal = gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up))
         gelu = self.spec.activation == "gelu_tanh"
-        activated = gpu_linear.multiply_gated(card, normal, layer.gate_up, gelu, self.fp8(layer.down))
+        activated = gpu_linear.multiply_gated(
+            card, normal, layer.gate_up, gelu, self.fp8(layer.down), layer.down if self.rank is None else None
+        )
         return self._added(x, activated, layer.down)
 
     def _added(self, x: Tensor, values: Activations, weight: PackedWeight) -> Product | None:
@@ -308,6 +310,10 @@ class _Attend:
         found, first = [], 0
         for start, length, pages in self._prompts:
             own = slice(first, first + length)
+            if runner.card.dry:  # as for products (gpu_linear)
+                found.append(torch.empty(length, spec.q_size, dtype=qkv.dtype, device=qkv.device))
+                first += length
+                continue
             rows, queries = qkv[own].view(length, -1, spec.head_dim), spec.num_heads
             q, k, v = rows[:, :queries], rows[:, queries : -spec.num_kv_heads], rows[:, -spec.num_kv_heads :]
             if start:

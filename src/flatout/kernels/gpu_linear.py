@@ -226,14 +226,26 @@ def multiply_whole(card: Card, x: Activations, weight: PackedWeight) -> Tensor:
     return (product.values.float() * scales).bfloat16()
 
 
-def multiply_gated(card: Card, x: Activations, weight: PackedWeight, gelu: bool, fp8: bool) -> Activations:
-    """silu(gate) * up of x W^T, whose columns are gate and up in turn, as the next linear takes it."""
+def multiply_gated(
+    card: Card, x: Activations, weight: PackedWeight, gelu: bool, fp8: bool, following: PackedWeight | None
+) -> Activations:
+    """silu(gate) * up of x W^T, whose columns are gate and up in turn, as the next linear takes it: in e4m3
+    if `fp8`, where it can with a scale for each tile's columns. following: that linear, if it is to be
+    asked."""
     route = tile_route(card, x, weight)
     if route.programs:
         return activate(card, multiply(card, x, weight), gelu, fp8)
-    out = torch.empty(x.values.shape[0], weight.n // 2, dtype=torch.bfloat16, device=x.values.device)
+    tokens, device = x.values.shape[0], x.values.device
     cut = cut_of(weight.n, weight.k, route, card.units)
     epilogue = gemm.GELU if gelu else gemm.SILU
+    group = route.block_n // 2
+    whole = weight.n % route.block_n == 0
+    if fp8 and whole and following is not None and takes_groups(card, following, tokens, group):
+        codes = torch.empty(tokens, weight.n // 2, dtype=torch.float8_e4m3fn, device=device)
+        scales = torch.empty(tokens, weight.n // route.block_n, device=device)
+        multiply_tiles(card, x, weight, codes, route, cut, epilogue, scales)
+        return Activations(codes, scales)
+    out = torch.empty(tokens, weight.n // 2, dtype=torch.bfloat16, device=device)
     multiply_tiles(card, x, weight, out, route, cut, epilogue)
     return quantize(card, out) if fp8 else Activations(out)
 
@@ -245,6 +257,9 @@ def logits(card: Card, x: Activations, weight: PackedWeight) -> Tensor:
         out = torch.empty(x.values.shape[0], weight.n, device=x.values.device)
         multiply_tiles(card, x, weight, out, route, cut_of(weight.n, weight.k, route, card.units))
         return out
+    if card.dry:
+        _compile_unpacking(card, x, weight)
+        return torch.empty(x.values.shape[0], weight.n, device=x.values.device)
     if x.scales is None and not x.values.is_cuda:
         return x.values.float() @ unpacked(card, weight).float().T
     if x.scales is None:
@@ -274,6 +289,7 @@ def multiply_tiles(
     route: TileRoute,
     cut: Cut,
     epilogue: Any = gemm.PLAIN,
+    out_scales: Tensor | None = None,
 ) -> None:
     """Into out, which is what `triton/gemm.py` says for each epilogue."""
     tokens = x.values.shape[0]
@@ -289,6 +305,7 @@ def multiply_tiles(
         x.scales,
         weight.scales,
         out,
+        out_scales,
         tokens,
         weight.n,
         K=weight.k,
@@ -311,7 +328,18 @@ def multiply_tiles(
 _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv}
 
 
+def _compile_unpacking(card: Card, x: Activations, weight: PackedWeight) -> None:
+    """What is ours of a product of the vendor's. The product itself is left out on a dry card: PyTorch
+    imports its compiler, for seconds, to say what shape comes out."""
+    if x.scales is None:
+        unpacked(card, weight)
+
+
 def _multiply_vendor(card: Card, x: Activations, weight: PackedWeight) -> Product:
+    if card.dry:
+        _compile_unpacking(card, x, weight)
+        y = torch.empty(x.values.shape[0], weight.n, dtype=torch.bfloat16, device=x.values.device)
+        return Product(y) if x.scales is None else Product(y, x.scales, weight.scales)
     if x.scales is None:
         return Product(torch.mm(x.values, unpacked(card, weight).T))
     one = _one(x.values.device)

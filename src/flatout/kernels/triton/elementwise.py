@@ -94,23 +94,27 @@ def add_norm(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x += linear; out = x / rms(x) * gains."""
+    """x += linear; out = x / rms(x) * gains. What belongs to the weights is read before the wait."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0)
     row = token.to(tl.int64) * D
     places = tl.arange(0, BLOCK)
     inside = places < D
+    gain = tl.load(gains + places, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        scales = tl.load(row_scales + places, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
     values = tl.load(x + row + places, mask=inside, other=0.0)
     if ADD:
         more = joined(linear, row + places, places, inside, part_size, CUT)
         if SCALED:
-            more *= tl.load(token_scales + token) * tl.load(row_scales + places, mask=inside, other=0.0)
+            more *= tl.load(token_scales + token) * scales
         values += more
         tl.store(x + row + places, values, mask=inside)
     rms = tl.rsqrt(tl.sum(values * values, 0) / D + eps)
-    values = values * rms * tl.load(gains + places, mask=inside, other=0.0).to(tl.float32)
+    values = values * rms * gain
     _emit(out, out_scales, token, values, places, inside, D, FP8)
 
 

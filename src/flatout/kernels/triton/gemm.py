@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flatout.kernels.triton.elementwise import gated, owner
+from flatout.kernels.triton.elementwise import FP8_MAX, gated, owner
 from flatout.kernels.triton.sample import greatest
 
 PLAIN, SILU, GELU, ARGMAX = (tl.constexpr(i) for i in range(4))
@@ -52,7 +52,8 @@ def gemm(
     w_values,  # the same as a pointer
     token_scales,  # float32 (T,), or with X_GROUP (T, K / X_GROUP), if SCALED
     row_scales,  # float32 (N,), if SCALED
-    out,  # (parts, T, N); bfloat16 (T, N / 2) if EPILOGUE is SILU or GELU; int64 (T,) if it is ARGMAX
+    out,  # (parts, T, N); bfloat16 or e4m3 (T, N / 2) if EPILOGUE is SILU or GELU; int64 (T,) if ARGMAX
+    out_scales,  # float32 (T, tiles), of e4m3: one for what a tile gives
     T,
     N,
     K: tl.constexpr,
@@ -72,6 +73,7 @@ def gemm(
     K_BLOCKS: tl.constexpr = CUT[2]
     PROGRAMS: tl.constexpr = CUT[3]
     BLOCKS: tl.constexpr = CUT[4]
+    TILES: tl.constexpr = BLOCKS // K_BLOCKS
     program = tl.program_id(0)
     start = program * BLOCKS // PROGRAMS
     end = (program + 1) * BLOCKS // PROGRAMS
@@ -85,6 +87,9 @@ def gemm(
     tokens = tl.arange(0, BLOCK_T)
     for tile in tl.range(start // K_BLOCKS, tl.cdiv(end, K_BLOCKS), num_stages=1):
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        columns = tile * BLOCK_N + rows
+        if SCALED and BLOCK_T <= 64:  # asked for early where registers are left
+            row_scale = tl.load(row_scales + columns, mask=columns < N, other=0.0)
         begin = tl.maximum(start - tile * K_BLOCKS, 0)
         if X_GROUP > 0:
             scale = _group_scale(token_scales, tokens, begin * BLOCK_K, T, K, X_GROUP)
@@ -92,19 +97,18 @@ def gemm(
             its_x = x.load([0, block * BLOCK_K]).to(COMPUTE)
             its_w = w.load([tile * BLOCK_N, block * BLOCK_K]).to(COMPUTE)
             if X_GROUP > 0:
-                its_scale = (
-                    scale  # asked for a block ahead, because it takes as long to come as a block to multiply
-                )
+                its_scale = scale  # asked for a block ahead: it takes as long to come as a block to multiply
                 scale = _group_scale(token_scales, tokens, (block + 1) * BLOCK_K, T, K, X_GROUP)
                 acc += tl.dot(its_x, tl.trans(its_w)) * its_scale[:, None]
             else:
                 acc = tl.dot(its_x, tl.trans(its_w), acc)
-        columns = tile * BLOCK_N + rows
         inside = (tokens < T)[:, None] & (columns < N)[None, :]
         if SCALED:
             if X_GROUP == 0:
                 acc *= tl.load(token_scales + tokens, mask=tokens < T, other=0.0)[:, None]
-            acc *= tl.load(row_scales + columns, mask=columns < N, other=0.0)[None, :]
+            if BLOCK_T > 64:
+                row_scale = tl.load(row_scales + columns, mask=columns < N, other=0.0)
+            acc *= row_scale[None, :]
         if EPILOGUE == PLAIN:
             part = (program - owner(tile * K_BLOCKS, CUT)).to(tl.int64)
             at = (part * T + tokens[:, None]) * N + columns[None, :]
@@ -118,4 +122,10 @@ def gemm(
             inside = (tokens < T)[:, None] & (half < N // 2)[None, :]
             at = tokens.to(tl.int64)[:, None] * (N // 2) + half[None, :]
             values = gated(gate, up, EPILOGUE == GELU)
+            if out.dtype.element_ty == tl.float8e4nv:
+                most = tl.maximum(tl.max(tl.abs(values), 1), 1e-12)
+                at_scale = tokens * TILES + tile
+                tl.store(out_scales + at_scale, most / FP8_MAX, mask=tokens < T)
+                inverse = 1.0 / most * FP8_MAX
+                values = tl.clamp(values * inverse[:, None], -FP8_MAX, FP8_MAX)
             tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
