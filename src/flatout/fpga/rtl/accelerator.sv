@@ -323,12 +323,10 @@ module accelerator #(
     embed_row <= load_row;
     write_columns1 <= rst ? '0 : write_columns;
     from_results1 <= from_results;
-    if (write_columns != 0) begin
-      write_row1 <= write_row;
-      write_mask1 <= write_mask;
-      if (from_results) {result_word1_1, result_word0_1} <= {result_word1, result_word0};
-      else write_words1 <= write_words;
-    end
+    write_row1 <= write_row;
+    write_mask1 <= write_mask;
+    {result_word1_1, result_word0_1} <= {result_word1, result_word0};
+    write_words1 <= write_words;
   end
   logic read_rows;
   logic [ROWS_LOG2-1:0] read_row;

@@ -105,7 +105,7 @@ module vector #(
   end
   logic [ROWS_LOG2-1:0] length, half_rows, base;
   assign half_rows = {{(ROWS_LOG2 - 3) {1'b0}}, head_chunks};
-  assign length = kind == HEADS ? {half_rows[ROWS_LOG2-2:0], 1'b0} : rows;
+  always_ff @(posedge clk) length <= kind == HEADS ? {half_rows[ROWS_LOG2-2:0], 1'b0} : rows;  // 2 at least
   assign base = state == IDLE ? source : kind == HEADS ? head_row : source;
 
   // ---- stage 0: which row, and what it is multiplied by
