@@ -1,21 +1,26 @@
 """The GPU engine on the shape of Llama-3.1-8B: correct first, then ceilings, then a table.
 
-    python benchmarks/gpu_engine.py [--model smollm2-135m.gguf] [--rows decode-1,prefill] [--out FILE.json]
+    python benchmarks/gpu_engine.py [--model tests/data/offgrid] [--rows decode-1,prefill] [--out FILE.json]
 
 1. Small models of every family and format, and the real model if one is given, against the reference runner.
 2. What the card reaches: reading memory, matrix products in bf16 and fp8.
 3. Decode and prefill through the engine's own loop, host included, with random weights of the right shape
    (speed does not depend on their values; answers mean nothing). A row is the median of single steps, its
    20th and 80th percentile, the share of the floor, and joules a token from the card's energy counter.
-4. The start of a process to its first token, with Triton's cache warm and empty.
+4. Drafts from what was said before: a model that continues a prompt with a copy of it in which every 16th
+   token differs, with and without drafts. The answers must be the same.
+5. The start of a process to its first token, with Triton's cache warm and empty.
 
 The floor of decode is (weights + keys and values) / measured read rate; of prefill, the products'
-operations / measured rate of a large product + attention's at the bf16 rate. Needs a GPU; about 5 minutes.
+operations / measured rate of a large product + attention's at the bf16 rate; of offload, the bytes of the
+layers that are streamed / measured rate of copies from the host. Needs a GPU; about 6 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -24,13 +29,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from triton.runtime._async_compile import AsyncCompileMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_drafts
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.formats import Recipe
 from flatout.core.fuse import assemble, native_recipe
@@ -39,14 +49,17 @@ from flatout.core.spec import ModelSpec, RopeScaling
 from flatout.core.types import measurement, to_json
 from flatout.engine.cuda import CudaRunner, open_device
 from flatout.engine.cuda_compile import compile_ahead
+from flatout.engine.cuda_stream import StreamedLayers
 from flatout.engine.cuda_weights import GpuWeights, load_weights, random_weights
 from flatout.engine.engine import Engine, SamplingParams
 from flatout.engine.reference import ReferenceRunner
-from flatout.engine.runner import StepInput
+from flatout.engine.runner import Runner, StepInput
+from flatout.engine.speculate import NgramProposer, Speculator
 from flatout.hardware.meter import Meter, nvml_counters
 from flatout.kernels import gpu, gpu_linear
 from flatout.kernels.gpu import Activations, Product
-from flatout.kernels.packed import dequantize, pack_bf16, pack_fp8
+from flatout.kernels.linear import FP8_MAX
+from flatout.kernels.packed import PackedWeight, dequantize, pack_bf16, pack_fp8
 
 LLAMA_8B = ModelSpec(
     family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
@@ -55,6 +68,15 @@ LLAMA_8B = ModelSpec(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
     ),
 )  # fmt: skip
+LLAMA_1B = ModelSpec(
+    family="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16,
+    num_heads=32, num_kv_heads=8, head_dim=64, max_positions=131072, rope_theta=500000.0,
+)  # fmt: skip
+LLAMA_70B = ModelSpec(
+    family="llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_layers=80,
+    num_heads=64, num_kv_heads=8, head_dim=128, max_positions=131072, rope_theta=500000.0,
+)  # fmt: skip
+SHAPES = {"8B": LLAMA_8B, "1B": LLAMA_1B, "70B": LLAMA_70B}
 RECIPES = {
     "bf16": Recipe(name="bf16"),
     "fp8": Recipe(name="fp8", layers="fp8", head="fp8"),
@@ -63,19 +85,24 @@ RECIPES = {
     "int4": Recipe(name="int4", layers="w4a16-g128", head="fp8"),
 }
 ROWS = [
-    ("decode-1", "bf16", 1, 1024),
-    ("decode-64", "bf16", 64, 1024),
-    ("decode-256", "bf16", 256, 128),
-    ("prefill", "bf16", 1, 4096),
-    ("decode-1", "fp8", 1, 1024),
-    ("decode-64", "fp8", 64, 1024),
-    ("decode-256", "fp8", 256, 128),
-    ("prefill", "fp8", 1, 4096),
-    ("decode-64", "fp8-kv8", 64, 1024),
-    ("decode-1", "int4", 1, 1024),
-    ("decode-1", "int8", 1, 1024),
+    ("decode-1", "8B", "bf16", 1, 1024),
+    ("decode-64", "8B", "bf16", 64, 1024),
+    ("decode-256", "8B", "bf16", 256, 128),
+    ("prefill", "8B", "bf16", 1, 4096),
+    ("drafts", "8B", "bf16", 1, 1024),
+    ("decode-1", "8B", "fp8", 1, 1024),
+    ("decode-64", "8B", "fp8", 64, 1024),
+    ("decode-256", "8B", "fp8", 256, 128),
+    ("prefill", "8B", "fp8", 1, 4096),
+    ("decode-64", "8B", "fp8-kv8", 64, 1024),
+    ("decode-256", "8B", "fp8-kv8", 256, 128),
+    ("decode-1", "8B", "int4", 1, 1024),
+    ("decode-1", "8B", "int8", 1, 1024),
+    ("decode-1", "1B", "bf16", 1, 128),
+    ("decode-1", "70B", "int4", 1, 1024),
+    ("offload", "8B", "bf16", 1, 128),
 ]
-"""(kind, recipe, sequences, prompt)."""
+"""(kind, shape, recipe, sequences, prompt)."""
 NEW_TOKENS = 128
 
 
@@ -113,13 +140,16 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def check(name: str, model: Model, kv_cache: str, bound: float) -> dict[str, Any]:
+def check(
+    name: str, model: Model, kv_cache: str, bound: float, runner: Runner | None = None
+) -> dict[str, Any]:
     """Logits of prompts, of chunks beside single tokens and of single tokens, and tokens chosen by graphs,
     against the reference runner, which multiplies as the formats are written. Raises SystemExit beyond the
     bound."""
     spec, device = model.spec, open_device()
     reference = ReferenceRunner(model, num_pages=8, page_size=16, as_served=False)
-    runner = CudaRunner(spec, load_weights(model, device), 8, 16, kv_cache, max_batch=4)
+    if runner is None:
+        runner = CudaRunner(spec, load_weights(model, device), 8, 16, kv_cache, max_batch=4)
     draws = np.random.default_rng(0)
     pages = [[3, 1, 4], [0, 5, 2]]
     batches = [
@@ -167,51 +197,92 @@ def checks(path: Path | None) -> Iterator[dict[str, Any]]:
         ("llama", "fp8", "fp8", "bf16", 3e-1),
         ("mistral", "fp8", "fp8", "fp8", 3e-1),
     ]
+    found: list[tuple[str, Model, str, float]] = []
     for family, layers, head, kv_cache, bound in cases:
         recipe = Recipe(name="check", layers=layers, embedding="bf16", head=head, kv_cache=kv_cache)
         model = tiny_model(tiny_spec(family, **small), recipe)
-        yield check(f"tiny {family} {layers}, cache {kv_cache}", model, kv_cache, bound)
+        found.append((f"tiny {family} {layers}, cache {kv_cache}", model, kv_cache, bound))
     if path is not None:
         checkpoint = open_checkpoint(path)
-        model = assemble(checkpoint, native_recipe(checkpoint, kv_cache="bf16"), True)
-        yield check(f"{path.name}, the file's own blocks", model, "bf16", 6e-2)
-        yield check(f"{path.name} in bf16", assemble(checkpoint, Recipe(name="bf16"), True), "bf16", 6e-2)
+        own = assemble(checkpoint, native_recipe(checkpoint, kv_cache="bf16"), True)
+        found.append((f"{path.name}, the file's own blocks", own, "bf16", 6e-2))
+        recipe = Recipe(name="bf16")
+        found.append((f"{path.name} in bf16", assemble(checkpoint, recipe, True), "bf16", 6e-2))
+    card = gpu.card(open_device())
+    compiling = [compile_ahead(model.spec, model.recipe, card, 16) for _, model, _, _ in found]
+    for thread in compiling:
+        thread.join()
+    for case in found:
+        yield check(*case)
+
+
+def product_cases(device: torch.device) -> Iterator[tuple[Activations, PackedWeight, gpu_linear.TileRoute]]:
+    """Activations, weights of the real size, and how they are cut."""
+    for fmt, n, k in itertools.product(("bf16", "fp8"), (6144, 4096), (4096, 14336)):
+        values = torch.randn(n, k, device=device, dtype=torch.bfloat16)
+        weight = pack_fp8(values) if fmt == "fp8" else pack_bf16(values)
+        for tokens in (3, 64, 100, 256):
+            rows = next(size for size in gpu_linear.TILE_ROWS if size >= tokens)
+            rule = gpu_linear.TileRoute(128, 64 if fmt == "bf16" else 128, 4 if rows == 64 else 8, 4, 1, 4)
+            x = Activations(torch.randn(tokens, k, device=device, dtype=torch.bfloat16))
+            both = [x]
+            if fmt == "fp8":  # a scale a token, and one for each 512 columns
+                groups = x.values.float().view(tokens, -1, 512)
+                scales = groups.abs().amax(2) / FP8_MAX
+                codes = (groups / scales[:, :, None]).view(tokens, k).to(torch.float8_e4m3fn)
+                whole = x.values.float().abs().amax(1) / FP8_MAX
+                both = [Activations(codes, scales)]
+                both += [Activations((x.values / whole[:, None]).to(torch.float8_e4m3fn), whole)]
+            for inputs in both:
+                yield inputs, weight, rule
+                if inputs.scales is None or inputs.scales.dim() == 1:
+                    yield inputs, weight, rule._replace(programs=0, fetch=0)
+
+
+def launched(
+    card: gpu.Card, x: Activations, weight: PackedWeight, route: gpu_linear.TileRoute
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The product as whoever reads it adds it up; of whole tiles also in float32, and its greatest."""
+    tokens, device = x.values.shape[0], x.values.device
+    cut = gpu_linear.cut_of(weight.n, weight.k, route, card.units)
+    out = torch.full((cut[0], tokens, weight.n), torch.nan, dtype=torch.bfloat16, device=device)
+    gpu_linear.multiply_tiles(card, x, weight, out, route, cut)
+    stream = torch.zeros(tokens, weight.n, device=device)
+    gains = torch.ones(weight.n, dtype=torch.bfloat16, device=device)
+    gpu.add_norm(card, stream, Product(out, cut=cut), gains, 1e-5, False)
+    if route.programs:
+        return stream, None, None
+    keys = torch.full((tokens,), -(1 << 63), dtype=torch.int64, device=device)
+    full = torch.empty(1, tokens, weight.n, device=device)
+    gpu_linear.multiply_tiles(card, x, weight, full, route, cut)
+    gpu_linear.multiply_tiles(card, x, weight, keys, route, cut, gpu_linear.gemm.ARGMAX)
+    return stream, full[0], keys
 
 
 def check_products(device: torch.device) -> Iterator[dict[str, Any]]:
     """The tensor cores' kernel on matrices of the real size, cut in every way, against float64. Parts are
     rounded to bfloat16, 2^-9 of each, and e4m3 sums lose bits on the tensor cores."""
     card = gpu.card(device)
-    for fmt, n, k, tokens in itertools.product(
-        ("bf16", "fp8"), (6144, 4096), (4096, 14336), (3, 64, 100, 256)
-    ):
-        x = Activations(torch.randn(tokens, k, device=device, dtype=torch.bfloat16))
-        values = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-        weight = pack_fp8(values) if fmt == "fp8" else pack_bf16(values)
-        if fmt == "fp8":
-            x = gpu.quantize(card, x.values)
-        rows = next(size for size in gpu_linear.TILE_ROWS if size >= tokens)
-        rule = gpu_linear.TileRoute(128, 64 if fmt == "bf16" else 128, 4 if rows == 64 else 8, 4, 1, 4)
-        scale = 1.0 if x.scales is None else x.scales.double()[:, None]
-        wanted = (x.values.double() * scale) @ dequantize(weight).double().T
-        for route in (rule, rule._replace(programs=0, fetch=0)):
-            cut = gpu_linear.cut_of(n, k, route, card.units)
-            out = torch.full((cut[0], tokens, n), torch.nan, dtype=torch.bfloat16, device=device)
-            gpu_linear.multiply_tiles(card, x, weight, out, route, cut)
-            stream = torch.zeros(tokens, n, device=device)
-            gains = torch.ones(n, dtype=torch.bfloat16, device=device)
-            gpu.add_norm(card, stream, Product(out, cut=cut), gains, 1e-5, False)
-            error = relative(stream.cpu().numpy(), wanted.cpu().numpy())
-            if not route.programs:
-                keys = torch.full((tokens,), -(1 << 63), dtype=torch.int64, device=device)
-                full = torch.empty(1, tokens, n, device=device)
-                gpu_linear.multiply_tiles(card, x, weight, full, route, cut)
-                gpu_linear.multiply_tiles(card, x, weight, keys, route, cut, gpu_linear.gemm.ARGMAX)
-                if not torch.equal(0xFFFFFFFF - (keys & 0xFFFFFFFF), full[0].argmax(dim=1)):
-                    raise SystemExit(f"{fmt} {tokens}x{n}x{k}, {route}: not the greatest")
-            yield {"product": f"{fmt} {tokens}x{n}x{k}, {cut[0]} parts", "relative_error": error}
-            if not error < (4e-3 if fmt == "bf16" else 8e-3):
-                raise SystemExit(f"{fmt} {tokens}x{n}x{k}, {route}: {error:.1e} off")
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for x, weight, route in product_cases(torch.device("meta")):
+            launched(dataclasses.replace(card, dry=True), x, weight, route)
+    for x, weight, route in product_cases(device):
+        values = x.values.double()
+        if x.scales is not None:
+            scales = x.scales.double().view(len(values), -1, 1)
+            values = (values.view(len(values), scales.shape[1], -1) * scales).view(len(values), -1)
+        stream, full, keys = launched(card, x, weight, route)
+        error = relative(stream.cpu().numpy(), (values @ dequantize(weight).double().T).cpu().numpy())
+        name = f"{weight.format} {len(values)}x{weight.n}x{weight.k}, {route}"
+        if (
+            full is not None
+            and keys is not None
+            and not torch.equal(0xFFFFFFFF - (keys & 0xFFFFFFFF), full.argmax(dim=1))
+        ):
+            raise SystemExit(f"{name}: not the greatest")
+        if not error < (4e-3 if weight.format == "bf16" else 8e-3):
+            raise SystemExit(f"{name}: {error:.1e} off")
+        yield {"product": name, "relative_error": error}
 
 
 def median_ms(work: Callable[[], Any], times: int = 15) -> float:
@@ -233,7 +304,10 @@ def ceilings(device: torch.device) -> dict[str, float]:
     """bytes/s read and copied, operations/s of an 8192^3 product in bf16 and fp8, on random data."""
     big = torch.randint(-9, 9, (1 << 28,), dtype=torch.int64, device=device)
     other = torch.empty_like(big)
+    host = torch.empty(1 << 29, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
     found = {
+        "host": host.nbytes / median_ms(lambda: there.copy_(host, non_blocking=True)) * 1e3,
         "read": big.nbytes / median_ms(big.sum) * 1e3,
         "copy": 2 * big.nbytes / median_ms(lambda: other.copy_(big)) * 1e3,
     }
@@ -251,7 +325,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
     )  # fmt: skip
     rates = {name: rate / 1e12 for name, rate in found.items()}
     print(
-        "  read {read:.2f}, copy {copy:.2f} TB/s; bf16 {bf16:.0f}, fp8 {fp8:.0f} TFLOP/s".format(**rates),
+        "  read {read:.2f}, copy {copy:.2f}, from the host {host:.3f} TB/s; "
+        "bf16 {bf16:.0f}, fp8 {fp8:.0f} TFLOP/s".format(**rates),
         flush=True,
     )
     return found
@@ -271,20 +346,21 @@ class Bench:
     weights: GpuWeights
     peaks: dict[str, float]
 
-    def engine(self, sequences: int, tokens: int) -> Engine:
+    def engine(self, sequences: int, tokens: int, drafts: bool = False) -> Engine:
         kv_cache = "fp8" if self.recipe.kv_cache == "fp8" else "bf16"
         pages = sequences * -(-tokens // 64)
         runner = CudaRunner(self.spec, self.weights, pages, 64, kv_cache, max_batch=sequences)
-        return Engine(runner, Wordless(), max_batch=sequences, prefix_reuse=False)
+        speculator = Speculator(NgramProposer()) if drafts else None
+        return Engine(runner, Wordless(), max_batch=sequences, prefix_reuse=False, speculator=speculator)
 
-    def decode(self, sequences: int, prompt: int) -> dict[str, Any]:
+    def decode(self, sequences: int, prompt: int, new: int = NEW_TOKENS) -> dict[str, Any]:
         """Steps in which all sequences get a token."""
-        engine = self.engine(sequences, prompt + NEW_TOKENS + 64)
+        engine = self.engine(sequences, prompt + new + 64)
         meter = Meter(nvml_counters())
-        self._fill(engine, sequences, prompt, 24)
+        self._fill(engine, sequences, prompt, min(new, 24))
         while engine.has_work:  # compiles and captures
             engine.step()
-        self._fill(engine, sequences, prompt, NEW_TOKENS)
+        self._fill(engine, sequences, prompt, new)
         seconds: list[float] = []
         tokens = 0
         while engine.has_work:
@@ -299,13 +375,15 @@ class Bench:
                 tokens = len(engine.scheduler.running[0].tokens)
         energy = meter.stop()
         context = tokens - len(seconds) / 2
-        cache = sequences * context * self._cache_bytes()
-        floor = (weight_bytes(self.weights) + cache) / self.peaks["read"]
+        floor = self.decode_floor(sequences, context)
+        layers = self.weights.layers
+        if isinstance(layers, StreamedLayers):
+            floor = layers.streamed_bytes / self.peaks["host"]
         # The stretch ends with steps of fewer sequences, which are few.
         joules = {
             k: v / energy.seconds * float(np.median(seconds)) / sequences for k, v in energy.joules.items()
         }
-        return self._row(seconds[2:], sequences, floor, joules, energy.missing) | {"context": context}
+        return self.row(seconds[2:], sequences, floor, joules, energy.missing) | {"context": context}
 
     def prefill(self, prompt: int) -> dict[str, Any]:
         """One prompt to its first token."""
@@ -326,11 +404,12 @@ class Bench:
         fast = "fp8" if self.recipe.layers == "fp8" else "bf16"
         floor = linears / self.peaks[fast] + attention / self.peaks["bf16"]
         joules = {k: v / 7 / prompt for k, v in energy.joules.items()}
-        return self._row(seconds[3:], prompt, floor, joules, energy.missing)
+        return self.row(seconds[3:], prompt, floor, joules, energy.missing)
 
-    def _cache_bytes(self) -> float:
+    def decode_floor(self, sequences: int, context: float) -> float:
         size = 1 if self.recipe.kv_cache == "fp8" else 2
-        return 2.0 * self.spec.num_layers * self.spec.kv_size * size
+        cache = sequences * context * 2.0 * self.spec.num_layers * self.spec.kv_size * size
+        return (weight_bytes(self.weights) + cache) / self.peaks["read"]
 
     def _fill(self, engine: Engine, sequences: int, prompt: int, new: int) -> None:
         draws = np.random.default_rng(sequences)
@@ -338,7 +417,7 @@ class Bench:
         for _ in range(sequences):
             engine.add_request(draws.integers(0, self.spec.vocab_size, prompt).tolist(), params)
 
-    def _row(
+    def row(
         self,
         seconds: list[float],
         tokens: int,
@@ -404,7 +483,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ms = [1e3 * row["seconds"][key] for key in ("median", "p20", "p80")]
         joules = row["joules_per_token"]
         lines.append(
-            f"| {row['kind']} {row['recipe']}, {row['sequences']} x {row['prompt']} "
+            f"| {row['kind']} {row['shape']} {row['recipe']}, {row['sequences']} x {row['prompt']} "
             f"| {row['tokens_per_s']:,.0f} "
             f"| {ms[0]:.3f} ({ms[1]:.3f}, {ms[2]:.3f}) | {row['floor_fraction']:.0%} "
             f"| {'-' if joules is None else f'{joules:.4f}'} |"
@@ -412,10 +491,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def save(result: dict[str, Any], path: Path | None) -> None:
+    """What there is so far."""
+    if path is not None:
+        path.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, help="a real model to check against, e.g. SmolLM2's GGUF file")
     parser.add_argument("--rows", help="only rows of these kinds, e.g. decode-1,prefill")
+    parser.add_argument("--shapes", help="only these shapes, e.g. 8B,70B")
     parser.add_argument("--recipes", help="only these recipes, e.g. bf16,fp8")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--no-checks", action="store_true", help="speed alone")
@@ -431,7 +517,7 @@ def main() -> int:
         "command": " ".join(["python", *(a if not a.startswith("/") else Path(a).name for a in sys.argv)]),
         "hardware": {"name": torch.cuda.get_device_name(device), "kind": "gpu", "cores": 1},
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-        "weights": "random, shape of Llama-3.1-8B",
+        "weights": "random, shapes of Llama-3.1-8B, Llama-3.2-1B and Llama-3.1-70B",
     }
     if not options.no_checks:
         print("checks against the reference runner")
@@ -440,24 +526,37 @@ def main() -> int:
     print("ceilings")
     result["ceilings"] = ceilings(device)
     rows: list[dict[str, Any]] = []
+    result["rows"] = rows
     wanted = [
         row for row in ROWS
         if (not options.rows or row[0] in options.rows.split(","))
-        and (not options.recipes or row[1] in options.recipes.split(","))
+        and (not options.shapes or row[1] in options.shapes.split(","))
+        and (not options.recipes or row[2] in options.recipes.split(","))
     ]  # fmt: skip
-    held: tuple[tuple[str, str], GpuWeights] | None = None
-    for kind, name, sequences, prompt in wanted:
-        recipe = RECIPES[name]
-        if held is None or held[0] != (recipe.layers, recipe.head):
+    held: tuple[tuple[str, str, str, bool], GpuWeights] | None = None
+    for kind, shape, name, sequences, prompt in wanted:
+        recipe, streamed = RECIPES[name], kind == "offload"
+        key = shape, recipe.layers, recipe.head, streamed
+        if held is None or held[0] != key:
             held = None
             torch.cuda.empty_cache()
-            held = (recipe.layers, recipe.head), random_weights(LLAMA_8B, recipe, device)
-        bench = Bench(LLAMA_8B, recipe, held[1], result["ceilings"])
-        found = bench.prefill(prompt) if kind == "prefill" else bench.decode(sequences, prompt)
-        rows.append({"kind": kind, "recipe": name, "sequences": sequences, "prompt": prompt} | found)
+            resident = 0 if streamed else None
+            held = key, random_weights(SHAPES[shape], recipe, device, resident=resident)
+        bench = Bench(SHAPES[shape], recipe, held[1], result["ceilings"])
+        if kind == "prefill":
+            found = bench.prefill(prompt)
+        elif kind == "drafts":
+            found = gpu_drafts.measure(bench, prompt)
+            held = None
+        else:
+            found = bench.decode(sequences, prompt, 20 if streamed else NEW_TOKENS)
+        shown = {"kind": kind, "shape": shape, "recipe": name, "sequences": sequences, "prompt": prompt}
+        rows.append(shown | found)
         print(table(rows[-1:]).splitlines()[-1], flush=True)
+        save(result, options.out)
+        del bench
+        gc.collect()  # a runner and its decoder hold each other
         torch.cuda.empty_cache()
-    result["rows"] = rows
     if not options.rows:
         print("starts")
         del held
@@ -465,8 +564,7 @@ def main() -> int:
         result["start_s"] = starts()
     print(table(rows))
     print(f"{time.perf_counter() - begin:.0f} s")
-    if options.out is not None:
-        options.out.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+    save(result, options.out)
     return 0
 
 

@@ -1,8 +1,8 @@
 """Measure how the kernels that multiply are best launched on this card (perf/gpu_routes.py).
 
-    python benchmarks/gpu_routes.py [--recipes bf16,fp8,int4] [--rows 1,64,256] [--write FILE.json]
+    python benchmarks/gpu_routes.py [--recipes bf16,int4] [--rows 1,64] [--shape 8B] [--write FILE.json]
 
-The shape of Llama-3.1-8B, random weights. Prints the table; --write puts it into a file that has the form of
+Shapes of Llama, random weights. Prints the table; --write puts it into a file that has the form of
 src/flatout/kernels/triton/routes.json. About a minute for each recipe and number of rows.
 """
 
@@ -17,27 +17,19 @@ from pathlib import Path
 
 import torch
 
-from flatout.perf.gpu_routes import KERNELS, Setting, supported, tune
+from flatout.perf.gpu_routes import KERNELS, Setting, supported, table_text, tune
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gpu_engine import LLAMA_8B, RECIPES
+from gpu_engine import RECIPES, SHAPES
 
 CONTEXTS = {1: 1088, 64: 1088, 128: 512, 256: 192}
-
-
-def table_text(table: dict[str, dict[str, list[int]]]) -> str:
-    """One line a setting."""
-    cards = []
-    for card, entries in table.items():
-        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
-        cards.append(f" {json.dumps(card)}: {{\n{lines}\n }}")
-    return "{\n" + ",\n".join(cards) + "\n}\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipes", default="bf16,fp8,int8,int4")
     parser.add_argument("--rows", default="1")
+    parser.add_argument("--shape", default="8B", choices=SHAPES)
     parser.add_argument("--write", type=Path, help="where the table goes; what is there already stays")
     parser.add_argument("--kernels", default=",".join(KERNELS), help="only these")
     options = parser.parse_args()
@@ -50,7 +42,10 @@ def main() -> int:
             begin = time.perf_counter()
             processes = min(14, os.cpu_count() or 1)
             # The first measurement of a weight stands: int4 has its head in fp8.
-            found = tune(LLAMA_8B, RECIPES[name], rows, CONTEXTS[rows], processes, kernels=kernels) | found
+            found = (
+                tune(SHAPES[options.shape], RECIPES[name], rows, CONTEXTS[rows], processes, kernels=kernels)
+                | found
+            )
             print(f"{time.perf_counter() - begin:.0f} s", flush=True)
             torch.cuda.empty_cache()
             if options.write is not None:

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flatout.kernels.triton import attention, elementwise, gemm, gemv, sample, words
+from flatout.kernels.triton import attention, elementwise, exchange, gemm, gemv, sample, words
 
 F32, BF16, FP8, I32, I64 = "*fp32", "*bf16", "*fp8e4nv", "*i32", "*i64"
 
@@ -51,6 +51,7 @@ def kernels(
             yield f"unpack {fmt.value}", gemv.unpack, types, constants, 4
     heads = {"token_scales": F32, "row_scales": F32, "bias": F32, "q_gains": BF16, "k_gains": BF16}
     heads |= {"cos": F32, "sin": F32, "positions": I32, "eps": "fp32", "out": BF16, "part_size": "i32"}
+    heads |= {"out_scales": F32}
     for cache in (BF16, FP8) if fp8 else (BF16,):
         types = heads | {"qkv": F32, "keys": cache, "values": cache}
         constants = {
@@ -71,7 +72,7 @@ def kernels(
             yield (
                 f"attention {cache} {splits}",
                 attention.decode_attention,
-                types | more,
+                types | more | ({"out": FP8} if cache == FP8 else {}),
                 constants | split,
                 4,
             )
@@ -105,18 +106,35 @@ def kernels(
             types["out"] = I64 if epilogue.value == gemm.ARGMAX.value else BF16
             constants = {
                 "K": 4096, "BLOCK_T": tokens, "BLOCK_N": 128, "BLOCK_K": 64, "CUT": cut, "SCALED": eight,
-                "EPILOGUE": epilogue, "FETCH": 4, "PDL": pdl,
+                "X_GROUP": 512 if eight and tokens == 64 else 0, "EPILOGUE": epilogue, "FETCH": 4, "PDL": pdl,
                 "COMPUTE": tl.float8e4nv if eight else tl.bfloat16,
             }  # fmt: skip
             yield f"gemm {eight} {tokens}", gemm.gemm, types, constants, 4 if tokens == 64 else 8
     if fp8:
         types = places | {"x": BF16, "out": FP8, "D": "i32"}
         yield "quantize", elementwise.quantize, types, {"BLOCK": 4096, "PDL": pdl}, 8
+    for greatest in (False, True):
+        kind = I64 if greatest else F32
+        types = {
+            "part": kind,
+            "x": kind,
+            "x_bf16": BF16,
+            "rooms": I64,
+            "flags": I64,
+            "counts": I32,
+            "size": "i32",
+        }
+        constants = {
+            "RANK": 0, "RANKS": 2, "CAPACITY": 8192, "BLOCK": 128, "GREATEST": greatest,
+            "TWICE": not greatest, "PDL": pdl,
+        }  # fmt: skip
+        yield f"exchange {greatest}", exchange.exchange, types, constants, 1
     types = {"tokens": I32, "table": BF16, "x": F32, "x_bf16": BF16, "D": "i32", "factor": "fp32"}
     yield "embed", elementwise.embed, types, {"BLOCK": 1024, "PDL": pdl}, 4
     types = {"logits": F32, "keys": I64, "V": "i32"}
     yield "argmax", sample.argmax, types, {"BLOCK": 4096, "PDL": pdl}, 8
     types = {"keys": I64, "drawn": I32, "temperature": F32, "tokens": I32, "positions": I32, "rows": "i32"}
+    types |= {"results": I32, "turn": I32, "capacity": "i32"}
     yield "advance", sample.advance, types, {"DRAWN": True, "ROWS": 64, "PDL": pdl}, 4
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from tests.tiny import tiny_model, tiny_spec
 
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
-from flatout.engine.cuda import CudaRunner, check_formats, pages_that_fit
+from flatout.engine.cuda import CudaRunner, check_formats
+from flatout.engine.cuda_memory import pages_that_fit
 from flatout.engine.cuda_weights import check_shapes, load_weights
 from flatout.engine.load import load
 from flatout.engine.reference import ReferenceRunner
@@ -179,3 +182,10 @@ def test_what_a_card_cannot_do() -> None:
 def test_no_gpu_is_said_before_anything_is_read() -> None:
     with pytest.raises(BackendError, match="needs a GPU, its driver and a PyTorch built for it"):
         load("no-such-model", runner="cuda")
+
+
+def test_the_runner_starts_without_pytorchs_compiler() -> None:
+    """Its import takes longer than that of everything else."""
+    code = "import sys, flatout.engine.cuda_compile, flatout.engine.load; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch._dynamo", "torch._inductor", "sympy", "transformers"} & set(run.stdout.split()) == set()

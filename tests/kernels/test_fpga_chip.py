@@ -14,6 +14,9 @@ from flatout.core.formats import uniform
 from flatout.fpga.chip import write_chip
 from flatout.fpga.compile import Shape, compile_model
 from flatout.fpga.model import KeyValues, forward, integer_model
+from flatout.fpga.simulate import Accelerator
+from flatout.fpga.synthesis import netlist
+from flatout.fpga.trace import cache_differences
 from flatout.hardware.verilator import find_verilator
 
 CHIP = Shape(
@@ -52,3 +55,19 @@ def test_a_chip_answers_as_the_specification(tmp_path: Path) -> None:
     for _ in range(12):
         tokens.append(int(forward(design.model, np.array(tokens[-1:]), memory).argmax()))
     assert found == tokens[1:]
+
+
+@pytest.mark.fpga
+@pytest.mark.slow
+@simulated
+def test_the_netlist_answers_as_the_specification(tmp_path: Path) -> None:
+    """Synthesised for ECP5, registers moved into multipliers, simulated cell by cell: logits and cache."""
+    pytest.importorskip("pyosys", reason="pip install pyosys")
+    spec = tiny_spec(num_kv_heads=4)
+    design = compile_model(integer_model(tiny_model(spec, uniform("w4a8-g32")), 16), CHIP, 64)
+    kept = KeyValues(spec, 64)
+    with Accelerator(design, netlist=netlist(CHIP, tmp_path)) as accelerator:
+        for token in (5, 300, 17):
+            found = accelerator.run([token], limit=10**5)
+            np.testing.assert_array_equal(found.logits, forward(design.model, np.array([token]), kept))
+        assert cache_differences(design, accelerator.image, kept) == 0

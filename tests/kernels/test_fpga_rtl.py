@@ -81,7 +81,7 @@ def keys_and_values(design: Compiled, image: np.ndarray, length: int) -> tuple[n
 
 @pytest.mark.fpga
 @simulated
-@pytest.mark.parametrize("name", ["w4a8-g32", "w8a8-g64"])
+@pytest.mark.parametrize("name", ["w4a8-g32", "w8a8-g64", "w8a8"])
 def test_every_tensor_of_a_tiny_model_is_the_specification(name: str) -> None:
     run(compiled(name), [1, 2, 1, 2, 2, 2, 1, 2], MemoryModel())
 

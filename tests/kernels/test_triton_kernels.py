@@ -145,7 +145,7 @@ def test_decode_attention(splits: int, window: int | None) -> None:
     )
     turns = angles.cos(), angles.sin()
     gpu_attention.decode_attention(
-        CPU, spec, Product(qkv), HeadWeights(), turns, cache, pages, positions, plan, out
+        CPU, spec, Product(qkv), HeadWeights(), turns, cache, pages, positions, plan, Activations(out)
     )
     assert not plan.counters.any()
     assert out[1].isnan().all()  # a row that is not used
@@ -159,6 +159,25 @@ def test_decode_attention(splits: int, window: int | None) -> None:
         assert close(cache.values[slot], v[0], BF16)
         k, v = torch.cat([keys[s, :p].float(), k]), torch.cat([values[s, :p].float(), v])
         assert close(out[s], attention(q, k, v, torch.tensor([p]), window)[0], 2 * BF16)
+    eight = torch.full((4, heads * size), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scales = torch.full((4, kv_heads), torch.nan)
+    gpu_attention.decode_attention(
+        CPU,
+        spec,
+        Product(qkv),
+        HeadWeights(),
+        turns,
+        cache,
+        pages,
+        positions,
+        plan,
+        Activations(eight, scales),
+    )
+    assert scales[1].isnan().all()
+    for s in (0, 2, 3):
+        grouped = eight[s].float().view(kv_heads, -1)
+        assert (grouped.abs().amax(1) >= 416.0).all()  # each group uses the whole range
+        assert close(grouped * scales[s][:, None], out[s].view(kv_heads, -1), 2.0**-3)
 
 
 def test_norms_and_activations() -> None:
@@ -205,7 +224,10 @@ def test_greedy_choice() -> None:
         torch.tensor([4, 0, 1, -1, 7, 8], dtype=torch.int32),
     )
     gpu.argmax_keys(CPU, logits, keys)
-    gpu.advance(CPU, keys, None, torch.zeros(6), tokens, positions)
+    results, turn = torch.full((2, 8), 7, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    gpu.advance(CPU, keys, None, torch.zeros(6), tokens, positions, results, turn)
+    assert results.tolist() == [[*tokens.tolist(), 7, 7], [7] * 8]
+    assert turn.tolist() == [0]
     assert tokens.tolist() == [int(logits[0].argmax()), 3, -1, -1, -1, int(logits[5].argmax())]
     assert positions.tolist() == [5, 1, 2, -1, 8, 9]
     assert (keys == -(1 << 63)).all()
@@ -262,6 +284,27 @@ def test_tiles(fmt: str, n: int, k: int, units: int, programs: int, tokens: int)
         activated = torch.full((tokens, n // 2), torch.nan).bfloat16()
         gpu_linear.multiply_tiles(card, x, w, activated, route, cut, gpu_linear.gemm.SILU)
         assert close(activated, torch.nn.functional.silu(wanted[:, 0::2]) * wanted[:, 1::2], BF16)
+
+
+@pytest.mark.parametrize("units", [1, 5])
+def test_tiles_of_activations_in_groups(units: int) -> None:
+    """A scale for each 48 columns of a token, which blocks of 16 meet one after another."""
+    torch.manual_seed(units)
+    card = dataclasses.replace(CPU, units=units)
+    n, k, group, tokens = 80, 192, 48, 5
+    w = weight("fp8", n, k, 0, False)
+    values = torch.randn(tokens, k // group, group) * torch.logspace(-2, 2, k // group)[None, :, None]
+    scales = values.abs().amax(2) / 448.0
+    codes = (values / scales[:, :, None]).to(torch.float8_e4m3fn)
+    x = Activations(codes.view(torch.uint8).view(tokens, k).view(torch.float8_e4m3fn), scales)
+    route = gpu_linear.TileRoute(32, 16, 4, 3, 1, 0)
+    cut = gpu_linear.cut_of(n, k, route, units)
+    out = torch.full((cut[0], tokens, n), torch.nan).bfloat16()
+    gpu_linear.multiply_tiles(card, x, w, out, route, cut)
+    wanted = (codes.double() * scales.double()[:, :, None]).view(tokens, k) @ dequantize(w).double().T
+    stream = torch.zeros(tokens, n)
+    gpu.add_norm(CPU, stream, Product(out, cut=cut), torch.ones(n).bfloat16(), 1e-5, fp8=False)
+    assert close(stream, wanted, BF16)
 
 
 def test_every_block_has_one_owner() -> None:

@@ -20,7 +20,7 @@ from flatout.errors import ModelFileError, ResourceError
 
 FLAGS = {
     "doctor": {"--json"},
-    "profile": {"--batch", "--prompt", "--output", "--threads", "--json"},
+    "profile": {"--batch", "--prompt", "--output", "--threads", "--tune", "--json"},
     "optimize": {
         "--out", "--max-loss", "--recipe", "--objective", "--workload", "--text", "--trace", "--portable",
         "--max-memory", "--dollars-per-hour", "--threads", "--fresh", "--resume", "--json",
@@ -32,13 +32,13 @@ FLAGS = {
     "export": {"--to", "--out", "--recipe", "--vocabulary", "--text", "--json"},
     "bench": {"--against", "--original", "--threads", "--rounds", "--passages", "--out", "--json"},
     "fpga": {
-        "--board", "--recipe", "--tokens", "--context", "--columns", "--answer", "--synth", "--out",
-        "--report", "--json",
+        "--board", "--recipe", "--tokens", "--context", "--columns", "--answer", "--explore", "--synth",
+        "--out", "--report", "--json",
     },
     "train": {"--out", "--fresh", "--resume", "--json"},
     "run": {
         "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--runner",
-        "--speculate", "--draft", "--json",
+        "--speculate", "--draft", "--gpus", "--json",
     },
 }  # fmt: skip
 """A flag must prove its need: adding one means adding it here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +12,18 @@ from tests.tiny import tiny_model, tiny_spec
 
 from flatout.cli.main import main
 from flatout.core.formats import uniform
-from flatout.errors import ConfigError
+from flatout.errors import BackendError, ConfigError, ResourceError
 from flatout.fpga import fit as module
 from flatout.fpga.boards import BOARDS, board
 from flatout.fpga.compile import Shape, compile_model, linear_stream
+from flatout.fpga.cycles import predict_cycles
 from flatout.fpga.evaluate import losses, memory_model
+from flatout.fpga.explore import explore
 from flatout.fpga.fit import dsp_blocks, fit, tiles
 from flatout.fpga.model import integer_linear, integer_model
 from flatout.fpga.program import OPS, includes, mode, op, pack
 from flatout.fpga.spec import EXP2
+from flatout.hardware import verilator as simulator
 
 SHAPE = Shape(lanes=16, columns=2, program_log2=7, rows_log2=7, codes_log2=5, context_log2=6, heads_log2=3)
 
@@ -116,3 +120,47 @@ def test_a_stream_holds_every_weight_once(name: str, paired: bool) -> None:
 
 def test_perplexity_of_even_logits_is_the_size_of_the_vocabulary() -> None:
     assert np.exp(losses(np.full((3, 50), 7 << 16), np.array([1, 2, 3]))) == pytest.approx([50, 50, 50])
+
+
+def test_designs_are_compared_without_weights() -> None:
+    """A model without weights has the cycles of one with; what breaks a limit is named and comes last."""
+    spec = tiny_spec(hidden_size=256, intermediate_size=512, head_dim=64)
+    found = explore(spec, BOARDS["kv260"], 300, 64, 0.5)
+    assert len(found) == 2 * 3 * 8 * 3
+    refused = [bool(design.why_not) for design in found]
+    assert refused == sorted(refused)
+    (plain,) = [d for d in found if (d.bits, d.kept, d.columns, d.lanes) == (4, 1.0, 4, 64)]
+    model = integer_model(tiny_model(spec, uniform("w4a8-g64")), 64)
+    design = compile_model(model, Shape(columns=4), 128)
+    one, four = (predict_cycles(design, 64, count, memory_model(BOARDS["kv260"], 300)) for count in (1, 4))
+    assert plain.tokens_per_s == pytest.approx(3e8 / one)
+    assert plain.guessing_tokens_per_s == pytest.approx(3e8 * (1 + 0.5 + 0.25 + 0.125) / four)
+    assert plain.bytes_per_token == 64 * sum(design.stream_beats.values())
+    best = found[0]
+    assert best.guessing_tokens_per_s >= plain.guessing_tokens_per_s
+    (wide, *_) = [d for d in found if d.lanes == 128 and d.columns == 4]
+    assert any("bus: 38.4 GB/s of 19.2" in reason for reason in wide.why_not)
+    with pytest.raises(ConfigError, match=r"a chance in \[0, 1\)"):
+        explore(spec, BOARDS["kv260"], 300, 64, 1.0)
+
+
+def test_an_old_simulator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "verilator"
+    monkeypatch.setattr(simulator, "find_verilator", lambda: simulator.Verilator(command=old, environment={}))
+    for said, sound in (("Verilator 4.038 2020-07-11", False), ("Verilator 5.006 2023", True), ("v", True)):
+        old.write_text(f"#!/bin/sh\necho '{said}'\n")
+        old.chmod(0o755)
+        if sound:
+            assert simulator.require_verilator().command == old
+        else:
+            with pytest.raises(BackendError, match=r"5\.006 or newer; found: Verilator 4\.038"):
+                simulator.require_verilator()
+
+
+def test_the_nearest_thing_that_fits_is_named() -> None:
+    model = integer_model(tiny_model(tiny_spec(), uniform("w4a8-g32")), 64)
+    with pytest.raises(ResourceError, match=r"layers\.0\.qkv: groups of 32.*try: .*recipe w4a8-g64"):
+        compile_model(model, Shape(), 40)
+    model = integer_model(tiny_model(tiny_spec(), uniform("w4a8-g32")), 16)
+    with pytest.raises(ResourceError, match=r"positions: 65 > 64; try: positions up to 64"):
+        compile_model(model, SHAPE, 65)

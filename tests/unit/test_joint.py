@@ -224,3 +224,63 @@ def test_a_repeated_search_does_not_measure_sensitivities_again(tmp_path: Path) 
     assert "sensitivity" not in again.calls
     assert result["optimized"]["recipe"].startswith("joint-")
     assert np.isfinite(result["optimized"]["loss"])
+
+
+class Disturbed(JointBench):
+    """A neighbour keeps the machine busy while the first found recipe is timed for the first time."""
+
+    def profile(self, recipe: Recipe, *rest: Any) -> Any:
+        first = (recipe.name, "profile") not in self.calls_of
+        self.calls_of.append((recipe.name, "profile"))
+        self.slowed = 3.0 if recipe.name == "joint-1" and first else 1.0
+        try:
+            return super().profile(recipe, *rest)
+        finally:
+            self.slowed = 1.0
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale)
+        self.calls_of: list[tuple[str, str]] = []
+        self.slowed = 1.0
+
+    def _seconds(self, name: str) -> dict[str, float]:
+        return {phase: self.slowed * seconds for phase, seconds in super()._seconds(name).items()}
+
+
+def test_a_time_that_nobody_expected_is_taken_again(tmp_path: Path) -> None:
+    quiet, bench = JointBench(scale=1.0), Disturbed(scale=1.0)
+    expected = run(quiet, tmp_path / "quiet", fresh=True)
+    found = run(bench, tmp_path / "out", fresh=True)
+    assert bench.calls_of.count(("joint-1", "profile")) == 2
+    assert found["optimized"]["recipe"] == expected["optimized"]["recipe"]
+    measured = [rows(result)["joint-1"]["measured"]["workload_s"] for result in (found, expected)]
+    assert measured[0] == pytest.approx(measured[1])
+
+
+@pytest.mark.parametrize(("max_loss", "built"), [("0.2%", False), ("5%", True)])
+def test_a_uniform_recipe_of_the_same_calibration_joins_when_it_may_keep_the_budget(
+    tmp_path: Path, max_loss: str, built: bool
+) -> None:
+    row = rows(run(JointBench(scale=1.0), tmp_path / "out", max_loss=max_loss))["w6a16/smooth-gptq"]
+    assert (row["loss"] is not None) == built
+    assert built or row["status"] == "rejected"
+
+
+def test_a_proposal_keeps_away_from_the_edge_until_losses_are_known() -> None:
+    losses = losses_of(FLOAT)
+    from fake_bench import HARDWARE
+
+    from flatout.core.types import Workload
+    from flatout.perf.predict import Calibration
+
+    joint = Joint(FLOAT, losses, losses, HARDWARE, Workload(prompt=1, output=16), 2)
+    known = Calibration(fractions={}, interactions={})
+    edge = joint.propose(0.0045, known, ORIGINAL)
+    assert edge is not None
+    joint.seen.append(Observation(expected=0.004, measured=0.004, error=1e-9))
+    certain = joint.propose(0.0045, known, ORIGINAL)
+    assert certain is not None
+    before, after = joint.expected(edge), joint.expected(certain)
+    assert before is not None
+    assert after is not None
+    assert before < after < 0.0045

@@ -93,6 +93,15 @@ def test_finer_formats_lose_less(library: Library) -> None:
     assert spread["kv_cache", "int8"] == nearest["kv_cache", "int8"] > spread["kv_cache", "bf16"] > 0
 
 
+def test_what_gptq_leaves_at_six_bits_is_what_was_measured(library: Library) -> None:
+    text = documents(SPEC, 6, 48)
+    spread, _ = expected_losses(library, text, choices(SPEC, "w8a16", "w6a16"))
+    kinds = [(kind, "w6a16") for kind in KINDS]
+    measured = divergences(library, text[-4:], kinds, by_gptq=True)
+    for kind, name in kinds:
+        assert summed(spread, kind, name) == pytest.approx(measured[kind, name], rel=0.01)
+
+
 def test_blocks_of_the_file_lose_nothing_by_their_weights() -> None:
     source = tiny_source(SPEC, layers="q4_1", head="q8_0")
     library = Library(source, documents(SPEC, 2, 48))

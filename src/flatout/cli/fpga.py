@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flatout.cli.output import Progress, aligned, log, print_json
-from flatout.errors import BackendError
+
+if TYPE_CHECKING:
+    from flatout.fpga.boards import Board
+
+_SHOWN = 8
 
 
 def fpga(
@@ -22,6 +26,13 @@ def fpga(
     answer: Annotated[
         int, typer.Option(help="Tokens to decode, guesses judged together with them.", min=0)
     ] = 0,
+    explore: Annotated[
+        bool,
+        typer.Option(
+            "--explore",
+            help="Compare designs (bits, FFN, columns, bus) under the board's limits only.",
+        ),
+    ] = False,
     synth: Annotated[
         bool, typer.Option("--synth", help="Count cells by synthesis with Yosys (minutes), not by structure.")
     ] = False,
@@ -50,12 +61,13 @@ def fpga(
     from flatout.fpga.boards import board as board_of
     from flatout.fpga.compile import Shape
     from flatout.fpga.evaluate import evaluate
-    from flatout.fpga.synthesis import synthesise
-    from flatout.hardware.verilator import REMEDY, find_verilator
+    from flatout.fpga.synthesis import find_tool, synthesise
+    from flatout.hardware.verilator import require_verilator
 
     target = board_of(board)
-    if find_verilator() is None:
-        raise BackendError("simulation needs Verilator", "none found", REMEDY)
+    if explore:
+        return _explore(model, target, context, as_json)
+    require_verilator()
     if is_artifact(model):
         loaded, tokenizer, _ = load_artifact(model)
     else:
@@ -70,9 +82,10 @@ def fpga(
             break
     shape = Shape(columns=columns)
     if synth:
-        log("synthesising with Yosys")
+        find_tool("yosys")
     found = evaluate(
-        loaded, target, np.array(text), shape=shape, synthesis=synthesise(shape, "xcup") if synth else None,
+        loaded, target, np.array(text), shape=shape,
+        synthesise=(lambda: synthesise(shape, "xcup")) if synth else None,
         tokens=tokens, context=context,
         answer=answer, out=Path(out) if out else None,        progress=None if as_json else Progress(),
     )  # fmt: skip
@@ -111,3 +124,31 @@ def fpga(
         print(aligned(rows, right=False))
     same = found.speculative is None or found.speculative.identical
     return 0 if found.bit_exact and same and found.fit.fits else 3
+
+
+def _explore(model: str, board: Board, context: int, as_json: bool) -> int:
+    """Print all designs, the best first; the table shows those that fit and the first that do not."""
+    from flatout.core.artifact import is_artifact, load_artifact
+    from flatout.core.checkpoint import open_checkpoint
+    from flatout.fpga.evaluate import CLOCKS_MHZ
+    from flatout.fpga.explore import ACCEPTANCE, TIER, explore
+
+    spec = load_artifact(model)[0].spec if is_artifact(model) else open_checkpoint(model).spec
+    clock = CLOCKS_MHZ[-1]
+    found = explore(spec, board, clock, context, ACCEPTANCE)
+    if as_json:
+        print_json(
+            {"board": board.name, "clock_mhz": clock, "context": context, "acceptance": ACCEPTANCE,
+             "tier": TIER, "designs": found}
+        )  # fmt: skip
+        return 0
+    rows = [["bits", "FFN", "together", "bus", "tokens/s", "with guesses", "DSP", "BRAM", ""]]
+    fitting = [design for design in found if not design.why_not]
+    for d in fitting + [design for design in found if design.why_not][:_SHOWN]:
+        rows.append(
+            [str(d.bits), f"{d.kept:.0%}", str(d.columns), f"{8 * d.lanes}", f"{d.tokens_per_s:.0f}",
+             f"{d.guessing_tokens_per_s:.0f}", str(d.dsp_blocks), str(d.block_rams), "; ".join(d.why_not)]
+        )  # fmt: skip
+    print(aligned(rows, right=False))
+    print(f"{TIER}; {clock} MHz, after {context} tokens, {ACCEPTANCE:.0%} of guesses come true")
+    return 0

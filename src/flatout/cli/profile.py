@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flatout.cli.output import aligned, log, print_json
 from flatout.core.types import Workload
+from flatout.errors import BackendError
 from flatout.perf.profile import Profile
 from flatout.perf.profile import profile as run_profile
 from flatout.perf.timing import Progress as Callback
@@ -24,10 +25,17 @@ def profile(
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
     output: Annotated[int, typer.Option(help="Tokens generated for each prompt.")] = 32,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(help="Measure how this GPU's kernels are best launched for such steps, and keep it."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: ceilings, floor, ops.")] = False,
 ) -> None:
     """Measure where the time of a model goes, and how far each op is from the least time it could take."""
     workload = Workload(batch=batch, prompt=prompt, output=output)
+    if tune:
+        _tune(model, workload, as_json)
+        return
     with _progress() as progress:
         result = run_profile(model, workload, threads=threads, progress=progress)
     if as_json:
@@ -36,6 +44,24 @@ def profile(
         print(_table(model, result))
     for warning in result.warnings:
         log(f"warning: {warning}")
+
+
+def _tune(model: str, workload: Workload, as_json: bool) -> None:
+    try:
+        from flatout.perf.gpu_routes import tune_model
+    except ImportError as error:
+        raise BackendError(
+            "--tune needs a GPU and Triton 3.6 or newer", str(error), "pip install 'triton>=3.6'"
+        ) from error
+    context = workload.prompt + workload.output // 2
+    path, found = tune_model(model, workload.batch, context, log)
+    if as_json:
+        print_json({"model": model, "workload": workload, "path": str(path), "settings": found})
+    else:
+        print(
+            aligned([[kernel, " ".join(map(str, setting))] for kernel, setting in found.items()], right=False)
+        )
+        log(f"kept in {path}")
 
 
 @contextmanager

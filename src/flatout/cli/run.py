@@ -47,6 +47,7 @@ def run(
     draft: Annotated[
         str | None, typer.Option(help="A cheaper model of the same vocabulary that guesses where that pays.")
     ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs that share the model, with --runner cuda.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, tokens_per_s.")] = False,
 ) -> None:
     """Generate text with an artifact or a checkpoint, or talk when no prompt is given."""
@@ -57,7 +58,7 @@ def run(
         raise ConfigError(
             "--json prints one answer, so it needs a prompt", "none", 'flatout run MODEL "Hello"'
         )
-    engine = load(model, runner=runner, threads=threads, speculate=speculate, draft=draft)
+    engine = load(model, runner=runner, threads=threads, speculate=speculate, draft=draft, gpus=gpus)
     if prompt is None:
         log(f"{model} on {engine.runner.name}; /help lists commands")
         with _history():

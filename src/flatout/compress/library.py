@@ -2,13 +2,12 @@
 
 Method smooth-gptq: linears whose activations share one int8 scale a token are smoothed (compress/smooth.py),
 and all linears are rounded by GPTQ (compress/gptq.py). Factors and Hessians are those of the original's
-activations, so what a linear becomes depends on its own format (and, as to the size of its rows, on whether
-what it feeds is smoothed) and on nothing else in the recipe. That is what lets a search change one layer of a
-candidate and build the rest from what it has.
+activations, so the codes of a linear depend on its own format and on nothing else in the recipe; where it
+feeds a smoothed linear its rows are divided, and that goes into their scales. That is what lets a search
+change one layer of a candidate and build the rest from what it has.
 
-Memory: half of 4 bytes x K^2 for every linear (core.costs.moment_bytes; 200 MB for SmolLM2-135M), as much
-again for what rounding makes of them, twice where they are smoothed in some recipes only, and a byte a weight
-for every format used.
+Memory: half of 4 bytes x K^2 for every linear (core.costs.moment_bytes; 200 MB for SmolLM2-135M) and a byte a
+weight for every format used.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import Tensor
 from flatout.compress.gptq import (
     DAMPING,
     PASSES,
+    REFINED,
     Factor,
     damped,
     factorise,
@@ -31,11 +31,11 @@ from flatout.compress.gptq import (
 from flatout.compress.inputs import linear_inputs
 from flatout.compress.method import Progress
 from flatout.compress.refine import refine
-from flatout.compress.rescale import owner_of, rescaled
-from flatout.compress.rtn import to_nearest
+from flatout.compress.rescale import Rescaled, owner_of, rescaled
+from flatout.compress.rtn import to_nearest, with_scales
 from flatout.compress.smooth import factors_for, smoothable
 from flatout.core.formats import Format, Recipe
-from flatout.core.fuse import Source, float_weight, native_format
+from flatout.core.fuse import Source, float_weight, native_format, source_names
 from flatout.core.model import Model, Weight, expected_weights
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
@@ -56,8 +56,7 @@ class Library:
             raise ConfigError("a library needs calibration text", "none", "give token lists")
         self.source = source
         self._moments: dict[str, np.ndarray] = {}  # upper triangles
-        self._factors: dict[tuple[str, bool], Factor] = {}
-        self._weights: dict[tuple[str, str, bool, bool], Weight] = {}
+        self._rounded: dict[tuple[str, str, bool], QuantizedTensor] = {}
         total = source.spec.num_layers * len(source.spec.linears()) + 1
         self._smoothing: dict[str, np.ndarray] = {}
 
@@ -86,19 +85,23 @@ class Library:
         return moments
 
     def factor(self, name: str, smoothed: bool) -> Factor:
-        """The Hessian of linear `name`, of its smoothed inputs if asked for, ready for rounding."""
-        key = (name, smoothed)
-        if key not in self._factors:
-            self._factors[key] = factorise(self.moments(name, smoothed), DAMPING)
-        return self._factors[key]
+        """The Hessian of linear `name`, of its smoothed inputs if asked for, ready for rounding; made anew
+        each time, in a hundredth of a second."""
+        return factorise(self.moments(name, smoothed), DAMPING)
 
-    def rounded(self, name: str, weight: np.ndarray, smoothed: bool, fmt: Format) -> QuantizedTensor:
-        """The `weight` (N, K) of linear `name`, spread and, below 8 bits, refined: what method gptq does to
-        one linear, for the activations of the original. smoothed: the weight takes smoothed inputs."""
-        rounded = spread(weight, self.factor(name, smoothed), fmt)
-        if fmt.bits >= 8:
-            return rounded
-        return refine(weight, damped(self.moments(name, smoothed)), rounded, PASSES)
+    def rounded(self, name: str, smoothed: bool, fmt: Format) -> QuantizedTensor:
+        """Linear `name` spread and, where it is coarse, refined: what method gptq does to one linear, for the
+        activations of the original; smoothed ones if asked for. Made once."""
+        key = (name, fmt.name, smoothed)
+        if key not in self._rounded:
+            weight = float_weight(self.source, name)
+            if smoothed:
+                weight = weight * self.smoothing(name)
+            rounded = spread(weight, self.factor(name, smoothed), fmt)
+            if fmt.bits <= REFINED:
+                rounded = refine(weight, damped(self.moments(name, smoothed)), rounded, PASSES)
+            self._rounded[key] = rounded
+        return self._rounded[key]
 
     def model(self, recipe: Recipe, progress: Progress | None = None) -> Model:
         """The model under `recipe`. Embedding and head are rounded to nearest; blocks stay as the file has
@@ -115,15 +118,15 @@ class Library:
             if name not in self._moments or not fmt.is_integer or kept:
                 weights[name] = to_nearest(source, name, fmt)
                 continue
-            smoothed, divided = name in names, _feeds(name) in names
-            key = (name, fmt.name, smoothed, divided)
-            if key not in self._weights:
-                self._weights[key] = self.rounded(name, float_weight(source, name), smoothed, fmt)
-            weights[name] = self._weights[key]
+            weights[name] = _divided(self.rounded(name, name in names, fmt), source, name)
         return Model(spec=self.source.spec, recipe=recipe, weights=weights)
 
 
-def _feeds(name: str) -> str:
-    """The linear whose smoothing divides rows of `name`."""
-    layer, _, linear = name.rpartition(".")
-    return f"{layer}.{ {'qkv': 'o', 'gate_up': 'down'}.get(linear, '') }"
+def _divided(rounded: QuantizedTensor, source: Rescaled, name: str) -> QuantizedTensor:
+    """`rounded` with the rows of its last part (v of qkv, up of gate_up) divided as `source` has them."""
+    divisor = source.rows.get(source_names(source.spec, name)[-1])
+    if divisor is None:
+        return rounded
+    scales = rounded.scales.astype(np.float32)
+    scales[-len(divisor) :] /= divisor[:, None]
+    return with_scales(rounded, scales)

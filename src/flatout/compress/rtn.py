@@ -13,7 +13,7 @@ Trade-off: seconds and no text at all; at 4 bits and fewer GPTQ loses less.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -135,14 +135,24 @@ def _search_rows(grouped: np.ndarray, fmt: Format, importance: np.ndarray | None
 
 def pack(codes: np.ndarray, grid: Grid, fmt: Format) -> QuantizedTensor:
     """A QuantizedTensor of integer-valued `codes` (N, K) on `grid`."""
-    with np.errstate(over="ignore"):
-        fits = bool((grid.scales.astype(np.float16) == grid.scales).all())
     return QuantizedTensor(
         format=fmt,
         codes=codes.astype(np.int8 if grid.low < 0 else np.uint8),
-        scales=grid.scales.astype(np.float16 if fits else np.float32),
+        scales=_narrowed(grid.scales),
         zeros=grid.zeros.astype(np.uint8) if fmt.zero == "asymmetric" else None,
     )
+
+
+def _narrowed(scales: np.ndarray) -> np.ndarray:
+    """Storable scales as float16, or float32 where that would change them."""
+    with np.errstate(over="ignore"):
+        fits = bool((scales.astype(np.float16) == scales).all())
+    return scales.astype(np.float16 if fits else np.float32)
+
+
+def with_scales(rounded: QuantizedTensor, scales: np.ndarray) -> QuantizedTensor:
+    """The codes of `rounded` with other `scales` float32 (N, groups), as they can be stored."""
+    return replace(rounded, scales=_narrowed(storable(scales)))
 
 
 def group_rows(weight: np.ndarray, fmt: Format) -> np.ndarray:

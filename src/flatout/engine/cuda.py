@@ -14,37 +14,39 @@ Legend: T tokens, S sequences, H query heads, G key/value heads, E head size, D 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.core.costs import kv_bytes_per_token
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
 from flatout.engine.cuda_decode import Decoder
+from flatout.engine.cuda_memory import HEAD_ROWS, MAX_STEP_TOKENS, layers_that_fit
+from flatout.engine.cuda_ranks import Rank
 from flatout.engine.cuda_weights import GpuWeights, LayerWeights, load_weights
 from flatout.engine.runner import StepInput, check_step, sampled_rows
 from flatout.engine.sampler import sample
 from flatout.engine.scheduler import MAX_DRAFTED_ROWS
-from flatout.errors import BackendError, ResourceError, UnsupportedModelError
+from flatout.errors import BackendError, UnsupportedModelError
 from flatout.kernels import gpu, gpu_attention, gpu_linear
 from flatout.kernels.gpu import Activations, Card, Product
 from flatout.kernels.gpu_attention import LayerCache
 from flatout.kernels.packed import PackedWeight
 from flatout.models.llama import rope_frequencies
 
-MAX_STEP_TOKENS = 8192
-_HEAD_ROWS = 1024
-"""Rows of logits computed at a time for scores."""
+Attend = Callable[[Product, LayerWeights, LayerCache], Activations]
+"""What a step's tokens read (T, H E), given a layer's product of qkv."""
 
 
 class CudaRunner:
     """Weights on one GPU, pages of keys and values beside them.
 
-    kv_cache: "bf16" or "fp8" (e4m3 without scales). Raises ResourceError when the pages do not fit.
+    kv_cache: "bf16" or "fp8" (e4m3 without scales). rank: this GPU's place among several that share a model,
+    whose spec is that of its share (`cuda_parallel`).
     """
 
     def __init__(
@@ -56,10 +58,11 @@ class CudaRunner:
         kv_cache: str = "bf16",
         max_batch: int = 256,
         card: Card | None = None,
+        rank: Rank | None = None,
     ) -> None:
         self.spec, self.page_size, self.num_pages = spec, page_size, num_pages
         self.max_step_tokens = MAX_STEP_TOKENS
-        self.weights = weights
+        self.weights, self.rank = weights, rank
         self.device = weights.embedding.device
         self.card: Card = card or gpu.card(self.device)
         self.name = f"cuda ({self.card.name}, {kv_cache} cache)"
@@ -83,16 +86,25 @@ class CudaRunner:
         return found
 
     def score(self, batch: StepInput, targets: np.ndarray) -> np.ndarray:
+        chosen, total = self.score_parts(batch, targets)
+        found: np.ndarray = chosen - total
+        return found
+
+    def score_parts(self, batch: StepInput, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """float32 (T,) each: logits of the targets, -inf for those that another rank has, and the logarithm
+        of the sum of all exponentials here."""
         hidden = self._hidden(batch, "all")
-        ids = torch.from_numpy(np.asarray(targets, dtype=np.int64)).to(self.device)
-        scores, first = [], 0
+        ids = torch.from_numpy(np.asarray(targets, dtype=np.int64)).to(self.device) - self.first_token
+        chosen, total, first = [], [], 0
         for values, scales in _pieces(hidden):
             logits = self.logits(Activations(values, scales))
-            chosen = logits.gather(1, ids[first : first + len(logits), None])[:, 0]
-            scores.append(chosen - torch.logsumexp(logits, dim=1))
+            own = ids[first : first + len(logits)]
+            inside = (own >= 0) & (own < logits.shape[1])
+            there = logits.gather(1, torch.where(inside, own, 0)[:, None])[:, 0]
+            chosen.append(torch.where(inside, there, -torch.inf))
+            total.append(torch.logsumexp(logits, dim=1))
             first += len(logits)
-        found: np.ndarray = torch.cat(scores).cpu().numpy()
-        return found
+        return torch.cat(chosen).cpu().numpy(), torch.cat(total).cpu().numpy()
 
     def sample(
         self,
@@ -110,7 +122,7 @@ class CudaRunner:
         elif rows == "all" and len(batch.tokens) <= MAX_DRAFTED_ROWS:
             tokens = self._decoder.drafted_step(batch, temperature, top_k, top_p, seeds)
         elif (temperature <= 0).all():
-            tokens = self.logits(self._hidden(batch, rows)).argmax(dim=1).int().cpu().numpy()
+            tokens = self._greedy(self._hidden(batch, rows))
         else:
             of, positions = sampled_rows(batch, rows)
             logits = self.forward(batch, rows)
@@ -122,6 +134,11 @@ class CudaRunner:
                 "the reference runner, and please report the model",
             )
         return tokens
+
+    @property
+    def first_token(self) -> int:
+        """The first of the tokens that this rank has logits of."""
+        return 0 if self.rank is None else self.rank.index * self.weights.head.n
 
     def dry_run(self, prompt: StepInput) -> None:
         """Launch, on a dry card, what a prompt and a token of one sequence need."""
@@ -151,26 +168,45 @@ class CudaRunner:
         layer: LayerWeights,
         x: Tensor,
         pending: Product | None,
-        attend: gpu_attention.Attend,
+        attend: Attend,
         cache: LayerCache,
-    ) -> Tensor:
+    ) -> Activations:
         """The first half of a layer of many tokens on the residual stream x (T, D) float32, to which
-        `pending` is added: what they read, bfloat16 (T, H E)."""
+        `pending` is added: what they read (T, H E)."""
         normal = gpu.add_norm(
             self.card, x, pending, layer.input_norm, self.spec.rms_norm_eps, self.fp8(layer.qkv)
         )
-        return attend(gpu_linear.multiply(self.card, normal, layer.qkv), layer.heads, cache)
+        return attend(gpu_linear.multiply(self.card, normal, layer.qkv), layer, cache)
 
-    def fed_forward(self, layer: LayerWeights, x: Tensor, read: Tensor) -> Product:
+    def fed_forward(self, layer: LayerWeights, x: Tensor, read: Activations) -> Product | None:
         """The second half; what it returns is still to be added to x."""
         card, eps = self.card, self.spec.rms_norm_eps
-        o = gpu_linear.multiply(
-            card, gpu.quantize(card, read) if self.fp8(layer.o) else Activations(read), layer.o
-        )
+        if self.fp8(layer.o) and read.scales is None:
+            read = gpu.quantize(card, read.values)
+        o = self._added(x, read, layer.o)
         normal = gpu.add_norm(card, x, o, layer.post_norm, eps, self.fp8(layer.gate_up))
         gelu = self.spec.activation == "gelu_tanh"
         activated = gpu_linear.multiply_gated(card, normal, layer.gate_up, gelu, self.fp8(layer.down))
-        return gpu_linear.multiply(card, activated, layer.down)
+        return self._added(x, activated, layer.down)
+
+    def _added(self, x: Tensor, values: Activations, weight: PackedWeight) -> Product | None:
+        """A product that is still to be added to x, or None where ranks have added theirs."""
+        if self.rank is None:
+            return gpu_linear.multiply(self.card, values, weight)
+        self.rank.add(gpu_linear.multiply_whole(self.card, values, weight), x)
+        return None
+
+    def _greedy(self, hidden: Activations) -> np.ndarray:
+        """int32 (rows,): the greatest logit's token."""
+        logits = self.logits(hidden)
+        if self.rank is None:
+            best: np.ndarray = logits.argmax(dim=1).int().cpu().numpy()
+            return best
+        keys = torch.full((len(logits),), -(1 << 63), dtype=torch.int64, device=self.device)
+        gpu.argmax_keys(self.card, logits, keys)
+        self.rank.greatest(keys, self.first_token)
+        tokens: np.ndarray = (0xFFFFFFFF - (keys & 0xFFFFFFFF)).int().cpu().numpy()
+        return tokens
 
     def final_norm(self, x: Tensor, pending: Product | None) -> Activations:
         """What the head multiplies, of rows x (rows, D)."""
@@ -197,7 +233,7 @@ class CudaRunner:
             if i == len(self.caches) - 1 and rows == "last" and len(batch.lengths) < len(batch.tokens):
                 # Of the last layer nobody asks for the other rows.
                 last = torch.from_numpy(np.cumsum(batch.lengths) - 1).to(self.device)
-                read, x = read[last], x[last]
+                read, x = read.rows(last), x[last]
             pending = self.fed_forward(layer, x, read)
         return self.final_norm(x, pending)
 
@@ -236,7 +272,10 @@ class _Attend:
         if count:
             self._plan = gpu_attention.attention_plan(runner.card, spec, count, device)
 
-    def __call__(self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache) -> Tensor:
+    def __call__(self, product: Product, layer: LayerWeights, cache: LayerCache) -> Activations:
+        return Activations(self._read(product, layer.heads, cache))
+
+    def _read(self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache) -> Tensor:
         """bfloat16 (T, H E)."""
         runner, spec = self._runner, self._runner.spec
         if not self._prompts:
@@ -258,7 +297,7 @@ class _Attend:
         runner = self._runner
         gpu_attention.decode_attention(
             runner.card, runner.spec, product, heads, runner.turns, cache,
-            self._one_pages, self._one_positions, self._plan, out,
+            self._one_pages, self._one_positions, self._plan, Activations(out),
         )  # fmt: skip
 
     def _prefill(self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache) -> Tensor:
@@ -285,8 +324,8 @@ def _gathered(cache: Tensor, pages: Tensor, tokens: int) -> Tensor:
 
 
 def _pieces(hidden: Activations) -> list[tuple[Tensor, Tensor | None]]:
-    values = torch.split(hidden.values, _HEAD_ROWS)
-    scales = [None] * len(values) if hidden.scales is None else torch.split(hidden.scales, _HEAD_ROWS)
+    values = torch.split(hidden.values, HEAD_ROWS)
+    scales = [None] * len(values) if hidden.scales is None else torch.split(hidden.scales, HEAD_ROWS)
     return list(zip(values, scales, strict=True))
 
 
@@ -318,32 +357,6 @@ def check_formats(recipe: Recipe, card: Card) -> None:
         )
 
 
-def pages_that_fit(
-    spec: ModelSpec, recipe: Recipe, weight_bytes: float, tokens: int | None, page_size: int, free: float
-) -> int:
-    """Pages for `tokens`, or by default for 32 sequences of 8192 tokens or as many as fit beside weights and
-    a step's own memory, of `free` bytes. Raises ResourceError when they, or one context, do not fit."""
-    kv_cache = "fp8" if recipe.kv_cache == "fp8" else "bf16"
-    page = spec.num_layers * kv_bytes_per_token(spec, kv_cache) * page_size
-    step = MAX_STEP_TOKENS * (12.0 * spec.hidden_size + 4.0 * spec.qkv_size + 6.0 * spec.intermediate_size)
-    step += 4.0 * _HEAD_ROWS * spec.vocab_size + 0.5e9
-    room = int((0.95 * free - weight_bytes - step) // page)
-    context = -(-min(spec.max_positions, 4096) // page_size)
-    wanted = (
-        32 * -(-min(spec.max_positions, 8192) // page_size) if tokens is None else -(-tokens // page_size)
-    )
-    least = context if tokens is None else wanted
-    if room < least:
-        needed = weight_bytes + step + least * page
-        raise ResourceError(
-            f"the GPU must hold about {needed / 1e9:.1f} GB: weights {weight_bytes / 1e9:.1f}, KV cache "
-            f"{least * page / 1e9:.1f}, a step's own {step / 1e9:.1f}",
-            f"{free / 1e9:.1f} GB free",
-            "fewer max_tokens, a smaller format or model",
-        )
-    return min(wanted, room)
-
-
 def open_runner(
     model: Model, weight_bytes: float, tokens: int | None, page_size: int, max_batch: int
 ) -> CudaRunner:
@@ -355,9 +368,10 @@ def open_runner(
     card = gpu.card(device)
     check_formats(model.recipe, card)
     free, _ = torch.cuda.mem_get_info(device)
-    pages = pages_that_fit(model.spec, model.recipe, weight_bytes, tokens, page_size, free)
+    resident, pages = layers_that_fit(model.spec, model.recipe, weight_bytes, tokens, page_size, free)
     kv_cache = "fp8" if model.recipe.kv_cache == "fp8" else "bf16"
     compiling = compile_ahead(model.spec, model.recipe, card, page_size)
-    runner = CudaRunner(model.spec, load_weights(model, device), pages, page_size, kv_cache, max_batch)
+    weights = load_weights(model, device, resident)
+    runner = CudaRunner(model.spec, weights, pages, page_size, kv_cache, max_batch)
     compiling.join()
     return runner

@@ -21,10 +21,12 @@ from flatout.engine.runner import StepInput, sampled_rows
 from flatout.engine.scheduler import MAX_DRAFTED_ROWS
 from flatout.kernels import gpu, gpu_attention, gpu_linear
 from flatout.kernels.gpu import Activations, Product
+from flatout.kernels.packed import PackedWeight
 from flatout.kernels.sample import draw
 
 if TYPE_CHECKING:
     from flatout.engine.cuda import CudaRunner
+    from flatout.engine.cuda_weights import LayerWeights
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
@@ -61,10 +63,15 @@ class Decoder:
         self._seeds = buffer(rows, dtype=torch.int64)
         self._keys = torch.full((rows,), -(1 << 63), dtype=torch.int64, device=device)
         self._attended = buffer(rows, spec.q_size, dtype=torch.bfloat16)
+        self._attended_fp8 = buffer(rows, spec.q_size, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        self._scales_fp8 = buffer(rows, spec.num_kv_heads, dtype=torch.float32)
         self._on_gpu = device.type == "cuda"
+        self._captures = self._on_gpu and isinstance(runner.weights.layers, tuple)
         self._results = torch.empty(2, rows, dtype=torch.int32, pin_memory=self._on_gpu)
+        self._turn = buffer(1, dtype=torch.int32)
         self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self._stream = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         self._plans: dict[int, gpu_attention.AttentionPlan] = {}
         self._slots: Tensor | None = None  # where the rows of a drafted step go
         # What the device's buffers hold, as the host knows it.
@@ -133,7 +140,9 @@ class Decoder:
             self._upload(batch, parameters, hot)
             under_way = self._launch(len(batch.starts), hot)
         self._ahead = None
-        if continues:
+        # Kernels read positions before they wait (attention), so one step may not be launched right behind
+        # another kernel by kernel.
+        if continues and (self._captures or not self._on_gpu):
             following = batch.starts + 1
             if int(following.max()) < self._width * self._runner.page_size and self._owned(batch, following):
                 self._upload_pages(batch)
@@ -180,25 +189,33 @@ class Decoder:
         self._parameters = tuple(values.copy() for values in parameters)
 
     def _launch(self, size: int, hot: bool, drafted: bool = False) -> _Ahead:
-        """Run a step from what the buffers hold, and have its tokens copied to a slot of the results."""
+        """Run a step from what the buffers hold, and have its tokens written to the other slot of the
+        results."""
         rows = self._rows(size)
         key = rows, hot, drafted
-        if key not in self._graphs or not self._on_gpu:
+        if key not in self._graphs or not self._captures:
             self._graphs[key] = None
             self._run(*key)  # once without a graph: compiles, and lets libraries set themselves up
         else:
             graph = self._graphs[key]
             if graph is None:
                 graph = self._graphs[key] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool):
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
                     self._run(*key)
+                self._meet()  # a capture may wait for every GPU, so none may be waiting for this one
             graph.replay()
+            self._meet()
         self._slot = 1 - self._slot
-        self._results[self._slot, :size].copy_(self._tokens[:size], non_blocking=True)
         event = None
         if self._on_gpu:
             event = torch.cuda.current_stream().record_event()
         return _Ahead(size, self._slot, event)
+
+    def _meet(self) -> None:
+        if self._runner.rank is not None:
+            self._runner.rank.meet()
 
     def _rows(self, size: int) -> int:
         """Rows of the smallest graph that `size` sequences fit."""
@@ -217,24 +234,31 @@ class Decoder:
         else:
             logits = self._few(rows) if hidden is None else runner.logits(hidden)
             gpu.argmax_keys(runner.card, logits, keys)
+        if runner.rank is not None:
+            runner.rank.greatest(keys, runner.first_token)
         drawn = None
         if hot:
             drawn = draw(
                 logits, positions + 1, self._temperature[:rows], self._top_k[:rows], self._top_p[:rows],
                 self._seeds[:rows],
             )  # fmt: skip
-        gpu.advance(runner.card, keys, drawn, self._temperature[:rows], tokens, positions)
+        gpu.advance(
+            runner.card, keys, drawn, self._temperature[:rows], tokens, positions, self._results, self._turn
+        )
 
     def _slots_of(self, rows: int) -> Tensor:
         """int64 (rows,): page * page size + place of each row's position."""
         size, at = self._runner.page_size, self._positions[:rows].clamp(min=0).long()
         return self._pages[:rows].gather(1, (at // size)[:, None])[:, 0].long() * size + at % size
 
-    def _attend(
-        self, product: Product, heads: gpu_attention.HeadWeights, cache: gpu_attention.LayerCache
-    ) -> Tensor:
-        rows = product.tokens
-        runner, out = self._runner, self._attended[:rows]
+    def _attend(self, product: Product, layer: LayerWeights, cache: gpu_attention.LayerCache) -> Activations:
+        runner, rows, heads = self._runner, product.tokens, layer.heads
+        out = Activations(self._attended[:rows])
+        if runner.rank is None and not runner.few(rows) and runner.fp8(layer.o):
+            spec = runner.spec
+            group = spec.q_size // spec.num_kv_heads  # what one program of attention writes
+            if gpu_linear.takes_groups(runner.card, layer.o, rows, group):
+                out = Activations(self._attended_fp8[:rows], self._scales_fp8[:rows])
         if self._slots is not None:  # rows see the keys of those drafted before them
             gpu_attention.rotate_and_store(
                 runner.card, runner.spec, product, heads, runner.turns, cache, self._slots,
@@ -262,13 +286,23 @@ class Decoder:
         for layer, cache in zip(runner.weights.layers, runner.caches, strict=True):
             qkv = torch.empty(rows, spec.qkv_size, device=runner.device)
             gpu_linear.multiply_few(card, x_bf16, layer.qkv, qkv, gains=layer.input_norm, eps=eps)
-            read = self._attend(Product(qkv), layer.heads, cache)
-            gpu_linear.multiply_few(card, read, layer.o, x, residual=x, out_bf16=x_bf16)
+            read = self._attend(Product(qkv), layer, cache)
+            self._add(x, x_bf16, read.values, layer.o)
             activated = torch.empty(rows, spec.intermediate_size, dtype=torch.bfloat16, device=runner.device)
             gpu_linear.multiply_few(
                 card, x_bf16, layer.gate_up, activated, gains=layer.post_norm, eps=eps, epilogue=epilogue
             )
-            gpu_linear.multiply_few(card, activated, layer.down, x, residual=x, out_bf16=x_bf16)
-        logits = torch.empty(rows, spec.vocab_size, device=runner.device)
+            self._add(x, x_bf16, activated, layer.down)
+        logits = torch.empty(rows, runner.weights.head.n, device=runner.device)
         gpu_linear.multiply_few(card, x_bf16, runner.weights.head, logits, gains=runner.weights.norm, eps=eps)
         return logits
+
+    def _add(self, x: Tensor, x_bf16: Tensor, values: Tensor, weight: PackedWeight) -> None:
+        """x and x_bf16 += values W^T, of all ranks."""
+        runner = self._runner
+        if runner.rank is None:
+            gpu_linear.multiply_few(runner.card, values, weight, x, residual=x, out_bf16=x_bf16)
+            return
+        part = torch.empty_like(x)
+        gpu_linear.multiply_few(runner.card, values, weight, part)
+        runner.rank.add(part, x, x_bf16)

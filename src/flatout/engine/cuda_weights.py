@@ -17,6 +17,7 @@ from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.model import Model, dense
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
+from flatout.engine.cuda_stream import StreamedLayers, held
 from flatout.errors import UnsupportedModelError
 from flatout.kernels.gpu_attention import HeadWeights
 from flatout.kernels.linear import as_tensor
@@ -45,7 +46,7 @@ class GpuWeights:
     """All weights. embedding: bfloat16 (V, D)."""
 
     embedding: Tensor
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[LayerWeights, ...] | StreamedLayers
     norm: Tensor
     head: PackedWeight
 
@@ -71,8 +72,9 @@ def check_shapes(spec: ModelSpec, recipe: Recipe) -> None:
         )
 
 
-def load_weights(model: Model, device: torch.device) -> GpuWeights:
-    """The weights of `model` on `device`, one after another."""
+def load_weights(model: Model, device: torch.device, resident: int | None = None) -> GpuWeights:
+    """The weights of `model` on `device`, one after another; layers from `resident` on, if given, stay in the
+    host's memory and are streamed."""
     spec, recipe = model.spec, model.recipe
     check_shapes(spec, recipe)
 
@@ -109,15 +111,17 @@ def load_weights(model: Model, device: torch.device) -> GpuWeights:
     tied = spec.tie_embeddings and not head.is_integer and head.bits > 8
     return GpuWeights(
         embedding,
-        tuple(layer(i) for i in range(spec.num_layers)),
+        held(map(layer, range(spec.num_layers)), resident),
         gains("norm", spec.norm_offset),
         pack_bf16(embedding) if tied else _pack(model, "head", head, device),
     )
 
 
-def random_weights(spec: ModelSpec, recipe: Recipe, device: torch.device, seed: int = 0) -> GpuWeights:
+def random_weights(
+    spec: ModelSpec, recipe: Recipe, device: torch.device, seed: int = 0, resident: int | None = None
+) -> GpuWeights:
     """Weights of the right shapes and formats and of variance 1 / K, drawn on the device: for measuring speed
-    alone, or on the device "meta" for compiling kernels."""
+    alone, or on the device "meta" for compiling kernels. resident: as in `load_weights`."""
     check_shapes(spec, recipe)
     draws = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
@@ -140,20 +144,20 @@ def random_weights(spec: ModelSpec, recipe: Recipe, device: torch.device, seed: 
         return torch.ones(size, device=device, dtype=torch.bfloat16)
 
     D, E = spec.hidden_size, spec.head_dim
-    layers = []
-    for i in range(spec.num_layers):
+
+    def layer(i: int) -> LayerWeights:
         made = {name: matrix(n, k, recipe.format_of(i, name)) for name, (n, k) in spec.linears().items()}
         heads = HeadWeights(
             bias=torch.zeros(spec.qkv_size, device=device) if spec.qkv_bias else None,
             q_gains=gains(E) if spec.qk_norm else None,
             k_gains=gains(E) if spec.qk_norm else None,
         )
-        layers.append(
-            LayerWeights(gains(D), made["qkv"], heads, made["o"], gains(D), made["gate_up"], made["down"])
-        )
+        return LayerWeights(gains(D), made["qkv"], heads, made["o"], gains(D), made["gate_up"], made["down"])
+
+    layers = held(map(layer, range(spec.num_layers)), resident)
     table = torch.randn(spec.vocab_size, D, generator=draws, device=device, dtype=torch.bfloat16)
     head = matrix(spec.vocab_size, D, parse_format(recipe.head))
-    return GpuWeights(table, tuple(layers), gains(D), head)
+    return GpuWeights(table, layers, gains(D), head)
 
 
 def _pack(model: Model, name: str, fmt: Format, device: torch.device) -> PackedWeight:

@@ -39,6 +39,7 @@ def load(
     recipe: Recipe | None = None,
     speculate: str = "auto",
     draft: str | Path | None = None,
+    gpus: int = 1,
 ) -> Engine:
     """An Engine for an artifact of flatout, a GGUF file, a safetensors folder, a Hugging Face id or a
     built-in name.
@@ -53,7 +54,8 @@ def load(
     "auto" is "ngram" where answers are bit for bit the same either way: integer formats on the cpu runner.
     Elsewhere a near tie between two tokens may fall the other way. draft: a second, cheaper model with the
     same vocabulary that guesses as well where that pays, in any precision and as loadable as the first, with
-    a KV cache of as many tokens; "draft" asks for it where answers may differ. Raises ConfigError for a draft
+    a KV cache of as many tokens; "draft" asks for it where answers may differ. gpus: GPUs that share the
+    model, of the cuda runner. Raises ConfigError for a draft
     of another vocabulary, ResourceError when memory would not suffice, before it is taken.
     """
     runner = choose_runner(runner)
@@ -65,8 +67,12 @@ def load(
         raise ConfigError("a draft model that guesses must be given", "none", "draft=MODEL")
     if draft is not None and speculate in ("ngram", "off"):
         raise ConfigError("a draft model guesses under draft or auto", repr(speculate), "speculate='draft'")
+    if gpus < 1 or (gpus > 1 and runner != "cuda"):
+        raise ConfigError(
+            "a model is shared by at least one GPU, under the cuda runner", f"{gpus}, {runner}", "gpus=1"
+        )
     if runner == "cuda":
-        return _load_cuda(model, recipe, max_tokens, max_batch, speculate, draft)
+        return _load_cuda(model, recipe, max_tokens, max_batch, speculate, draft, gpus)
     loaded, tokenizer, tokens = _open(model, recipe, max_tokens)
     exact = runner == "cpu" and is_exact(loaded.spec, loaded.recipe)
     if draft is not None and speculate == "auto" and not exact:
@@ -97,6 +103,7 @@ def _load_cuda(
     max_batch: int,
     speculate: str,
     draft: str | Path | None,
+    gpus: int,
 ) -> Engine:
     """An Engine on the GPU, which guesses nothing unless asked to look up."""
     try:
@@ -109,7 +116,14 @@ def _load_cuda(
         raise ConfigError("the cuda runner decodes without a draft model", str(draft), "speculate='ngram'")
     open_device()  # the reason why not, before anything is read
     loaded, tokenizer, _ = _open(model, recipe, max_tokens, cached=False)
-    runner = open_runner(loaded, weight_bytes(loaded.spec, loaded.recipe), max_tokens, PAGE_TOKENS, max_batch)
+    arguments = weight_bytes(loaded.spec, loaded.recipe), max_tokens, PAGE_TOKENS, max_batch
+    runner: Runner
+    if gpus > 1:
+        from flatout.engine.cuda_parallel import open_parallel
+
+        runner = open_parallel(loaded, gpus, *arguments)
+    else:
+        runner = open_runner(loaded, *arguments)
     speculator = Speculator(NgramProposer()) if speculate == "ngram" else None
     return Engine(runner, tokenizer, max_batch=max_batch, speculator=speculator)
 

@@ -10,23 +10,39 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from flatout.errors import ResourceError
 from flatout.fpga.compile import Compiled
+from flatout.fpga.multipliers import absorb_registers
 from flatout.fpga.simulate import parameters
-from flatout.fpga.synthesis import design_files, find_tool, run_tool, run_yosys, with_parameters, write_files
+from flatout.fpga.synthesis import (
+    design_files,
+    find_tool,
+    run_tool,
+    run_yosys,
+    with_parameters,
+    write_files,
+)
 
 DEVICE = "85k"
+BANK = 1024
+"""Beats of a bank of templates/on_chip.sv, the depth of one block RAM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """mhz: what the slowest path allows, by nextpnr. used: cells of each kind of all in the device."""
+    """mhz: what the slowest path allows, by nextpnr, in the device's speed grade. used: cells of each kind of
+    all in the device. critical_path: what the slowest path runs through, from register to register.
+    absorbed: multipliers that have taken in registers of their inputs, and of their result."""
 
     mhz: float
     target_mhz: float
     met: bool
+    speed_grade: int
     used: dict[str, tuple[int, int]]
+    absorbed: tuple[int, int]
+    critical_path: tuple[str, ...]
     bitstream_bytes: int
     tier: str = "placed and routed by nextpnr; no device was programmed"
 
@@ -40,7 +56,13 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
     cache = 2 * spec.num_layers * spec.num_kv_heads * blocks
     cache *= compiled.block_tokens * compiled.head_chunks + 1
     fixed = len(compiled.image) - cache
+    banks = -(-fixed // BANK)
+    if banks > 26:
+        raise ResourceError(
+            f"weights and tables lie in up to 26 banks of {BANK} beats", f"{fixed} beats", "a smaller model"
+        )
     beats = [bytes(beat[::-1]).hex() for beat in compiled.image[:fixed]]
+    beats += ["0"] * (banks * BANK - fixed)
     values = parameters(shape)
     del values["C"], values["CB"]
     values |= {
@@ -50,21 +72,28 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
     top = files("flatout.fpga").joinpath("templates/on_chip.sv").read_text()
     texts = design_files(shape, cascades=False) | {
         "on_chip.sv": with_parameters(top, values),
-        "fixed.hex": "\n".join(beats) + "\n",
         "program.hex": "\n".join(f"{word:016x}" for word in compiled.program) + "\n",
     }
+    for bank in range(banks):
+        content = beats[bank * BANK : (bank + 1) * BANK]
+        texts[f"fixed_{chr(ord('a') + bank)}.hex"] = "\n".join(content) + "\n"
     return write_files(texts, folder)
 
 
-def place(compiled: Compiled, folder: Path, mhz: float = 100.0, seed: int = 1) -> Placed:
+def place(
+    compiled: Compiled, folder: Path, mhz: float = 100.0, seed: int = 1, speed_grade: int = 6
+) -> Placed:
     """Make the bitstream of `compiled` in `folder`. Raises BackendError when a tool is missing or fails."""
     nextpnr, ecppack = find_tool("nextpnr-ecp5"), find_tool("ecppack")
     names = write_chip(compiled, folder)
     run_yosys(f"read_verilog -sv -DUSE_TREE {names}; synth_ecp5 -top on_chip -json chip.json", folder)
+    netlist = json.loads((folder / "chip.json").read_text())
+    absorbed = absorb_registers(netlist["modules"]["on_chip"])
+    (folder / "chip.json").write_text(json.dumps(netlist))
     run_tool(
         [
-            *nextpnr, f"--{DEVICE}", "--package", "CABGA381", "--json", "chip.json",
-            "--textcfg", "chip.config", "--freq", str(mhz), "--seed", str(seed),
+            *nextpnr, f"--{DEVICE}", "--package", "CABGA381", "--speed", str(speed_grade),
+            "--json", "chip.json", "--textcfg", "chip.config", "--freq", str(mhz), "--seed", str(seed),
             "--lpf-allow-unconstrained", "--timing-allow-fail",
             "--report", "report.json", "--log", "nextpnr.log", "--quiet",
         ],
@@ -77,6 +106,18 @@ def place(compiled: Compiled, folder: Path, mhz: float = 100.0, seed: int = 1) -
         mhz=clock["achieved"],
         target_mhz=mhz,
         met=clock["achieved"] >= mhz,
+        speed_grade=speed_grade,
         used={name: (cell["used"], cell["available"]) for name, cell in report["utilization"].items()},
+        absorbed=absorbed,
+        critical_path=_slowest(report),
         bitstream_bytes=(folder / "chip.bit").stat().st_size,
     )
+
+
+def _slowest(report: dict[str, Any]) -> tuple[str, ...]:
+    """Steps of the slowest path between two registers, as "delay in ns, kind, cell"."""
+    for path in report.get("critical_paths", []):
+        steps = path["path"]
+        if path["from"] == path["to"]:
+            return tuple(f"{step['delay']:.2f} {step['type']} {step['to']['cell']}" for step in steps)
+    return ()

@@ -71,22 +71,27 @@ def check_shape(model: IntegerModel, shape: Shape, context: int) -> None:
         raise ConfigError(
             "an instruction names one of 256 rows", f"rows_log2={shape.rows_log2}", "rows_log2=8"
         )
-    wrong = []
+    wrong: list[tuple[str, str]] = []
     for name, width in (
         ("hidden size", spec.hidden_size), ("head size", spec.head_dim), ("query width", spec.q_size),
         ("intermediate size", spec.intermediate_size),
     ):  # fmt: skip
         if width % lanes:
-            wrong.append(f"{name} {width} is not a multiple of {lanes}")
+            wrong.append(
+                (f"{name} {width} is not a multiple of {lanes}", f"{name} {-(-width // lanes) * lanes}")
+            )
     for name, linear in model.linears.items():
         if linear.group % lanes:
-            wrong.append(f"{name}: groups of {linear.group} are no multiple of {lanes}")
+            recipe = f"recipe w{linear.bits}a8-g{lanes}"
+            wrong.append((f"{name}: groups of {linear.group} are no multiple of {lanes}", recipe))
         if linear.minima is not None:
-            wrong.append(f"{name}: minima")
+            wrong.append((f"{name}: minima", f"recipe w{linear.bits}a8-g{lanes}"))
         if linear.codes.shape[0] % 2:
-            wrong.append(f"{name}: an odd number of rows")
-        if not 4 * lanes <= linear.codes.shape[1] < 64 * lanes:
-            wrong.append(f"{name}: width {linear.codes.shape[1]} is not within {4 * lanes}..{63 * lanes}")
+            wrong.append((f"{name}: an odd number of rows", "an even number"))
+        width = linear.codes.shape[1]
+        if not 4 * lanes <= width < 64 * lanes:
+            nearest = min(max(width, 4 * lanes), 63 * lanes)
+            wrong.append((f"{name}: width {width} is not within {4 * lanes}..{63 * lanes}", f"{nearest}"))
     heads = spec.num_heads // spec.num_kv_heads
     rows = vector_rows(model, shape)["end"]
     for name, found, limit in (
@@ -102,12 +107,13 @@ def check_shape(model: IntegerModel, shape: Shape, context: int) -> None:
         ("positions", context, min(1 << shape.context_log2, spec.max_positions)),
     ):
         if found > limit:
-            wrong.append(f"{name}: {found} > {limit}")
+            wrong.append((f"{name}: {found} > {limit}", f"{name} up to {limit}"))
     if wrong:
-        shown = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-        raise ResourceError(
-            "the model must fit the accelerator", shown, "a shape with fewer lanes or larger memories"
+        shown = "; ".join(what for what, _ in wrong[:4]) + (
+            f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         )
+        nearest_fit = "; ".join(dict.fromkeys(remedy for _, remedy in wrong[:4]))
+        raise ResourceError("the model must fit the accelerator", shown, nearest_fit)
 
 
 def vector_rows(model: IntegerModel, shape: Shape) -> dict[str, int]:

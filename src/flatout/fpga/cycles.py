@@ -90,7 +90,7 @@ def predict_cycles(compiled: Compiled, position: int, count: int, memory: Memory
                     clocks.stream(run, run, asked)
                     clocks.now += LAST_SCORE
                     clocks.stream(run, run, asked)
-                    clocks.now += LAST_VALUE + DIVISION + 16 * group * chunks + 8
+                    clocks.now += LAST_VALUE + DIVISION + 16 * group * chunks + 9
         elif op == OPS["GEMV"]:
             clocks.stream(beats, beats)
             clocks.now += LAST_RESULT

@@ -56,11 +56,14 @@ def decode(
             f"{len(prompt)} and {count}", "a shorter answer",
         )  # fmt: skip
     index, tokens = NgramIndex(), prompt.tolist()
+    past = KeyValues(design.model.spec, design.context)
+    if len(prompt) > 1:
+        forward(design.model, prompt[:-1], past)
     passes = guesses = accepted = cycles = 0
     with Accelerator(design, memory) as accelerator:
-        # The last token of the prompt is the first that is judged together with guesses.
-        for at in range(0, len(prompt) - 1, columns):
-            accelerator.run(tokens[at : min(at + columns, len(prompt) - 1)])
+        # The last token of the prompt is the first that is judged together with guesses; the others' keys and
+        # values are the specification's.
+        accelerator.resume(past)
         while len(tokens) < len(prompt) + count:
             draft = index.guess(tokens, columns - 1)
             start = accelerator.length

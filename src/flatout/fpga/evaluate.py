@@ -7,6 +7,7 @@ energy, from those cycles, an assumed clock and the board's power. Never run her
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,8 @@ class Speed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """bit_exact: all logits of `tokens` tokens, all their keys and values, and the long-context pass are the
-    specification's. cycles_per_token: of decoding one by one at `decode.context`."""
+    specification's. simulation_core_seconds: of these tokens, specification included, builds not.
+    cycles_per_token: of decoding one by one at `decode.context`."""
 
     board: str
     recipe: str
@@ -76,6 +78,7 @@ class Evaluation:
     logits_sha256: str
     perplexity: float
     specification_perplexity: float
+    simulation_core_seconds: float
     cycles_per_token: int
     mbu: float
     decode: Step
@@ -87,13 +90,14 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What simulating a text gave. first: its first pass."""
+    """What simulating a text gave. first: its first pass; seconds: of this process's cores, all included."""
 
     differences: int
     logits_sha256: str
     perplexity: float
     specification_perplexity: float
     first: Pass
+    seconds: float
 
 
 def memory_model(board: Board, clock_mhz: int) -> MemoryModel:
@@ -121,13 +125,13 @@ def evaluate(
     tokens: int,
     context: int,
     answer: int = 0,
-    synthesis: Synthesis | None = None,
+    synthesise: Callable[[], Synthesis] | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Simulate the first `tokens` of `text` and one token after `context`; compare with the specification.
-    answer: tokens to decode after the first PROMPT with guesses that are judged together. synthesis: of
-    `shape`, to be fitted instead of counts. out: where files for AMD's tools go.
+    answer: tokens to decode after the first PROMPT with guesses that are judged together. synthesise: called
+    at the end, for the cells of `shape` to be fitted instead of counts. out: where files for AMD's tools go.
 
     Raises ConfigError when the text is too short; UnsupportedModelError and ResourceError for a model that
     the accelerator cannot hold; BackendError without a simulator.
@@ -142,7 +146,6 @@ def evaluate(
     design = compile_model(integers, shape, max(tokens, context + 1, room))
     if out is not None:
         emit(design, out, CLOCKS_MHZ[-1])
-    boards = tuple(fit(design, b, CLOCKS_MHZ[-1], synthesis) for b in (board, *OTHER_BOARDS))
     memory = memory_model(board, CLOCKS_MHZ[-1])
 
     checked = check_text(design, text[: tokens + 1], memory, say)
@@ -157,6 +160,9 @@ def evaluate(
     differences += int((last.logits != forward(integers, text[context : context + 1], past)).sum())
 
     speculative = decode(design, text[:PROMPT], answer, memory, say) if answer else None
+
+    synthesis = synthesise() if synthesise is not None else None
+    boards = tuple(fit(design, b, CLOCKS_MHZ[-1], synthesis) for b in (board, *OTHER_BOARDS))
 
     bus = board.bandwidth_bytes_s / (CLOCKS_MHZ[-1] * 1e6)
 
@@ -194,6 +200,7 @@ def evaluate(
         logits_sha256=checked.logits_sha256,
         perplexity=checked.perplexity,
         specification_perplexity=checked.specification_perplexity,
+        simulation_core_seconds=checked.seconds,
         cycles_per_token=alone.cycles,
         mbu=alone.mbu,
         decode=alone,
@@ -208,7 +215,7 @@ def check_text(design: Compiled, text: np.ndarray, memory: MemoryModel, say: Pro
     logits, keys and values with the specification."""
     tokens, columns = len(text) - 1, design.shape.columns
     kept = KeyValues(design.model.spec, design.context)
-    digest, differences = hashlib.sha256(), 0
+    digest, differences, begin = hashlib.sha256(), 0, time.process_time()
     nats = [np.zeros(0), np.zeros(0)]
     first: Pass | None = None
     with Accelerator(design, memory) as accelerator:
@@ -230,6 +237,7 @@ def check_text(design: Compiled, text: np.ndarray, memory: MemoryModel, say: Pro
     assert first is not None, "a text has tokens"
     return Checked(
         differences=differences, logits_sha256=digest.hexdigest(), first=first,
+        seconds=time.process_time() - begin,
         perplexity=float(np.exp(nats[0].mean())), specification_perplexity=float(np.exp(nats[1].mean())),
     )  # fmt: skip
 

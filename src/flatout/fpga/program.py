@@ -60,7 +60,12 @@ def includes() -> dict[str, str]:
     constants += [f"localparam logic [3:0] MODE_{name} = {i};" for name, i in MODES.items()]
     tables = [
         f"localparam logic [{len(table) * 16 - 1}:0] {name} = {len(table) * 16}'h{_hex(table)};"
-        for name, table in (("EXP2", EXP2), ("SIGMOID", SIGMOID))
+        for name, table in (
+            ("EXP2", EXP2),
+            ("EXP2_FALLS", -np.diff(EXP2)),
+            ("SIGMOID", SIGMOID),
+            ("SIGMOID_RISES", np.diff(SIGMOID)),
+        )
     ]
     return {"isa.svh": "\n".join(constants) + "\n", "tables.svh": "\n".join(tables) + "\n"}
 

@@ -23,7 +23,7 @@ from flatout.fpga.compile import Compiled, Shape, store_cache
 from flatout.fpga.model import KeyValues
 from flatout.fpga.program import includes
 from flatout.hardware.detect import detect
-from flatout.hardware.verilator import REMEDY, find_verilator
+from flatout.hardware.verilator import REMEDY, require_verilator
 
 BUILD_SECONDS = 3600
 
@@ -80,12 +80,12 @@ def build(shape: Shape, primitives: Path | None = None, netlist: Mapping[str, st
     """The library of an accelerator of `shape`; primitives: a file with a DSP48E2, used instead of sums;
     netlist: Verilog files that take the place of the RTL. Raises BackendError without a simulator or
     compiler."""
-    verilator = find_verilator()
+    verilator = require_verilator()
     missing = [name for name in ("g++", "make", "perl") if shutil.which(name) is None]
-    if verilator is None or missing:
+    if missing:
         raise BackendError(
-            "simulation needs Verilator, g++, make and perl",
-            "no " + ", ".join(missing or ["verilator"]),
+            "simulation needs g++, make and perl beside Verilator",
+            "no " + ", ".join(missing),
             REMEDY,
         )
     options = [

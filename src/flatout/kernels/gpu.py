@@ -19,7 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from flatout.errors import BackendError
+from flatout.core.files import corrupt, read_json_object
+from flatout.core.sources import cache_dir
+from flatout.errors import BackendError, ResourceError
 from flatout.kernels.triton import elementwise, sample
 
 ARGMAX_BLOCK = 4096
@@ -60,16 +62,45 @@ def card(device: torch.device) -> Card:
     )
 
 
+ROUTES = "gpu_routes.json"
+Table = dict[str, dict[str, list[int]]]
+"""Card -> kernel -> how it is launched."""
+
+
 @cache
-def _tables() -> dict[str, dict[str, list[int]]]:
-    table: dict[str, dict[str, list[int]]] = json.loads(
-        (Path(__file__).parent / "triton" / "routes.json").read_text(encoding="utf-8")
-    )
+def _tables() -> Table:
+    shipped = (Path(__file__).parent / "triton" / "routes.json").read_text(encoding="utf-8")
+    table: Table = json.loads(shipped)
+    for name, entries in own_routes().items():
+        table.setdefault(name, {}).update(entries)
+    return table
+
+
+def own_routes() -> Table:
+    """What was measured on this machine and kept in the cache folder (`flatout profile --tune`). Raises
+    ModelFileError for a file that does not hold that."""
+    try:
+        path = cache_dir() / ROUTES
+    except ResourceError:  # without a folder nothing was kept
+        return {}
+    if not path.exists():
+        return {}
+    table = read_json_object(path)
+    for entries in table.values():
+        settings = entries.values() if isinstance(entries, dict) else [None]
+        if not all(isinstance(s, list) and all(type(n) is int for n in s) for s in settings):
+            raise corrupt(
+                path,
+                "launch settings are lists of whole numbers, by card and kernel",
+                entries,
+                "delete the file",
+            )
     return table
 
 
 def measured_routes(name: str) -> dict[str, list[int]]:
-    """How kernels are launched on the card called `name`, where that was measured (perf/gpu_routes.py)."""
+    """How kernels are launched on the card called `name`, where that was measured (perf/gpu_routes.py),
+    here or for the table that comes with the package."""
     return _tables().setdefault(name, {})
 
 
@@ -107,7 +138,8 @@ def carve(card: Card, kernel: Any, percent: int) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activations:
-    """What goes into a linear of many tokens: bfloat16 (T, K), or e4m3 with a scale a token, (T,)."""
+    """What goes into a linear of many tokens: bfloat16 (T, K), or e4m3 with a scale a token, (T,), or one for
+    each of a token's groups of columns, (T, groups), if the linear takes them (`gpu_linear.takes_groups`)."""
 
     values: Tensor
     scales: Tensor | None = None
@@ -252,11 +284,20 @@ def argmax_keys(card: Card, logits: Tensor, keys: Tensor) -> None:
 
 
 def advance(
-    card: Card, keys: Tensor, drawn: Tensor | None, temperature: Tensor, tokens: Tensor, positions: Tensor
+    card: Card,
+    keys: Tensor,
+    drawn: Tensor | None,
+    temperature: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    results: Tensor,
+    turn: Tensor,
 ) -> None:
-    """The chosen tokens become those of the next step; positions in use go on by one."""
+    """The chosen tokens become those of the next step and are written to the other half of results int32 (2,
+    capacity) than turn (1,) names; positions in use go on by one."""
     rows = keys.shape[0]
     start(
-        card, sample.advance, (1,), keys, drawn, temperature, tokens, positions, rows,
+        card, sample.advance, (1,), keys, drawn, temperature, tokens, positions, results, turn,
+        results.shape[1], rows,
         DRAWN=drawn is not None, ROWS=triton.next_power_of_2(rows), PDL=card.pdl,
     )  # fmt: skip

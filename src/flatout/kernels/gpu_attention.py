@@ -5,7 +5,6 @@ Legend: S sequences, T tokens, H query heads, G key/value heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,11 +12,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from flatout.core.spec import ModelSpec
-from flatout.kernels.gpu import FEW_SHARED, MANY_SHARED, Card, Product, carve, measured_routes, start
+from flatout.kernels.gpu import (
+    FEW_SHARED,
+    MANY_SHARED,
+    Activations,
+    Card,
+    Product,
+    carve,
+    measured_routes,
+    start,
+)
 from flatout.kernels.triton import attention
 
 MOST_SPLITS = 16
@@ -38,10 +45,6 @@ class LayerCache:
 
     keys: Tensor
     values: Tensor
-
-
-Attend = Callable[[Product, HeadWeights, LayerCache], Tensor]
-"""What a step's tokens read, bfloat16 (T, H E), given a layer's product of qkv."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,10 +107,10 @@ def decode_attention(
     pages: Tensor,
     positions: Tensor,
     plan: AttentionPlan,
-    out: Tensor,
+    out: Activations,
 ) -> None:
-    """out bfloat16 (S, H E) of one new token a sequence; writes its key and value. Rows with position -1 are
-    left alone."""
+    """out (S, H E) of one new token a sequence, bfloat16, or e4m3 with scales (S, G); writes its key and
+    value. Rows with position -1 are left alone."""
     sequences, page = product.tokens, cache.keys.shape[2]
     repeat = spec.num_heads // spec.num_kv_heads
     route = decode_route(card.name, cache.keys.element_size(), plan.splits)
@@ -126,7 +129,8 @@ def decode_attention(
         cache.values,
         pages,
         positions,
-        out,
+        out.values,
+        out.scales,
         plan.parts,
         plan.peaks,
         plan.counters,
@@ -207,11 +211,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
     causal = tokens == seen
     mask: Tensor | None = None
-    if window is not None and window < seen:
+    windowed = window is not None and window < seen
+    if not causal and not windowed and q.is_cuda:
+        # Its mask ends at the last query and the last key. PyTorch's own way there, attention.bias, imports
+        # its compiler, which takes four seconds.
+        read: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
+        return read[0].transpose(0, 1).reshape(tokens, -1)
+    if windowed or not causal:
         at = torch.arange(seen, device=q.device)
         distance = at[seen - tokens :, None] - at[None, :]
-        mask, causal = (distance >= 0) & (distance < window), False
-    elif not causal:
-        mask = causal_lower_right(tokens, seen)
+        mask, causal = (distance >= 0) & (distance < (window or seen)), False
     read = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     return read[0].transpose(0, 1).reshape(tokens, -1)

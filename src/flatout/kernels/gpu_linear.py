@@ -195,6 +195,15 @@ def tile_route(card: Card, x: Activations, weight: PackedWeight) -> TileRoute:
     return gemm_route(card, weight.format, weight.n, weight.k, rows)
 
 
+def takes_groups(card: Card, weight: PackedWeight, tokens: int, group: int) -> bool:
+    """Whether so many tokens may meet that e4m3 weight with a scale for each `group` of their columns."""
+    if weight.format != "fp8" or tokens > TILE_ROWS[-1]:
+        return False
+    rows = next(rows for rows in TILE_ROWS if rows >= tokens)
+    route = gemm_route(card, weight.format, weight.n, weight.k, rows)
+    return route.programs >= 0 and group % route.block_k == 0
+
+
 def multiply(card: Card, x: Activations, weight: PackedWeight) -> Product:
     """x W^T."""
     route = tile_route(card, x, weight)
@@ -206,6 +215,15 @@ def multiply(card: Card, x: Activations, weight: PackedWeight) -> Product:
     )  # fmt: skip
     multiply_tiles(card, x, weight, out, route, cut)
     return Product(out, cut=cut)
+
+
+def multiply_whole(card: Card, x: Activations, weight: PackedWeight) -> Tensor:
+    """bfloat16 (T, N): x W^T, with nothing left to be done."""
+    product = _multiply_vendor(card, x, weight)
+    if product.token_scales is None or product.row_scales is None:
+        return product.values
+    scales = product.token_scales[:, None] * product.row_scales[None, :]
+    return (product.values.float() * scales).bfloat16()
 
 
 def multiply_gated(card: Card, x: Activations, weight: PackedWeight, gelu: bool, fp8: bool) -> Activations:
@@ -279,6 +297,7 @@ def multiply_tiles(
         BLOCK_K=route.block_k,
         CUT=cut,
         SCALED=x.scales is not None,
+        X_GROUP=0 if x.scales is None or x.scales.dim() == 1 else weight.k // x.scales.shape[1],
         EPILOGUE=epilogue,
         FETCH=route.fetch,
         COMPUTE=tl.float32 if x.values.device.type == "cpu" else _ELEMENTS[x.values.dtype],

@@ -9,18 +9,27 @@ what the second-level cache holds. The result is a table as `kernels/triton/rout
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
+import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from flatout.core.artifact import is_artifact, load_artifact
+from flatout.core.checkpoint import open_checkpoint
+from flatout.core.files import write_bytes
 from flatout.core.formats import Recipe
+from flatout.core.fuse import native_recipe
+from flatout.core.sources import cache_dir
 from flatout.core.spec import ModelSpec
 from flatout.engine.cuda import CudaRunner, open_device
 from flatout.engine.cuda_weights import random_weights
+from flatout.errors import ConfigError
 from flatout.kernels import gpu, gpu_attention, gpu_linear
 from flatout.kernels.gpu import Card
 from flatout.kernels.gpu_linear import FEW_ROWS, TILE_ROWS, VENDOR, TileRoute
@@ -226,6 +235,42 @@ def tune(
             bench.use(best)
             say(f"  {name}: {best[key]} {lowest:.0f} us; " + ", ".join(f"{s} {t:.0f}" for t, s in times[:6]))
     return {key: best[key] for key in names.values()}
+
+
+def table_text(table: gpu.Table) -> str:
+    """One line a setting."""
+    cards = []
+    for card, entries in table.items():
+        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
+        cards.append(f" {json.dumps(card)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(cards) + "\n}\n"
+
+
+def tune_model(
+    model: str, rows: int, context: int, say: Callable[[str], None] = print
+) -> tuple[Path, dict[str, Setting]]:
+    """Measure on this GPU, with random weights, how kernels are best launched in steps of `rows` sequences of
+    `context` tokens of that model, and keep it for this machine: the file, and what was measured. Raises
+    BackendError without a GPU and ConfigError for steps whose kernels have no settings."""
+    open_device()
+    if is_artifact(model):
+        loaded, _, _ = load_artifact(model)
+        spec, recipe = loaded.spec, loaded.recipe
+    else:
+        checkpoint = open_checkpoint(model)
+        spec, recipe = checkpoint.spec, native_recipe(checkpoint, kv_cache="bf16")
+    if not supported(recipe, rows):
+        raise ConfigError(
+            f"kernels for {recipe.name} have settings for up to {max(FEW_ROWS.values())} sequences",
+            str(rows),
+            "a smaller batch",
+        )
+    found = tune(spec, recipe, rows, context, min(14, os.cpu_count() or 1), say)
+    table = gpu.own_routes()
+    table.setdefault(torch.cuda.get_device_name(), {}).update({k: list(v) for k, v in found.items()})
+    path = cache_dir() / gpu.ROUTES
+    write_bytes(path, table_text(table).encode())
+    return path, found
 
 
 def supported(recipe: Recipe, rows: int) -> bool:

@@ -167,7 +167,7 @@ class CpuBench:
 
     def _transformers(self) -> TransformersBaseline:
         if self._baseline is None:
-            self._reference = None  # the baseline takes its place in memory
+            self._reference = self._library = None  # the baseline takes their place in memory
             self._baseline = TransformersBaseline(self._checkpoint, self._threads)
         return self._baseline
 

@@ -168,6 +168,13 @@ def candidates(source: Source) -> list[Candidate]:
     return found
 
 
+def calibrated_candidates(source: Source) -> list[Candidate]:
+    """Uniform recipes made from what a search for mixed ones has calibrated, so known well before they are
+    built."""
+    recipe = recipe_from_name("w6a16/smooth-gptq", source)
+    return [Candidate(recipe=recipe, why="6-bit codes, a scale a row, errors spread by GPTQ")]
+
+
 def layer_map(spec: ModelSpec, recipe: Recipe) -> dict[str, list[str]]:
     """Format name of every place, for reports: fused linear -> one name a layer, and the single places."""
     rows = {

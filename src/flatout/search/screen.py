@@ -5,6 +5,8 @@ prediction is no faster than a candidate that already passed, or when its expect
 every measured candidate corrects the predictions of the rest. A loss is first looked at on a few passages,
 which is enough to see a failure of tens of per cent, then on as many as the power analysis of the hold-out
 needs. Where that leaves the candidate undecided that would be the best one, it is looked at on all of them.
+One that took longer than was predicted at most is timed a second time before the list is closed: a neighbour
+on a shared machine slows a candidate down for minutes.
 
 Once a first candidate has been scored, so that something usable is known early, the machine's latency table
 and the model's sensitivities are measured. From then on listed candidates are judged by them before they
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +40,7 @@ from flatout.search.joint import (
     stand_ins,
 )
 from flatout.search.portable import restrict_space
-from flatout.search.recipes import ORIGINAL, Candidate
+from flatout.search.recipes import ORIGINAL, Candidate, calibrated_candidates
 from flatout.search.rows import Row, by_suitability, loss_of, memory_bytes, two_standard_errors
 from flatout.search.solve import Solution
 from flatout.search.units import megabytes
@@ -58,6 +60,7 @@ guess: they are scored, and those that suit most other workloads are preferred (
 
 _PROPOSALS = 3  # recipes found, built and measured at most
 _GAIN = 0.99  # a further one must be predicted to take less than this part of the best time
+_SHY = 0.85  # of the loss of a found recipe that failed its certificate, the next one may lose this part
 _HALVINGS = 7
 
 _KEEPS = {"gptq": (0.15, 0.4, 0.85), "smooth": (0.02, 0.3, 1.0)}
@@ -81,7 +84,9 @@ class Screen:
         self._prepared = False
         self._table: Calibration | None = None
         self._earlier: list[float] = []  # residuals of earlier searches on this machine
-        self._rooms: list[float] = []  # nats a token that candidates could lose and still be certified
+        self._rooms: dict[str, float] = {}  # nats a token that a candidate could lose and still be certified
+        self._timed_again: set[str] = set()
+        self._proposals = _PROPOSALS  # that may still be made
         self._undecided: set[str] = set()  # failed on the text of a plan, but not beyond its doubt
         self._refuse_too_large()
 
@@ -91,16 +96,33 @@ class Screen:
         self._measure(self.row(ORIGINAL.name))
         self._set(ORIGINAL.name, status="original")
         self.predict()
-        while (row := self._next()) is not None:
-            self._try(row)
-            self.predict()
-            self._find()
+        return self._finalists()
+
+    def again(self, tried: Collection[str]) -> list[Row]:
+        """Like `run` without those that were `tried` and not proven: what was passed over as slower than they
+        are has its chance, and so has another found recipe, which loses less."""
+        for row in self.rows:
+            if row.status == "slower" and row.name not in tried:
+                self._set(row.name, status="waiting", reason="")
+            elif row.status == "failed" and row.name in tried and row.loss is not None:
+                self._rooms[row.name] = min(_SHY * math.log1p(row.loss.value), self._rooms[row.name])
+        self._proposals = max(self._proposals, 1)
+        self.predict()
+        self._find()
+        return [row for row in self._finalists() if row.name not in tried]
+
+    def _finalists(self) -> list[Row]:
         while True:
+            while (row := self._next() or self._second_look()) is not None:
+                self._try(row)
+                self.predict()
+                self._find()
             rows = self.ranked([r for r in self.rows if r.status == "passed" or r.name in self._undecided])
             if not rows or rows[0].status == "passed":
                 return [row for row in rows if row.status == "passed"]
-            self._decide(rows[0], self.losses(rows[0].recipe, len(self.context.texts.validation)))
             self._undecided.discard(rows[0].name)
+            self._decide(rows[0], self.losses(rows[0].recipe, len(self.context.texts.validation)))
+            self._find()
 
     def _refuse_too_large(self) -> None:
         limit = self.context.request.max_memory
@@ -116,18 +138,20 @@ class Screen:
         if not self._prepared:
             self._prepared = True
             self._prepare()
-        if self.joint is None or self._table is None or self.joint.proposed >= _PROPOSALS:
+        if self.joint is None or self._table is None or not self._proposals:
             return
         if any(row.status == "waiting" and row.recipe.method == METHOD for row in self.rows):
             return
         calibration = self._calibration()
         passed = [row for row in self.rows if row.status == "passed"]
         reference = min(passed, key=self.cost, default=self.row(ORIGINAL.name)).recipe
-        recipe = self.joint.propose(statistics.median(self._rooms), calibration, reference)
+        recipe = self.joint.propose(self._budget(), calibration, reference)
         self.frontier = self.joint.trade_off(calibration, reference)
         spec = self.context.bench.source.spec
-        if recipe is None or formats_of(recipe, spec) in [formats_of(row.recipe, spec) for row in passed]:
+        known = [formats_of(row.recipe, spec) for row in self.rows if row.loss is not None]
+        if recipe is None or formats_of(recipe, spec) in known:
             return
+        self._proposals -= 1
         candidate = Candidate(recipe=recipe, why="found: least predicted time within the budget")
         row = Row(candidate=candidate, memory_bytes=memory_bytes(self.context, recipe))
         self.rows.append(row)
@@ -135,7 +159,13 @@ class Screen:
         least = min((self._predicted(r.recipe, calibration) for r in passed), default=math.inf)
         if self._predicted(recipe, calibration) > _GAIN * least:
             self.rows.pop()  # it would not pay for being built
-            self.joint.proposed = _PROPOSALS
+            self._proposals = 0
+
+    def _budget(self) -> float:
+        """What a found recipe may lose, nats a token: the room that others of its method had, whose losses
+        scatter alike, or else any."""
+        alike = [room for name, room in self._rooms.items() if self.row(name).recipe.method == METHOD]
+        return min(alike) if alike else statistics.median(self._rooms.values())
 
     def _predicted(self, recipe: Recipe, calibration: Calibration | None) -> float:
         """What the objective minimises as predicted now, also for a recipe that was measured: so compared, a
@@ -206,6 +236,18 @@ class Screen:
             )
             for row in self.rows:
                 self._observe(row)
+            self._add_calibrated()
+
+    def _add_calibrated(self) -> None:
+        """Join the uniform recipes that are made from the same calibration as found ones."""
+        context = self.context
+        if context.request.portable is not None:
+            return  # no other engine loads 6 bits
+        for candidate in calibrated_candidates(context.bench.source):
+            memory = memory_bytes(context, candidate.recipe)
+            self.rows.append(Row(candidate=candidate, memory_bytes=memory))
+        self._refuse_too_large()
+        self.predict()
 
     def _room_for_choices(self) -> float:
         """Bytes that the choices of a joint recipe may take together: the limit less norms and biases."""
@@ -285,6 +327,21 @@ class Screen:
         names = {row.name for row in waiting}
         return min((r for r in waiting if r.candidate.relative not in names), key=self.cost, default=None)
 
+    def _second_look(self) -> Row | None:
+        """A candidate that was passed over for a time longer than was predicted at most, waiting again; None
+        when there is no such one that is predicted to win. Once for each."""
+        if self.context.request.workload.objective == "memory":
+            return None
+        best = min((self.cost(row) for row in self.rows if row.status == "passed"), default=math.inf)
+        for row in self.rows:
+            if row.status != "slower" or row.times is None or row.workload is None:
+                continue
+            surprising = self.cost(row) > row.workload.high and row.workload.mid < best
+            if surprising and row.name not in self._timed_again:
+                self._timed_again.add(row.name)
+                return self._set(row.name, status="waiting", reason="")
+        return None
+
     def _optimistic(self, row: Row) -> float:
         if self.context.request.workload.objective == "memory" or row.workload is None:
             return self.cost(row)
@@ -331,11 +388,14 @@ class Screen:
         self._decide(row, losses)
 
     def _decide(self, row: Row, losses: list[ClusterLoss]) -> None:
-        """Passed if a certificate is likely, undecided if it would be with two standard errors less loss."""
+        """Passed if a certificate is likely. Undecided, where there is more text to look at, if that depends
+        on which end of the loss's interval is true."""
         plan = self.plan(losses)
-        likely = _suffices(plan)
-        if not likely and _suffices(self.plan(losses, less=two_standard_errors(losses))):
+        likely, doubt = _suffices(plan), two_standard_errors(losses)
+        more = len(losses) < len(self.context.texts.validation)
+        if more and likely != _suffices(self.plan(losses, less=-doubt / 2 if likely else doubt)):
             self._undecided.add(row.name)
+            likely = False
         first = row.loss is None or row.plan is None
         row = self._set(
             row.name,
@@ -345,7 +405,7 @@ class Screen:
             reason="" if likely else f"a certificate is unlikely: {plan}",
         )
         if first:
-            self._rooms.append(self._room(losses))
+            self._rooms[row.name] = self._room(losses)
             self._observe(row)
 
     def _room(self, losses: list[ClusterLoss]) -> float:
@@ -380,13 +440,15 @@ class Screen:
     def _measure(self, row: Row) -> Row:
         """Build and profile; the times correct later predictions."""
         context, known = self.context, self.context.store.hits
+        if row.name in self._timed_again:
+            self._profile_again(row.name)
         prefill, decode = self.profile(row.name).seconds
         times = {
             "prefill_s": prefill,
             "decode_s": decode,
             "workload_s": context.request.workload.seconds(prefill, decode),
         }
-        if row.workload is not None and row.workload.tier != "datasheet":
+        if row.times is None and row.workload is not None and row.workload.tier != "datasheet":
             residual = math.log(times["workload_s"] / row.workload.mid)
             self.residuals.append(residual)
             if self._table is not None and context.store.hits == known:  # measured now, not before a kill
@@ -396,20 +458,30 @@ class Screen:
     def profile(self, name: str) -> Profile:
         """Where the time of a candidate goes; measured once a run."""
         if name not in self.profiles:
-            context, recipe = self.context, self.row(name).recipe
-            workload = context.request.workload
-            short = replace(workload, output=min(workload.output, _PROFILE_STEPS))
-            where = (context.hardware, short)
-
-            def compute() -> dict[str, Any]:
-                context.build(recipe)
-                return profile_to_json(context.bench.profile(recipe, *where, _PROFILE_S))
-
-            inputs = {**context.inputs(recipe), "workload": workload, "code": context.bench.code}
-            found = context.timed("profile", name, inputs, compute)
-            spec = recipe.child(context.bench.source.spec)
-            self.profiles[name] = profile_from_json(found, spec, recipe, *where, context.bench.threads)
+            self.profiles[name] = self._profile(name)
         return self.profiles[name]
+
+    def _profile_again(self, name: str) -> None:
+        """What disturbs a measurement adds to it: the shorter one counts."""
+        workload = self.context.request.workload
+        both = (self.profile(name), self._profile(name, again=True))
+        self.profiles[name] = min(both, key=lambda profile: workload.seconds(*profile.seconds))
+
+    def _profile(self, name: str, again: bool = False) -> Profile:
+        context, recipe = self.context, self.row(name).recipe
+        workload = context.request.workload
+        short = replace(workload, output=min(workload.output, _PROFILE_STEPS))
+        where = (context.hardware, short)
+
+        def compute() -> dict[str, Any]:
+            context.build(recipe)
+            return profile_to_json(context.bench.profile(recipe, *where, _PROFILE_S))
+
+        inputs = {**context.inputs(recipe), "workload": workload, "code": context.bench.code}
+        inputs |= {"again": True} if again else {}
+        found = context.timed("profile", name, inputs, compute)
+        spec = recipe.child(context.bench.source.spec)
+        return profile_from_json(found, spec, recipe, *where, context.bench.threads)
 
     def row(self, name: str) -> Row:
         """The candidate called `name` as it is known now."""

@@ -60,9 +60,7 @@ Left = dict[tuple[str, bool], float]
 _GROUP = 32  # columns whose F is kept as one sum: the narrowest group of any format
 _SEED = 0
 _EVERY = 4  # rows of a layer's weight whose F is computed: one in four stands for the others
-_STRIDE = (
-    3  # layers of which the part that GPTQ leaves is computed: one in three, taken for its neighbours too
-)
+_STRIDE = 3  # one layer in three says what GPTQ leaves, for its neighbours too
 _PASSAGES, _PASSAGE = 4, 256  # passages that pass forward and back, and their tokens
 _PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
 _MEASURED = 20  # choices whose divergence is measured
@@ -424,7 +422,7 @@ def divergences(
                 x, w = x / s, w * s
             if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
                 rounded = (
-                    library.rounded(name, w.numpy(), fmt.scales_tokens, fmt)
+                    library.rounded(name, fmt.scales_tokens, fmt)
                     if by_gptq and name != "head"
                     else round_to_nearest(w.numpy(), fmt)
                 )

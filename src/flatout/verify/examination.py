@@ -12,6 +12,7 @@ Only step 4 touches the hold-out, and n comes from validation alone.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,8 @@ parameters."""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What the validation text says about the hold-out. needed: clusters for 90 % power, None when none
-    would do; scored: clusters to score; chance: of a pass with those; loss a token (delta) expected."""
+    would do; scored: clusters to score, as many as are needed when the loss is a standard error higher than
+    seen; chance: of a pass with those; loss a token (delta) expected."""
 
     k: int
     alpha_k: float
@@ -147,8 +149,10 @@ def plan_opening(
     seen = moments(*arrays(validation))
     seen = replace(seen, delta=seen.delta - less)
     needed = needed_clusters(seen, margin, level)
+    doubted = replace(seen, delta=seen.delta + seen.spread / math.sqrt(len(validation)))
+    careful = needed_clusters(doubted, margin, level)
     available = len(holdout.clusters)
-    scored = available if needed is None else min(available, max(needed, FEWEST_SCORED))
+    scored = available if careful is None else min(available, max(careful, FEWEST_SCORED))
     return Plan(
         k=k,
         alpha_k=level,

@@ -66,7 +66,7 @@ module attention #(
         .in(word[c*32+:32])
     );
     always_ff @(posedge clk)
-      if (keys && ready[c] && (ready_unit == 0 || $signed(word[c*32+:32]) > largest)) largest <= word[c*32+:32];
+      if (keys && ready[c] && (ready_unit == 0 || largest < $signed(word[c*32+:32]))) largest <= word[c*32+:32];
     weighted_sum #(
         .KW(KW)
     ) sums (
@@ -85,16 +85,16 @@ module attention #(
     );
   end
 
-  // ---- read out: a counter in stage 0, sums of all columns in 1, of one in 2, words in 6
-  localparam int STAGES = 6;
+  // ---- read out: a counter in stage 0, sums of all columns in 2, of one in 3, words in 7
+  localparam int STAGES = 7;
   logic [7:0] in_group;
   logic [15:0] count;
   logic [STAGES:1] drain_valid;
   logic [STAGES*16-1:0] drain_at;
-  logic [7:0] in_group1;
-  logic [DRAIN*48-1:0] picked2;
-  logic [15:0] inverse2;
-  logic [5:0] shift2;
+  logic [7:0] in_group1, in_group2;
+  logic [DRAIN*48-1:0] picked3;
+  logic [15:0] inverse3;
+  logic [5:0] shift3;
   always_ff @(posedge clk) begin
     drained <= 1'b0;
     if (divided[0]) begin
@@ -114,11 +114,12 @@ module attention #(
     drain_valid <= {drain_valid[STAGES-1:1], draining};
     drain_at <= {drain_at[(STAGES-1)*16-1:0], count};
     in_group1 <= in_group;
+    in_group2 <= in_group1;
     for (int c = 0; c < C; c++)
-      if (in_group1 == 8'(c)) begin
-        picked2 <= drains[c*DRAIN*48+:DRAIN*48];
-        inverse2 <= inverses[c*16+:16];
-        shift2 <= shifts[c*6+:6];
+      if (in_group2 == 8'(c)) begin
+        picked3 <= drains[c*DRAIN*48+:DRAIN*48];
+        inverse3 <= inverses[c*16+:16];
+        shift3 <= shifts[c*6+:6];
       end
     drained <= drain_valid[STAGES] && !drain_valid[STAGES-1];
     if (rst) begin
@@ -128,7 +129,7 @@ module attention #(
   end
   for (genvar i = 0; i < DRAIN; i++) begin : g_word
     rescale scaled (
-        .clk, .sum(picked2[i*48+:48]), .mantissa(inverse2), .shift(shift2), .narrow(1'b1),
+        .clk, .sum(picked3[i*48+:48]), .mantissa(inverse3), .shift(shift3), .narrow(1'b1),
         .word(write_words[i*32+:32])
     );
   end

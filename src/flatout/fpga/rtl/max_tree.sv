@@ -16,7 +16,7 @@ module max_tree #(
     logic [31:0] left, right;
     assign left = node[(2*i+1)*32+:32];
     assign right = node[(2*i+2)*32+:32];
-    always_ff @(posedge clk) if (enable) node[i*32+:32] <= left > right ? left : right;
+    always_ff @(posedge clk) if (enable) node[i*32+:32] <= right < left ? left : right;  // `<` is one carry chain
   end
   assign largest = node[31:0];
 endmodule

@@ -113,12 +113,12 @@ module results #(
   always_ff @(posedge clk)
     if (logit_valid)
       for (int c = 0; c < C; c++) begin
-        if (index == 0 || $signed(word0[c*32+:32]) > $signed(best_word[c*32+:32])) begin
+        if (index == 0 || $signed(best_word[c*32+:32]) < $signed(word0[c*32+:32])) begin
           best_word[c*32+:32] <= word0[c*32+:32];
           best[c*32+:32] <= {11'b0, index};
         end
-        if (four_bits && $signed(word1[c*32+:32]) > $signed(word0[c*32+:32])
-            && (index == 0 || $signed(word1[c*32+:32]) > $signed(best_word[c*32+:32]))) begin
+        if (four_bits && $signed(word0[c*32+:32]) < $signed(word1[c*32+:32])
+            && (index == 0 || $signed(best_word[c*32+:32]) < $signed(word1[c*32+:32]))) begin
           best_word[c*32+:32] <= word1[c*32+:32];
           best[c*32+:32] <= {11'b0, index} + 32'd1;
         end

@@ -95,29 +95,58 @@ module vector #(
   logic [4:0] waited;
   logic [7:0] head, query_group, query_in_group;
   logic [ROWS_LOG2-1:0] head_row;
-  logic is_query, is_key, is_value, turned;
-  assign is_query = head < query_heads;
-  assign is_key = !is_query && head < query_heads + kv_heads;
-  assign is_value = !is_query && !is_key;
+  // What the head is, and the next one: in registers, because much hangs on it. After the heads of a token: the first.
+  logic is_query, is_key, is_value, next_is_query, next_is_key, last_head, turned;
   assign turned = kind == HEADS && !is_value;
-  logic [ROWS_LOG2-1:0] length, half_rows, half_at, base;
+  always_ff @(posedge clk) begin
+    next_is_query <= head + 8'd1 < query_heads;
+    next_is_key <= head + 8'd1 >= query_heads && head + 8'd1 < query_heads + kv_heads;
+    last_head <= head + 8'd1 == query_heads + {kv_heads[6:0], 1'b0};
+  end
+  logic [ROWS_LOG2-1:0] length, half_rows, base;
   assign half_rows = {{(ROWS_LOG2 - 3) {1'b0}}, head_chunks};
   assign length = kind == HEADS ? {half_rows[ROWS_LOG2-2:0], 1'b0} : rows;
-  assign half_at = at >= half_rows ? at - half_rows : at;
-  assign base = kind == HEADS ? head_row : source;
+  assign base = state == IDLE ? source : kind == HEADS ? head_row : source;
 
   // ---- stage 0: which row, and what it is multiplied by
-  logic issue, second, pass2;
-  assign second = at >= half_rows;
+  logic issue, pass2, step, wraps;
   assign pass2 = state == PASS2;
   assign issue = (state == PASS1 && (kind != NORM || beat_valid)) || pass2;
+  assign step = pass2 || (issue && (kind == NORM ? {1'b0, token} == last_token : !turned || part));
+  assign wraps = at + 1'b1 == half_rows;
+  // The row of the source, of the scratch, and of the first and second half that are turned into each other, with their
+  // cos and sin: registers, because the memory wants them early.
+  logic [ROWS_LOG2-1:0] first_row, first_high, source_row, scratch_row, low_row, high_row;
+  logic [3:0] low_turn, high_turn;
+  logic second;
+  always_ff @(posedge clk) begin
+    first_row <= base;
+    first_high <= base + half_rows;
+    if (state != PASS1 && !pass2) begin
+      source_row <= first_row;
+      scratch_row <= scratch;
+      low_row <= first_row;
+      high_row <= first_high;
+      low_turn <= '0;
+      high_turn <= {1'b0, head_chunks};
+      second <= 1'b0;
+    end else if (step) begin
+      source_row <= source_row + 1'b1;
+      scratch_row <= scratch_row + 1'b1;
+      low_row <= wraps ? first_row : low_row + 1'b1;
+      high_row <= wraps ? first_high : high_row + 1'b1;
+      low_turn <= wraps ? '0 : low_turn + 1'b1;
+      high_turn <= wraps ? {1'b0, head_chunks} : high_turn + 1'b1;
+      second <= second || wraps;
+    end
+  end
   assign read = issue;
   assign read_column = token;
-  assign read_row = pass2 ? ((kind == NORM || turned) ? scratch + at : base + at)
-                  : turned ? (part ? base + half_at + half_rows : base + half_at) : base + at;
+  assign read_row = pass2 ? (kind == NORM || turned ? scratch_row : source_row)
+                  : turned ? (part ? high_row : low_row) : source_row;
   assign turn_column = token;
   // cos for the first of a first half and the second of a second half, sin for the others
-  assign turn_row = (second ^ part) ? 4'(half_at + half_rows) : 4'(half_at);
+  assign turn_row = (second ^ part) ? high_turn : low_turn;
   assign beat_pop = state == PASS1 && kind == NORM && beat_valid && {1'b0, token} == last_token;
 
   // ---- what the stages know of their row
@@ -135,8 +164,8 @@ module vector #(
   logic [CB-1:0] token3;
   logic [ROWS_LOG2-1:0] at3;
   assign {whole3, keep3, pass2_3, norm3, turned3, minus3, token3, at3} = control[2*CT+:CT];
-  logic turned5;
-  assign turned5 = control[4*CT+CT-5];
+  logic whole5, pass2_5, turned5;
+  assign {whole5, pass2_5, turned5} = {control[5*CT-1], control[5*CT-3], control[5*CT-5]};
   logic whole6, pass2_6;
   logic [CB-1:0] token6;
   logic [ROWS_LOG2-1:0] at6;
@@ -158,7 +187,7 @@ module vector #(
   logic [VL*32-1:0] word2, word6;
   logic [VL*16-1:0] factor2;
   logic [VL*56-1:0] square5;
-  logic [5:0] right4;
+  logic [5:0] right3;
   always_ff @(posedge clk) begin
     if (beat_valid && busy) gamma1 <= beat;
     if (busy) begin
@@ -170,7 +199,7 @@ module vector #(
   for (genvar l = 0; l < VL; l++) begin : g_lane
     vector_lane lane (
         .clk, .enable(busy), .word2(word2[l*32+:32]), .factor2(factor2[l*16+:16]), .keep3, .turned3, .minus3,
-        .right4, .narrow5(turned5), .word6(word6[l*32+:32]), .square5(square5[l*56+:56])
+        .right3, .narrow5(turned5), .word6(word6[l*32+:32]), .square5(square5[l*56+:56])
     );
   end
 
@@ -179,16 +208,17 @@ module vector #(
   logic [55:0] squares;
   logic [31:0] largest[0:C-1];
   logic [63:0] square_sum[0:C-1];
-  logic [31:0] chunk_largest[0:C*CHUNKS-1];
+  logic [31:0] even_row[0:C-1];  // a chunk is two rows
+  (* ram_style = "distributed" *) logic [31:0] chunk_largest[0:C*CHUNKS-1];  // block RAM would come too late
   max_tree #(.N(VL)) largest_of_row (.clk, .enable(busy), .words(word6), .largest(end_largest));
   sum_tree #(.N(VL), .WIDTH(56)) squares_of_row (.clk, .enable(busy), .in(square5), .sum(squares));
   always_ff @(posedge clk) begin
     if (squares_valid)
       square_sum[squares_token] <= (squares_at == 0 ? 64'(epsilon) : square_sum[squares_token]) + 64'(squares);
     if (end_valid) begin
-      if (end_at == 0 || end_largest > largest[end_token]) largest[end_token] <= end_largest;
-      if (!end_at[0] || end_largest > chunk_largest[{end_token, 6'(end_at>>1)}])
-        chunk_largest[{end_token, 6'(end_at>>1)}] <= end_largest;
+      if (end_at == 0 || largest[end_token] < end_largest) largest[end_token] <= end_largest;
+      if (!end_at[0]) even_row[end_token] <= end_largest;
+      else chunk_largest[{end_token, 6'(end_at>>1)}] <= even_row[end_token] < end_largest ? end_largest : even_row[end_token];
     end
   end
 
@@ -201,6 +231,7 @@ module vector #(
   logic [12:0] mantissa;
   logic [11:0] full;
   logic signed [7:0] power, halvings;
+  logic [5:0] doublings;
   logic [31:0] fitted;
   logic [37:0] bound;  // the largest code stands for this
   logic [27:0] plain_product;
@@ -223,7 +254,8 @@ module vector #(
       // Half of what is above 32 digits, rounded up; half of what is below, rounded down.
       halvings <= 8'(($signed({1'b0, mean_digits3}) - 8'sd31) >>> 1);
       less5 <= less2 >> exponent4;
-      fitted <= halvings >= 0 ? 32'(mean1 >> {halvings[5:0], 1'b0}) : 32'(mean1 << {6'(-halvings), 1'b0});
+      doublings <= 6'(-halvings);
+      fitted <= halvings >= 0 ? 32'(mean1 >> {halvings[5:0], 1'b0}) : 32'(mean1 << {doublings, 1'b0});
       // The scale rounded up: what is one less, rounded down, plus one.
       mantissa <= less5 == 32'd4095 ? 13'd2048 : 13'(less5) + 13'd1;
       exponent <= exponent4 + 5'(less5 == 32'd4095);
@@ -246,20 +278,23 @@ module vector #(
   always_ff @(posedge clk) begin
     chunk2 <= chunk_largest[{token1, 6'(at1>>1)}];
     spread3 <= spread2;
-    right4 <= pass2_3 ? 6'(8'sd18 + power - 8'(spread3)) : norm3 ? gamma_shift - 6'd1 : turned3 ? 6'd13 : 6'd0;
     spread_write <= whole3 && pass2_3 && at3[0] && kind != HEADS;
     spread_chunk <= 8'(at3 >> 1);
     spread <= spread3;
   end
 
-  // ---- results
-  assign write = whole6 && !pass2_6 && (kind == NORM || turned);
+  assign right3 = pass2_3 ? 6'(8'sd18 + power - 8'(spread3)) : norm3 ? gamma_shift - 6'd1 : turned3 ? 6'd13 : 6'd0;
+
+  // ---- results; `kind` and the head have long been still
+  always_ff @(posedge clk) begin
+    write <= whole5 && !pass2_5 && (kind == NORM || turned);
+    code_write <= whole5 && pass2_5 && (kind != HEADS || is_query);
+  end
   assign write_row = scratch + at6;
   assign write_column = token6;
   assign write_words = word6;
   always_comb for (int l = 0; l < VL; l++) codes[l*8+:8] = word6[l*32+:8];
   logic [7:0] query_number, query_row;
-  assign code_write = whole6 && pass2_6 && (kind != HEADS || is_query);
   assign code_column = kind == HEADS ? CB'(query_in_group) : token6;
   assign code_row = (kind == HEADS ? query_row : 8'd0) + 8'(at6 >> 1);
   assign code_half = at6[0];
@@ -269,19 +304,23 @@ module vector #(
   logic [KW*8*4-1:0] line;  // codes of one key or value
   logic [2:0] stored;
   logic [7:0] kv_head, scale_first, scale_end;
-  logic [31:0] stride1, block1, region1, start2, block_start, line_start;
-  assign kv_head = is_key ? head - query_heads : head - query_heads - kv_heads;
+  logic [8:0] block_size;
+  logic [23:0] block_number;
+  logic [31:0] stride2, block2, region1, start3, block_start, line_start;
   always_ff @(posedge clk)
     if (busy) begin
       query_number <= 8'(8'(token) * kv_heads) + query_group;
       query_row <= 8'(query_number * head_chunks);
       scale_first <= 8'(offset[token*8+:8] * head_chunks);
       scale_end <= scale_first + 8'(head_chunks);
-      stride1 <= 32'(kv_head) * head_stride;
-      block1 <= 32'(block[token*24+:24] * (32'(block_beats) + 32'd1));
+      kv_head <= is_key ? head - query_heads : head - query_heads - kv_heads;
+      block_size <= {1'b0, block_beats} + 9'd1;
+      block_number <= block[token*24+:24];
+      stride2 <= 32'(kv_head) * head_stride;
+      block2 <= 32'(block_number) * 32'(block_size);
       region1 <= cache + (is_value ? value_offset : 32'd0);
-      start2 <= stride1 + block1;
-      block_start <= start2 + region1;
+      start3 <= stride2 + block2;
+      block_start <= start3 + region1;
       line_start <= block_start + 32'(scale_first) + 32'd1;
     end
   assign store = state == STORE || state == STORE_SCALE;
@@ -311,6 +350,9 @@ module vector #(
         at <= '0;
         part <= 1'b0;
         head <= '0;
+        is_query <= 1'b1;
+        is_key <= 1'b0;
+        is_value <= 1'b0;
         query_group <= '0;
         query_in_group <= '0;
         head_row <= source;
@@ -378,6 +420,7 @@ module vector #(
           at <= '0;
           waited <= '0;
           state <= DRAIN2;
+          head_row <= last_head ? source : head_row + length;
         end
       end
       DRAIN2: begin
@@ -394,15 +437,19 @@ module vector #(
         state <= kind == NORM ? FIT : PASS1;
         waited <= '0;
         part <= 1'b0;
-        if (kind == HEADS && head + 8'd1 != query_heads + {kv_heads[6:0], 1'b0}) begin
+        if (kind == HEADS && !last_head) begin
           head <= head + 8'd1;
-          head_row <= head_row + length;
+          is_query <= next_is_query;
+          is_key <= next_is_key;
+          is_value <= !next_is_query && !next_is_key;
           query_in_group <= query_in_group + 8'd1 == group_heads ? 8'd0 : query_in_group + 8'd1;
           if (query_in_group + 8'd1 == group_heads) query_group <= query_group + 8'd1;
         end else if ({1'b0, token} != last_token) begin
           token <= token + 1'b1;
           head <= '0;
-          head_row <= source;
+          is_query <= 1'b1;
+          is_key <= 1'b0;
+          is_value <= 1'b0;
           query_group <= '0;
           query_in_group <= '0;
         end else begin

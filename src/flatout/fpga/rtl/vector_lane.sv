@@ -8,7 +8,7 @@ module vector_lane (
     input logic keep3,  // the first part of a pair
     input logic turned3,
     input logic minus3,
-    input logic [5:0] right4,  // shift - 1
+    input logic [5:0] right3,  // shift - 1, for the next cycle
     input logic narrow5,
     output logic [31:0] word6,
     output logic [55:0] square5
@@ -20,8 +20,10 @@ module vector_lane (
   logic signed [27:0] high4;
   logic signed [28:0] cross4;
   logic [27:0] low4;
+  (* keep *) logic [5:0] right4;  // each lane has its own: too much hangs on it
   always_ff @(posedge clk)
     if (enable) begin
+      right4 <= right3;
       product3 <= word2 * factor2;
       if (keep3) kept <= product3;
       sum4 <= !turned3 ? 49'(product3) : minus3 ? 49'(kept) - 49'(product3) : 49'(kept) + 49'(product3);

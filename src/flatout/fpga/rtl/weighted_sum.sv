@@ -15,20 +15,24 @@ module weighted_sum #(
     input logic [KW*8-1:0] codes10,  // 10 cycles after `valid`
     output logic [31:0] total,
     input logic [5:0] drain_index,  // word / DRAIN
-    output logic [DRAIN*48-1:0] drain  // a cycle later
+    output logic [DRAIN*48-1:0] drain  // two cycles later
 );
 `include "tables.svh"
-  logic [15:0] rom[0:256];
-  initial for (int i = 0; i < 257; i++) rom[i] = EXP2[i*16+:16];
+  logic [15:0] values[0:255];
+  logic [7:0] falls[0:255];  // to the next value
+  initial
+    for (int i = 0; i < 256; i++) begin
+      values[i] = EXP2[i*16+:16];
+      falls[i] = EXP2_FALLS[i*16+:8];
+    end
 
   logic [11:1] valids, firsts;
-  logic [21:0] chunks;
+  logic [19:0] chunks;
   logic [8*16-1:0] scales;
   logic [31:0] score1, distance2;
-  logic [15:0] from3, to3, whole3, from4, whole4, from5, whole5, value6, whole6, probability7;
-  logic [7:0] rest3, rest4;
-  logic [15:0] gap4;
-  logic [23:0] drop5;
+  logic [15:0] from3, whole3, from4, whole4, from5, whole5, value6, whole6, probability7;
+  logic [7:0] fall3, fall4, rest3, rest4;
+  logic [15:0] drop5;
   logic [27:0] product8;
   logic [3:0] exponent8;
   logic [42:0] shifted9;
@@ -36,19 +40,19 @@ module weighted_sum #(
   always_ff @(posedge clk) begin
     valids <= {valids[10:1], valid};
     firsts <= {firsts[10:1], first_token};
-    chunks <= {chunks[19:0], chunk};
+    chunks <= {chunks[17:0], chunk};
     scales <= {scales[7*16-1:0], scale};
     if (valid) score1 <= score;
     distance2 <= largest - score1;
-    from3 <= rom[{1'b0, distance2[15:8]}];
-    to3 <= rom[{1'b0, distance2[15:8]}+9'd1];
+    from3 <= values[distance2[15:8]];
+    fall3 <= falls[distance2[15:8]];
     rest3 <= distance2[7:0];
     whole3 <= distance2[31:16];
-    gap4 <= from3 - to3;
-    {from4, rest4, whole4} <= {from3, rest3, whole3};
-    drop5 <= 24'(gap4) * 24'(rest4);
+    // Block RAM answers late: what was read passes through a register before it is multiplied.
+    {from4, fall4, rest4, whole4} <= {from3, fall3, rest3, whole3};
+    drop5 <= 16'(fall4) * 16'(rest4);
     {from5, whole5} <= {from4, whole4};
-    value6 <= from5 - drop5[23:8];
+    value6 <= from5 - 16'(drop5[15:8]);
     whole6 <= whole5;
     probability7 <= whole6 > 16'd15 ? 16'd0 : value6 >> whole6[3:0];
     product8 <= 28'(probability7) * 28'(scales[6*16+:12]);
@@ -59,14 +63,20 @@ module weighted_sum #(
   end
 
   logic [KW*48-1:0] sums;
+  logic [1:0] chunk11;
+  logic [3:0] drain_word;
   for (genvar l = 0; l < KW; l++) begin : g_lane
     value_lane lane (
         .clk, .valid(valids[10]), .weight(weight10), .code(codes10[l*8+:8]),
-        .valid1(valids[11]), .first1(firsts[11]), .chunk1(valids[11] ? chunks[21:20] : drain_index[5:4]),
+        .valid1(valids[11]), .first1(firsts[11]), .chunk1(chunk11),
         .sum(sums[l*48+:48])
     );
   end
-  always_ff @(posedge clk) drain <= sums[drain_index[3:0]*(DRAIN*48)+:DRAIN*48];
+  always_ff @(posedge clk) begin
+    chunk11 <= valids[10] ? chunks[19:18] : drain_index[5:4];
+    drain_word <= drain_index[3:0];
+    drain <= sums[drain_word*(DRAIN*48)+:DRAIN*48];
+  end
 endmodule
 
 // Weight times code, added to the sum of its chunk.

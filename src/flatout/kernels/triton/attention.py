@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flatout.kernels.triton.elementwise import joined
+from flatout.kernels.triton.elementwise import FP8_MAX, joined
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -99,6 +99,45 @@ def _block(q, k, v, tokens, begin, position, peak, weight, acc, COMPUTE: tl.cons
     return higher, weight, acc
 
 
+@triton.jit
+def _newest(
+    q, qkv, sequence, head, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin, eps, part_size,
+    table, keys, values, position, G: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
+    PAGE: tl.constexpr, CUT: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Store a new token's key and value; the running softmax of q (ROWS, E) over it alone."""
+    HEADS: tl.constexpr = G * R + 2 * G
+    FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
+    columns = tl.arange(0, E)
+    one = tl.zeros((1,), tl.int32)
+    new_page = tl.load(table + position // PAGE).to(tl.int64)
+    new_k = _heads(
+        qkv, sequence, G * R + head + one, token_scales, row_scales, bias, k_gains,
+        turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
+    )  # fmt: skip
+    new_v = _heads(
+        qkv, sequence, G * R + G + head + one, token_scales, row_scales, bias, k_gains,
+        turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, False, False,
+    )  # fmt: skip
+    new_k, new_v = _stored(new_k, FP8), _stored(new_v, FP8)
+    new_at = ((new_page * G + head) * PAGE + position % PAGE) * E + columns[None, :]
+    tl.store(keys + new_at, new_k)
+    tl.store(values + new_at, new_v)
+    peak = tl.sum(q * new_k.to(tl.float32), 1)
+    return peak, tl.full((ROWS,), 1.0, tl.float32), tl.zeros((ROWS, E), tl.float32) + new_v.to(tl.float32)
+
+
+@triton.jit
+def _hand_on(out, out_scales, group, place, values, inside):
+    """Store what a group's heads read: in bfloat16, or in e4m3 with one scale for all of them."""
+    if out.dtype.element_ty == tl.float8e4nv:
+        values = tl.where(inside[:, None], values, 0.0)
+        most = tl.maximum(tl.max(tl.max(tl.abs(values), 1), 0), 1e-12)
+        tl.store(out_scales + group, most / FP8_MAX)
+        values = tl.clamp(values * (FP8_MAX / most), -FP8_MAX, FP8_MAX)
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=inside[:, None])
+
+
 @triton.jit(do_not_specialize=["page_stride", "window"])
 def decode_attention(
     qkv,
@@ -113,7 +152,8 @@ def decode_attention(
     values,
     pages,  # int32 (S, page_stride)
     positions,  # int32 (S,): of the new token; -1 for rows that are not used
-    out,  # bfloat16 (S, H E)
+    out,  # bfloat16 or e4m3 (S, H E)
+    out_scales,  # float32 (S, G), of e4m3
     parts,  # float32 (S, G, SPLITS, R, E): sums of each split
     peaks,  # float32 (S, G, SPLITS, 2, R): their largest score, and sum of weights
     counters,  # int32 (S, G): zero, and left zero
@@ -138,21 +178,28 @@ def decode_attention(
 ):
     """One program reads 1 / SPLITS of a sequence's tokens for the R query heads of one key/value head; the
     last of them to finish joins what all found (flash decoding). The first also writes the new token's key
-    and value, which it attends to from registers."""
+    and value, which it attends to from registers.
+
+    What the kernels before it in its step do not write is read before the wait: positions and turns."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + sequence)
-    if position < 0:
-        return
     HEADS: tl.constexpr = G * R + 2 * G
-    FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, E)
     tokens = tl.arange(0, BLOCK)
-    turn_cos, turn_sin = _turns(cos, sin, position, E)
+    turn_cos, turn_sin = _turns(cos, sin, tl.maximum(position, 0), E)
     table = pages + sequence.to(tl.int64) * page_stride
+    begin = tl.maximum(position + 1 - window, 0)
+    first = begin // BLOCK
+    blocks = tl.cdiv(position, BLOCK) - first
+    share = tl.cdiv(blocks, SPLITS)
+    start = first + split * share
+    if PDL:
+        gdc_wait()
+    if position < 0:
+        return
     q = _heads(
         qkv, sequence, tl.where(rows < R, head * R + rows, HEADS), token_scales, row_scales, bias, q_gains,
         turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
@@ -161,31 +208,18 @@ def decode_attention(
     peak = tl.full((ROWS,), -1e30, tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, E), tl.float32)
-    if split == 0:
-        one = tl.zeros((1,), tl.int32)
-        new_k = _heads(
-            qkv, sequence, G * R + head + one, token_scales, row_scales, bias, k_gains,
-            turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
+    if SPLITS == 1:
+        peak, weight, acc = _newest(
+            q, qkv, sequence, head, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin, eps,
+            part_size, table, keys, values, position, G, R, ROWS, E, PAGE, CUT, SCALED, BIAS, NORM,
         )  # fmt: skip
-        new_v = _heads(
-            qkv, sequence, G * R + G + head + one, token_scales, row_scales, bias, k_gains,
-            turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, False, False,
+    elif split == 0:
+        peak, weight, acc = _newest(
+            q, qkv, sequence, head, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin, eps,
+            part_size, table, keys, values, position, G, R, ROWS, E, PAGE, CUT, SCALED, BIAS, NORM,
         )  # fmt: skip
-        new_k, new_v = _stored(new_k, FP8), _stored(new_v, FP8)
-        new_page = tl.load(table + position // PAGE).to(tl.int64)
-        new_at = ((new_page * G + head) * PAGE + position % PAGE) * E + columns[None, :]
-        tl.store(keys + new_at, new_k)
-        tl.store(values + new_at, new_v)
-        peak = tl.sum(q * new_k.to(tl.float32), 1)
-        weight += 1.0
-        acc += new_v.to(tl.float32)
 
     q = q.to(COMPUTE)
-    begin = tl.maximum(position + 1 - window, 0)
-    first = begin // BLOCK
-    blocks = tl.cdiv(position, BLOCK) - first
-    share = tl.cdiv(blocks, SPLITS)
-    start = first + split * share
     for block in tl.range(start, tl.minimum(start + share, first + blocks)):
         page = tl.load(table + block * BLOCK // PAGE).to(tl.int64)
         at = ((page * G + head) * PAGE + block * BLOCK % PAGE + tokens[:, None]) * E + columns[None, :]
@@ -196,10 +230,10 @@ def decode_attention(
 
     inside = rows < R
     place = (sequence.to(tl.int64) * (G * R) + head * R + rows)[:, None] * E + columns[None, :]
+    group = sequence.to(tl.int64) * G + head
     if SPLITS == 1:
-        tl.store(out + place, (acc / weight[:, None]).to(tl.bfloat16), mask=inside[:, None])
+        _hand_on(out, out_scales, group, place, acc / weight[:, None], inside)
     else:
-        group = sequence.to(tl.int64) * G + head
         part = (group * SPLITS + split) * R + rows
         peak_at = (group * SPLITS + split) * 2 * R + rows
         tl.store(parts + part[:, None] * E + columns[None, :], acc, mask=inside[:, None])
@@ -224,8 +258,7 @@ def decode_attention(
                 joined_weight = joined_weight * old + its_weight * new
                 joined = joined * old[:, None] + its_acc * new[:, None]
                 joined_peak = higher
-            joined = joined / joined_weight[:, None]
-            tl.store(out + place, joined.to(tl.bfloat16), mask=inside[:, None])
+            _hand_on(out, out_scales, group, place, joined / joined_weight[:, None], inside)
 
 
 @triton.jit

@@ -38,12 +38,19 @@ def _fetch(w, rows, column, K: tl.constexpr, BLOCK_K: tl.constexpr, FETCH: tl.co
     )
 
 
+@triton.jit
+def _group_scale(token_scales, tokens, column, T, K: tl.constexpr, X_GROUP: tl.constexpr):
+    """float32 (BLOCK_T,): each token's scale of a column; of the last ones for columns beyond the edge."""
+    group = tl.minimum(column // X_GROUP, K // X_GROUP - 1)
+    return tl.load(token_scales + tokens * (K // X_GROUP) + group, mask=tokens < T, other=0.0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def gemm(
     x,  # descriptor of (T, K), BLOCK_T by BLOCK_K at a time
     w,  # descriptor of (N, K), BLOCK_N by BLOCK_K at a time
     w_values,  # the same as a pointer
-    token_scales,  # float32 (T,), if SCALED
+    token_scales,  # float32 (T,), or with X_GROUP (T, K / X_GROUP), if SCALED
     row_scales,  # float32 (N,), if SCALED
     out,  # (parts, T, N); bfloat16 (T, N / 2) if EPILOGUE is SILU or GELU; int64 (T,) if it is ARGMAX
     T,
@@ -54,6 +61,7 @@ def gemm(
     BLOCK_K: tl.constexpr,
     CUT: tl.constexpr,  # as `joined` takes it
     SCALED: tl.constexpr,
+    X_GROUP: tl.constexpr,  # columns of x that share a scale, a multiple of BLOCK_K; 0: all
     EPILOGUE: tl.constexpr,
     FETCH: tl.constexpr,  # blocks of W to fetch ahead
     COMPUTE: tl.constexpr,  # what the tensor cores multiply
@@ -78,14 +86,24 @@ def gemm(
     for tile in tl.range(start // K_BLOCKS, tl.cdiv(end, K_BLOCKS), num_stages=1):
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         begin = tl.maximum(start - tile * K_BLOCKS, 0)
+        if X_GROUP > 0:
+            scale = _group_scale(token_scales, tokens, begin * BLOCK_K, T, K, X_GROUP)
         for block in tl.range(begin, tl.minimum(end - tile * K_BLOCKS, K_BLOCKS)):
             its_x = x.load([0, block * BLOCK_K]).to(COMPUTE)
             its_w = w.load([tile * BLOCK_N, block * BLOCK_K]).to(COMPUTE)
-            acc = tl.dot(its_x, tl.trans(its_w), acc)
+            if X_GROUP > 0:
+                its_scale = (
+                    scale  # asked for a block ahead, because it takes as long to come as a block to multiply
+                )
+                scale = _group_scale(token_scales, tokens, (block + 1) * BLOCK_K, T, K, X_GROUP)
+                acc += tl.dot(its_x, tl.trans(its_w)) * its_scale[:, None]
+            else:
+                acc = tl.dot(its_x, tl.trans(its_w), acc)
         columns = tile * BLOCK_N + rows
         inside = (tokens < T)[:, None] & (columns < N)[None, :]
         if SCALED:
-            acc *= tl.load(token_scales + tokens, mask=tokens < T, other=0.0)[:, None]
+            if X_GROUP == 0:
+                acc *= tl.load(token_scales + tokens, mask=tokens < T, other=0.0)[:, None]
             acc *= tl.load(row_scales + columns, mask=columns < N, other=0.0)[None, :]
         if EPILOGUE == PLAIN:
             part = (program - owner(tile * K_BLOCKS, CUT)).to(tl.int64)

@@ -39,20 +39,24 @@ def argmax(logits, keys, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
     tl.atomic_max(keys + row, greatest(x, ids, 0))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["capacity", "rows"])
 def advance(
     keys,
     drawn,
     temperature,
     tokens,
     positions,
+    results,  # int32 (2, capacity), in the host's memory
+    turn,  # int32 (1,): which half of results was written last
+    capacity,
     rows,
     DRAWN: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """tokens = what `keys` name, or what was `drawn` where DRAWN and the temperature is positive; positions
-    in use move on by one; keys are reset."""
+    """tokens = what `keys` name, or what was `drawn` where DRAWN and the temperature is positive, for the
+    next step and for the host, whose halves of `results` take turns; positions in use move on by one; keys
+    are reset."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -65,7 +69,12 @@ def advance(
     if DRAWN:
         hot = tl.load(temperature + row, mask=inside, other=0.0) > 0
         token = tl.where(hot, tl.load(drawn + row, mask=inside, other=0), token)
-    tl.store(tokens + row, tl.where(finite, token, -1), mask=inside)
+    token = tl.where(finite, token, -1)
+    half = 1 - tl.load(turn)
+    tl.store(tokens + row, token, mask=inside)
+    tl.store(results + half * capacity + row, token, mask=inside)
+    tl.debug_barrier()  # everyone has read it
+    tl.store(turn, half)
     position = tl.load(positions + row, mask=inside, other=-1)
     tl.store(positions + row, tl.where(position < 0, position, position + 1), mask=inside)
     tl.store(keys + row, LEAST, mask=inside)
