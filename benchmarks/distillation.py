@@ -1,11 +1,11 @@
 """What distillation gives back: a 2:4-pruned model, and a child of half the layers, over minutes.
 
     python benchmarks/distillation.py BOOKS OUT [--model smollm2-135m] [--minutes 2:4=2,child=3]
-        [--also FILE] [--judge wiki.test.raw]
+        [--child depth=24,ffn=768] [--also FILE] [--judge wiki.test.raw]
 
 2:4     two of four neighbouring weights of every layer's linears stay, those of the largest |w| * rms(input)
         (Wanda: Sun et al., 2023, arXiv 2306.11695); all weights that stay are trained
-child   every other layer, first and last included; all weights are trained
+child   the most important layers and feed-forward channels, as many as --child says; all weights are trained
 
 Both follow the whole model's predictions (forward KL, all tokens) on BOOKS (benchmarks/books.py) and, with
 --also, on another text; none of it is judged. Losses are nats a token on rows of 512 tokens, in float32 (TF32
@@ -34,11 +34,14 @@ from torch import Tensor
 
 from flatout._version import __version__
 from flatout.cli.output import Progress, log
+from flatout.compress.importance import measure
 from flatout.compress.inputs import linear_inputs
+from flatout.compress.structure import cut
 from flatout.compress.wanda import wanda
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.folder import write_folder
 from flatout.core.sparsity import parse_sparsity
+from flatout.core.structure import Structure
 from flatout.core.types import to_json
 from flatout.errors import ConfigError, FlatoutError
 from flatout.train.config import TrainConfig
@@ -90,17 +93,12 @@ def two_of_four(bench: Bench) -> Trainable:
     return make_trainable(bench.source.spec, weights, device=bench.device, constraints=keep)
 
 
-def child(bench: Bench) -> Trainable:
-    """Every other layer, the first and the last included."""
-    spec = bench.source.spec
-    count = max(1, spec.num_layers // 2)
-    layers = np.linspace(0, spec.num_layers - 1, count).round().astype(int).tolist()
-    weights = source_weights(bench.source)
-    chosen = {name: weight for name, weight in weights.items() if not name.startswith("layers.")}
-    for new, old in enumerate(layers):
-        prefix = f"layers.{old}."
-        chosen |= {f"layers.{new}.{n[len(prefix) :]}": w for n, w in weights.items() if n.startswith(prefix)}
-    return make_trainable(replace(spec, num_layers=count), chosen, device=bench.device)
+def child(bench: Bench, structure: Structure) -> Trainable:
+    """Cut by the importance that rows of the training text show."""
+    rows = bench.data.tokens[np.random.default_rng(0).permutation(len(bench.data))[:CALIBRATION]]
+    small = cut(bench.source, structure, measure(bench.source, [row.astype(np.int64) for row in rows]))
+    log(f"child: layers {small.layers}, {small.spec.num_parameters() / 1e6:.1f}M parameters")
+    return make_trainable(small.spec, source_weights(small), device=bench.device)
 
 
 def pace(bench: Bench, student: Trainable, config: TrainConfig) -> float:
@@ -179,12 +177,19 @@ def parse_minutes(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in found}
 
 
+def parse_structure(text: str) -> Structure:
+    return Structure.of(
+        tuple((name, int(size)) for name, _, size in (p.partition("=") for p in text.split(",")))
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("books", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--minutes", type=parse_minutes, default="2:4=2,child=3")
+    parser.add_argument("--child", type=parse_structure, default="depth=24,ffn=768")
     parser.add_argument("--rate", type=float, default=4e-4)
     parser.add_argument("--also", type=Path, action="append", default=[], help="more text to train on")
     parser.add_argument("--judge", type=Path, help="another text to judge by")
@@ -210,13 +215,14 @@ def main() -> None:
         judged={name: pack(encode(source.tokenizer, text), LENGTH) for name, text in texts.items()},
         device=device,
     )
-    cuts = {"2:4": two_of_four, "child": child}
+    cuts = {"2:4": two_of_four, "child": lambda bench: child(bench, options.child)}
     options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "model": options.model,
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "versions": {"flatout": __version__, "torch": torch.__version__},
         "training_tokens": int(bench.data.tokens.size),
+        "structure": to_json(options.child),
         "rows": {},
     }
     whole = bench.losses(bench.teacher)

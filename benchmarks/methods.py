@@ -1,6 +1,6 @@
 """Every compression method on one page: size, perplexity, divergence, decode speed and minutes.
 
-    python benchmarks/methods.py [MODEL] --text FILE [--calibration FILE] [--rows NAMES] [--speed]
+    python benchmarks/methods.py [MODEL] --text FILE [--calibration FILE] [--rows NAMES] [--speed] [--others]
     python benchmarks/methods.py --table                  the table of docs/methods.md, from the files
 
 MODEL: a decoder, or an encoder, whose quality is the cosine of its vectors with the original's. --text: what
@@ -9,15 +9,19 @@ judges, UTF-8, cut into windows of 1,024 tokens evenly spaced; the shipped valid
 times decoding, for which nothing else may run.
 
 A row is a recipe in the grammar of `--recipe`, one line of ROWS. Perplexity and divergence are those of the
-weights: dequantised, on the bf16 engine, the same for all rows and for other programs' weights (--others:
-benchmarks/quantizers.py). Bits a weight count what a packed file needs: codes, scales, zeros. Every finished
-row is kept under build/methods, so that an interrupted run goes on, and a changed row alone is made again.
+weights: dequantised, on the bf16 engine, the same for all rows and for other programs' weights (--others, and
+--tools FOLDER where pip has installed auto-round and llmcompressor: benchmarks/quantizers.py); a cache format
+that the engine does not have is judged by the reference runner, the original too. Bits a weight count what a
+packed file needs: codes, scales, zeros. Every finished row is kept under build/methods, so that an
+interrupted run goes on, and a changed row alone is made again. --cost: minutes and peak memory of the rows
+alone, nothing judged or kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import resource
 import sys
@@ -35,12 +39,16 @@ from flatout.compress.encoder import compress_encoder
 from flatout.compress.method import data_of
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.encoder_folder import is_encoder, open_encoder
+from flatout.core.files import write_bytes
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.fuse import assemble, float_recipe
 from flatout.core.model import Model, dense, expected_weights
 from flatout.data.passages import load_passages
 from flatout.engine.cpu import CpuRunner
+from flatout.engine.reference import ReferenceRunner
+from flatout.engine.runner import Runner
 from flatout.engine.score import score_documents
+from flatout.hardware.detect import detect
 from flatout.models.bert import Bert
 from flatout.search.recipes import recipe_from_name
 from flatout.verify.quality import Cluster, divergence
@@ -57,6 +65,7 @@ ROWS = (
     *(f"{THREE}/{method}" for method in LOW),
     f"{FOUR}/gptq,head=w4a16-g64-asym,embedding=w4a16-g64-asym",
     "bf16,kv=int8",
+    "bf16,kv=int4",
 )
 ENCODER_ROWS = ("bf16", "w8a8", "w8a16", "w8a8-g32", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32-asym")
 KEPT = Path(__file__).resolve().parent.parent / "build" / "methods"
@@ -88,21 +97,29 @@ def bits_per_weight(model: Model) -> float:
 
 
 class Judge:
-    """Scores weights on the bf16 engine against the original's."""
+    """Scores weights on the bf16 engine, or the reference runner, against the original's there."""
 
-    def __init__(self, source: Checkpoint, text: list[int], count: int, threads: int) -> None:
-        self._source, self._threads = source, threads
+    def __init__(
+        self, source: Checkpoint, text: list[int], count: int, threads: int, reference: bool = False
+    ) -> None:
+        self._source, self._threads, self._reference = source, threads, reference
         self._windows = windows(text, count, WINDOW)
         self._original = self.runner(assemble(source, float_recipe("bf16")))
-        self._scores = np.concatenate(score_documents(self._original, self._windows)).astype(np.float64)
+        key = json.dumps([source.sha256, reference, self._windows])
+        kept = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        if not kept.exists():
+            scores = np.concatenate(score_documents(self._original, self._windows))
+            KEPT.mkdir(parents=True, exist_ok=True)
+            write_bytes(kept, _npy(scores.astype(np.float64)))
+        self._scores: np.ndarray = np.load(kept)
 
-    def runner(self, model: Model) -> CpuRunner:
-        """`model` with its weights as floats; the cache stays as the recipe has it where the engine can."""
-        recipe = float_recipe(
-            "bf16", "int8" if model.recipe.kv_cache == "int8" and _is_float(model) else "bf16"
-        )
+    def runner(self, model: Model) -> Runner:
+        """`model` with its weights as floats; rows of float weights keep the recipe's cache."""
+        recipe = float_recipe("bf16", model.recipe.kv_cache if _is_float(model) else "bf16")
         floats = {name: dense(weight) for name, weight in model.weights.items()}
         whole = Model(spec=model.spec, recipe=recipe, weights=floats)
+        if self._reference:
+            return ReferenceRunner(whole, num_pages=2 * WINDOW // 64)
         return CpuRunner(whole, threads=self._threads, num_pages=2 * WINDOW // 64)
 
     def row(self, model: Model) -> dict[str, float]:
@@ -120,6 +137,12 @@ class Judge:
             "flips": differs.flip_rate,
             "tokens": len(scores),
         }
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def _is_float(model: Model) -> bool:
@@ -148,14 +171,17 @@ def decode_speed(model: Model, threads: int) -> float:
 
 
 def decoder_row(
-    name: str, source: Checkpoint, judge: Judge, calibration: list[list[int]], speed: int
-) -> dict[str, Any]:
+    name: str, source: Checkpoint, calibration: list[list[int]], speed: int, device: str
+) -> tuple[dict[str, Any], Model]:
+    """What making the row took, and the model."""
     recipe = _recipe(name, source)
     start = time.process_time()
     clock = time.perf_counter()
-    model, report = apply(source, data_of(calibration), recipe)
+    model, report = apply(source, data_of(calibration, device=device), recipe)
     found: dict[str, Any] = {
         "row": name,
+        "machine": detect().name,
+        "device": device,
         "bits_per_weight": bits_per_weight(model),
         "seconds": time.perf_counter() - clock,
         "cpu_seconds": time.process_time() - start,
@@ -164,11 +190,13 @@ def decoder_row(
     }
     if speed:
         found["decode_tokens_per_s"] = decode_speed(model, speed)
-    return found | judge.row(model)
+    return found, model
 
 
 def _recipe(name: str, source: Checkpoint) -> Recipe:
     """Embedding and head stay bf16 unless the row names them: the rows compare what becomes of the layers."""
+    if name.endswith(",kv=int4"):  # which the engine that names are checked against does not have
+        return replace(_recipe(name.removesuffix(",kv=int4"), source), name=name, kv_cache="int4")
     recipe = recipe_from_name(name, source)
     if "head=" not in name:
         recipe = replace(recipe, embedding="bf16", head="bf16")
@@ -244,7 +272,11 @@ def main() -> int:
     parser.add_argument("--calibrated", type=int, default=32, help="windows of 512 tokens that calibrate")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--others", action="store_true", help="also what other programs make of MODEL")
+    parser.add_argument("--tools", type=Path, help="folder of pip install --target with public quantisers")
+    parser.add_argument("--tool-rows", default="", help="of them, such as gptq-4 autoround-3; default: all")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: where gptq and tune compute")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--cost", action="store_true")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
@@ -264,25 +296,39 @@ def main() -> int:
         for path, split in ((args.text, "validation"), (args.calibration, "calibration"))
     )
     calibrating = windows(calibration, args.calibrated, CALIBRATED)
-    judge: Judge | None = None
+    judges: dict[bool, Judge] = {}
+
+    def judge(model: Model, reference: bool = False) -> dict[str, float]:
+        if reference not in judges:
+            judges[reference] = Judge(source, text, args.windows, args.threads, reference)
+        return judges[reference].row(model)
+
     rows = []
     for name in args.rows.split() if args.rows else ROWS:
+        if args.cost:
+            print(decoder_row(name, source, calibrating, 0, args.device)[0], flush=True)
+            continue
         key = json.dumps(
             [source.sha256, name, args.windows, calibrating, windows(text, args.windows, WINDOW)]
         )
         kept = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         if not kept.exists():
-            judge = judge or Judge(source, text, args.windows, args.threads)
-            found = decoder_row(name, source, judge, calibrating, args.threads * args.speed)
+            speed = args.threads * args.speed
+            found, model = decoder_row(name, source, calibrating, speed, args.device)
+            found |= judge(model, reference="kv=int4" in name)
             KEPT.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(found), encoding="utf-8")
         rows.append(json.loads(kept.read_text(encoding="utf-8")))
         print(rows[-1], flush=True)
-    if args.others:
-        from quantizers import other_rows
+    if args.cost:
+        return 0
+    if args.others or args.tools:
+        from quantizers import other_rows, tool_rows
 
-        judge = judge or Judge(source, text, args.windows, args.threads)
-        rows += other_rows(source, judge.row, args.threads, KEPT)
+        if args.tools:
+            chosen = args.tool_rows.split()
+            rows += tool_rows(source, calibrating, judge, args.tools, args.threads, KEPT, chosen)
+        rows += other_rows(source, judge, args.threads, KEPT) if args.others else []
     result = {"rows": rows, "model": short, "judged": f"{args.windows} windows of {WINDOW} tokens of "
               f"{args.text.name if args.text else 'the shipped validation passages'}, calibrated on "
               f"{args.calibrated * CALIBRATED:,} of "

@@ -1,20 +1,24 @@
-"""What llama.cpp's own quantiser makes of the same weights, judged as benchmarks/methods.py judges ours.
+"""What other programs make of the same weights, judged as benchmarks/methods.py judges ours.
 
-Used by `python benchmarks/methods.py MODEL --others`. The program is the one that `flatout bench --against
-llama.cpp` installs. Its files are read back by the gguf library and scored as floats on our engine, so that
-only the weights differ. K-quants need widths that 256 divides; where they do not (576 here) llama.cpp takes
-its 32-wide blocks of more bits instead, which the bits a weight show.
+`--tools FOLDER`: GPTQ and AWQ of llm-compressor and AutoRound, each on the calibration windows that ours had
+(benchmarks/quantizer_tools.py). `--others`: llama.cpp's own quantiser. The program is the one that `flatout
+bench --against llama.cpp` installs. Its files are read back by the gguf library and scored as floats on our
+engine, so that only the weights differ. K-quants need widths that 256 divides; where they do not (576 here)
+llama.cpp takes its 32-wide blocks of more bits instead, which the bits a weight show.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from flatout.core.checkpoint import Checkpoint
+from flatout.core.folder import write_folder
 from flatout.core.fuse import assemble, float_recipe
 from flatout.core.gguf_config import gguf_name, unpermuted_rows
 from flatout.core.model import Model
@@ -30,7 +35,11 @@ from flatout.core.quantized import QuantizedTensor
 from flatout.core.sources import cache_dir
 from flatout.core.spec import ModelSpec
 from flatout.export.gguf import write_model
+from flatout.hardware.detect import detect
 
+TOOLS = {
+    "llm-compressor GPTQ": "gptq", "llm-compressor AWQ": "awq", "AutoRound, 200 iterations": "autoround",
+}  # fmt: skip
 TYPES = {"Q3_K_M": 12, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}
 """Names and numbers of llama.h's llama_ftype."""
 _MAKE = """
@@ -74,6 +83,78 @@ def other_rows(
             rows.append(json.loads(file.read_text(encoding="utf-8")))
             print(rows[-1], flush=True)
     return rows
+
+
+def tool_rows(
+    source: Checkpoint,
+    calibration: list[list[int]],
+    judge: Callable[[Model], dict[str, float]],
+    packages: Path,
+    threads: int,
+    kept: Path,
+    chosen: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Rows of TOOLS, whose packages lie in the folder `packages`, at 4 and 3 bits, a scale for 64 weights.
+    chosen: only these, such as "gptq-4"."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=kept) as temporary:
+        folder, made = Path(temporary), Path(temporary) / "made.npz"
+        np.save(folder / "tokens.npy", np.array(calibration, dtype=np.int64))
+        for bits, (name, tool) in itertools.product((4, 3), TOOLS.items()):
+            if chosen and f"{tool}-{bits}" not in chosen:
+                continue
+            key = hashlib.sha256(json.dumps([source.sha256, name, bits, calibration]).encode()).hexdigest()
+            file = kept / f"{key[:32]}.json"
+            if not file.exists():
+                if not (folder / "config.json").exists():
+                    arrays = {tensor: source.array(tensor) for tensor in source.names}
+                    write_folder(folder, source.spec, source.tokenizer, arrays)
+                script = Path(__file__).with_name("quantizer_tools.py")
+                command = [
+                    sys.executable,
+                    str(script),
+                    tool,
+                    str(folder),
+                    str(folder / "tokens.npy"),
+                    str(made),
+                ]
+                environment = os.environ | {
+                    "PYTHONPATH": str(packages), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+                }  # fmt: skip
+                subprocess.run([*command, "--bits", str(bits)], check=True, env=environment)
+                with np.load(made) as weights:
+                    seconds, cpu_seconds = weights["seconds"].tolist()
+                    model = assemble(Loaded(source, dict(weights)), float_recipe("bf16"))
+                found = {
+                    "row": f"{name}, w{bits} g64",
+                    "machine": detect().name,
+                    "bits_per_weight": bits + (16 + bits) / 64,
+                    "seconds": seconds,
+                    "cpu_seconds": cpu_seconds,
+                    **judge(model),
+                }
+                file.write_text(json.dumps(found), encoding="utf-8")
+            rows.append(json.loads(file.read_text(encoding="utf-8")))
+            print(rows[-1], flush=True)
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A Source of another's tensors, some of them changed."""
+
+    original: Checkpoint
+    changed: dict[str, np.ndarray]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.original.spec
+
+    def array(self, name: str) -> np.ndarray:
+        return self.changed[name] if name in self.changed else self.original.array(name)
+
+    def native(self, name: str) -> QuantizedTensor | None:
+        return None
 
 
 class GgufWeights:

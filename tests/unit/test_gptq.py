@@ -130,9 +130,9 @@ def test_hessians_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.
             theirs(torch.from_numpy(document)[None])
     hessians = []
 
-    def unrounded(weight: np.ndarray, hessian: np.ndarray, fmt: Format) -> SimpleNamespace:
-        hessians.append(hessian)
-        return SimpleNamespace(dequantize=lambda: weight)
+    def unrounded(weight: torch.Tensor, hessian: torch.Tensor, fmt: Format) -> SimpleNamespace:
+        hessians.append(hessian.numpy())
+        return SimpleNamespace(dequantize=weight.numpy)
 
     monkeypatch.setattr("flatout.compress.gptq.gptq", unrounded)
     steps: list[int] = []

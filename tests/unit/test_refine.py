@@ -23,7 +23,7 @@ def test_the_error_falls(seed: int, name: str, from_nearest: bool) -> None:
     h, fmt = damped(hessian), parse_format(name)
     start = round_to_nearest(weight, fmt) if from_nearest else gptq(weight, hessian, fmt)
     once, thrice = (refine(weight, h, start, passes) for passes in (1, 3))
-    losses = [loss(weight, q.dequantize(), h) for q in (start, once, thrice)]
+    losses = [loss(weight, q.dequantize(), h.numpy()) for q in (start, once, thrice)]
     assert losses[1] <= losses[0] * (1 + 1e-5)
     assert losses[2] <= losses[1] * (1 + 1e-5)
     assert thrice.format == fmt
@@ -48,7 +48,7 @@ def test_scales_are_the_least_squares_ones(name: str) -> None:
     fmt = parse_format(name.replace("g64", "g32"))
     h = damped(hessian)
     found = refine(weight, h, gptq(weight, hessian, fmt), 6)
-    root = np.linalg.cholesky(h.astype(np.float64)).T
+    root = np.linalg.cholesky(h.double().numpy()).T
     zeros = found.integer_zero if found.zeros is None else found.zeros.astype(np.float64)
     for row in range(3):
         zero = zeros if isinstance(zeros, int) else zeros[row]

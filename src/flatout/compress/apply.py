@@ -32,12 +32,14 @@ def compress(
     calibration: Sequence[Sequence[int] | np.ndarray] | None = None,
     progress: Progress | None = None,
     keep: Path | None = None,
+    device: str = "cpu",
 ) -> Model:
     """The Model of `source` (a Checkpoint) under `recipe`; see `apply`.
 
     calibration: token lists, each a sequence of its own. keep: a folder from which interrupted work goes on.
+    device: where gptq and tune compute, "cpu" or "cuda".
     """
-    return apply(source, data_of(calibration, progress, keep), recipe)[0]
+    return apply(source, data_of(calibration, progress, keep, device), recipe)[0]
 
 
 def apply(source: Source, data: Data, recipe: Recipe) -> tuple[Model, Report]:

@@ -13,7 +13,7 @@ four seconds of one core for a layer of 3.5 million weights and 8,192 tokens, an
 nearest; it believes the calibration text, so more of it is better: 20,000 tokens instead of 6,000 left 6 to
 16 % less error on other text (docs/log.md).
 
-Legend: N rows, K columns.
+Products and sweeps run where the weight and Hessian lie, on a GPU too. Legend: N rows, K columns.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flatout.compress.layers import Improve, round_layers
 from flatout.compress.method import Data, Report, format_in
@@ -32,6 +33,7 @@ from flatout.core.formats import Format, Recipe
 from flatout.core.fuse import Source
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
+from flatout.kernels.linear import as_tensor
 
 PASSES = 2  # of refining
 REFINED = 6
@@ -44,9 +46,11 @@ STRENGTH = 0.25  # of aiming at the original's outputs
 _BLOCK = 32  # columns whose updates are applied to the rest of the matrix together
 _DAMPINGS = (1.0, 10.0, 100.0)  # tried in turn when H is too close to singular
 
+Matrix = np.ndarray | Tensor
+
 
 def gptq(
-    weight: np.ndarray, hessian: np.ndarray, fmt: Format, damping: float = DAMPING, order: bool = True
+    weight: Matrix, hessian: Matrix, fmt: Format, damping: float = DAMPING, order: bool = True
 ) -> QuantizedTensor:
     """`weight` float32 (N, K) in `fmt`, rounded to suit inputs with second moments `hessian` (K, K).
 
@@ -54,10 +58,19 @@ def gptq(
     Raises ConfigError for shapes that do not fit and for a Hessian that is not finite.
     """
     check_roundable(fmt)
-    k = weight.shape[1]
-    if hessian.shape != (k, k) or not np.isfinite(hessian).all():
-        raise ConfigError(f"the Hessian is finite and {(k, k)}", str(hessian.shape), "other calibration text")
-    return spread(weight, factorise(hessian, damping, order), fmt)
+    w, h = tensor_of(weight), tensor_of(hessian)
+    k = w.shape[1]
+    if h.shape != (k, k) or not bool(torch.isfinite(h).all()):
+        raise ConfigError(
+            f"the Hessian is finite and {(k, k)}", str(tuple(h.shape)), "other calibration text"
+        )
+    columns = _order(h) if order else torch.arange(k, device=h.device)
+    upper = _inverse_factor(h[columns][:, columns], damping)
+    return _spread(w, columns, upper, _importance(h, damping), fmt)
+
+
+def tensor_of(matrix: Matrix) -> Tensor:
+    return matrix if isinstance(matrix, Tensor) else as_tensor(matrix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -90,66 +103,86 @@ def upper_of(triangle: np.ndarray, k: int) -> np.ndarray:
 
 def factorise(hessian: np.ndarray, damping: float = 0.01, order: bool = True) -> Factor:
     """The Factor of second moments (K, K); arguments as for `gptq`."""
-    diagonal = np.diag(hessian)
-    columns = np.argsort(-diagonal, kind="stable") if order else np.arange(len(hessian))
+    h = as_tensor(hessian)
+    columns = _order(h) if order else torch.arange(len(h))
+    upper = _inverse_factor(h[columns][:, columns], damping)
     return Factor(
-        columns=columns,
-        triangle=triangle_of(_inverse_factor(hessian[np.ix_(columns, columns)], damping)),
-        importance=(diagonal + damping * diagonal.mean() + 1e-12).astype(np.float32),
+        columns=columns.numpy(),
+        triangle=triangle_of(upper.numpy()),
+        importance=_importance(h, damping).numpy(),
     )
 
 
 def spread(weight: np.ndarray, factor: Factor, fmt: Format) -> QuantizedTensor:
     """`weight` float32 (N, K) in `fmt`, errors spread by `factor`."""
-    grouped = group_rows(weight, fmt)
-    grid = search_grid(grouped, fmt, factor.importance.reshape(grouped.shape[1:]))
-    codes = np.empty(weight.shape, dtype=np.float32)
-    groups = factor.columns // grouped.shape[2]
-    codes[:, factor.columns] = _round_columns(weight[:, factor.columns], factor.upper, grid, groups)
-    return pack(codes, grid, fmt)
+    columns, importance = torch.from_numpy(factor.columns), torch.from_numpy(factor.importance)
+    return _spread(as_tensor(weight), columns, torch.from_numpy(factor.upper), importance, fmt)
 
 
-def _inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
+def _order(hessian: Tensor) -> Tensor:
+    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def _importance(hessian: Tensor, damping: float) -> Tensor:
+    diagonal = hessian.diagonal()
+    return (diagonal + damping * diagonal.mean() + 1e-12).float()
+
+
+def _spread(
+    weight: Tensor, columns: Tensor, upper: Tensor, importance: Tensor, fmt: Format
+) -> QuantizedTensor:
+    """Scales by search, codes by the sweep; all tensors on one device."""
+    grouped = group_rows(weight.cpu().numpy(), fmt)
+    grid = search_grid(grouped, fmt, importance.cpu().numpy().reshape(grouped.shape[1:]))
+    groups = (columns // grouped.shape[2]).tolist()
+    codes = torch.empty(weight.shape, dtype=torch.int8 if grid.low < 0 else torch.uint8, device=weight.device)
+    codes[:, columns] = _round_columns(weight.T[columns].contiguous(), upper, grid, groups).T.to(codes.dtype)
+    return pack(codes.cpu().numpy(), grid, fmt)
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U, float32, with U^T U = inverse(H + damping). Inputs that are always zero are left
     alone.
 
     Reversing rows and columns turns a lower Cholesky factor into R with H = R R^T, R upper; then U =
     inverse(R).
     """
-    h = torch.from_numpy(hessian.astype(np.float64))
-    h += torch.diag((h.diagonal() == 0).double())
-    unit = torch.eye(len(h), dtype=torch.float64)
+    h = hessian.to(torch.float64, copy=True)
+    h.diagonal().add_((h.diagonal() == 0).double())
+    added = damping * float(h.diagonal().mean())
     for times in _DAMPINGS:
-        damped = h + unit * (damping * times * float(h.diagonal().mean()))
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
-            return np.ascontiguousarray(upper.float().numpy())
+        damped = h.flip(0, 1)
+        damped.diagonal().add_(times * added)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # a width of 14,336 takes 1.6 GB
+        if not int(failed):
+            unit = torch.eye(len(h), dtype=torch.float64, device=h.device)
+            upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+            return upper.float().contiguous()
     raise ConfigError("the Hessian must be positive definite", "a singular one", "more calibration text")
 
 
-def _round_columns(weight: np.ndarray, factor: np.ndarray, grid: Grid, groups: np.ndarray) -> np.ndarray:
-    """Codes (N, K) of `weight`, column by column. groups[j] is the group whose scale column j uses.
-
-    Works on the transposed weight, where a column is contiguous.
-    """
-    w = np.array(weight.T, dtype=np.float32, order="C")
-    scales, zeros = np.ascontiguousarray(grid.scales.T), np.ascontiguousarray(grid.zeros.T)
-    codes = np.empty_like(w)
+def _round_columns(w: Tensor, factor: Tensor, grid: Grid, groups: list[int]) -> Tensor:
+    """Codes (K, N) of the transposed weight w (K, N), where a column is contiguous; w is used up. groups[j]
+    is the group whose scale column j uses."""
+    scales, zeros = (torch.from_numpy(part.T.copy()).to(w.device) for part in (grid.scales, grid.zeros))
+    codes = torch.empty_like(w)
     k = len(w)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
-        errors = np.empty((stop - start, w.shape[1]), dtype=np.float32)
+        errors = torch.empty_like(w[start:stop])
         for j in range(start, stop):
             scale, zero = scales[groups[j]], zeros[groups[j]]
-            codes[j] = np.clip(np.rint(w[j] / scale) + zero, grid.low, grid.high)
-            errors[j - start] = (w[j] - scale * (codes[j] - zero)) / factor[j, j]
-            w[j + 1 : stop] -= np.outer(factor[j, j + 1 : stop], errors[j - start])
-        w[stop:] -= factor[start:stop, stop:].T @ errors
-    return codes.T
+            code = (w[j] / scale).round_().add_(zero).clamp_(grid.low, grid.high)
+            codes[j] = code
+            error = (w[j] - code.sub_(zero).mul_(scale)).div_(factor[j, j])
+            w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+            errors[j - start] = error
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return codes
 
 
-def round_linear(weight: np.ndarray, hessian: np.ndarray, fmt: Format) -> QuantizedTensor:
+def round_linear(weight: Matrix, hessian: Matrix, fmt: Format) -> QuantizedTensor:
     """`weight` float32 (N, K) in `fmt` by GPTQ, coarse ones refined (compress/refine.py)."""
     rounded = gptq(weight, hessian, fmt)
     if fmt.bits > REFINED:
@@ -157,10 +190,10 @@ def round_linear(weight: np.ndarray, hessian: np.ndarray, fmt: Format) -> Quanti
     return refine(weight, damped(hessian), rounded, PASSES)
 
 
-def damped(hessian: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+def damped(hessian: Matrix, damping: float = DAMPING) -> Tensor:
     """`hessian` with `damping` of its diagonal's mean added to the diagonal, float32 and never singular."""
-    added = damping * float(np.diag(hessian).mean()) + 1e-12
-    found: np.ndarray = hessian + np.float32(added) * np.eye(len(hessian), dtype=np.float32)
+    found = tensor_of(hessian).to(torch.float32, copy=True)
+    found.diagonal().add_(damping * float(found.diagonal().mean()) + 1e-12)
     return found
 
 
@@ -175,7 +208,7 @@ def gptq_layers(
     """
     start = time.perf_counter()
 
-    def by_format(name: str, weight: np.ndarray, hessian: np.ndarray) -> QuantizedTensor:
+    def by_format(name: str, weight: Tensor, hessian: Tensor) -> QuantizedTensor:
         return round_linear(weight, hessian, format_in(recipe, name))
 
     rounded, errors = round_layers(source, data, recipe, method, by_format, STRENGTH, improve)

@@ -48,9 +48,22 @@ def check_understood(source: Source, documents: Sequence[np.ndarray], numbers: b
 def fast_products() -> Iterator[None]:
     """Let the processor multiply float32 matrices in bfloat16 with float32 sums, where that is faster: the
     error, 1/500 of a product, is far below that of any rounding that calibration is for."""
+    with _precision("bf16"):
+        yield
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within `fast_products`: products in float32 after all."""
+    with _precision("ieee"):
+        yield
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    settings.fp32_precision = name
     try:
         yield
     finally:
@@ -76,24 +89,26 @@ class Documents(Cache):
 
 
 class Text:
-    """Calibration text as the layers see it: `tokens` of all documents, one behind the other."""
+    """Calibration text as the layers see it: `tokens` of all documents, one behind the other. Its activations
+    lie on `device`."""
 
-    def __init__(self, source: Source, documents: Sequence[np.ndarray]) -> None:
-        self.source, self.spec = source, source.spec
+    def __init__(self, source: Source, documents: Sequence[np.ndarray], device: str = "cpu") -> None:
+        self.source, self.spec, self.device = source, source.spec, device
         self.documents = documents
         self.positions = torch.cat([torch.arange(len(document)) for document in documents])
-        self.turns = rope_turns(self.spec, self.positions)
+        cos, sin = rope_turns(self.spec, self.positions)
+        self.turns = cos.to(device), sin.to(device)
         self.cache = Documents([len(document) for document in documents])
 
     def embed(self) -> Tensor:
         ids = np.concatenate(self.documents).astype(np.int64)
-        return Llama(self.source).embed(torch.from_numpy(ids))
+        return Llama(self.source).embed(torch.from_numpy(ids)).to(self.device)
 
     def layer(self, layer: int, x: Tensor, linear: Linear) -> Tensor:
         """What layer number `layer` makes of x (T, D) with `linear` for its products."""
 
         def vector(name: str) -> Tensor:
-            return as_tensor(float_weight(self.source, name))
+            return as_tensor(float_weight(self.source, name)).to(self.device)
 
         return decoder_layer(
             self.spec, layer, x, self.positions, self.turns, linear=linear, vector=vector, cache=self.cache

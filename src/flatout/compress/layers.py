@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.inputs import Text, fast_products
+from flatout.compress.inputs import Text, exact_products, fast_products
 from flatout.compress.kept import Kept
 from flatout.compress.method import Data, check_weight, format_in, is_made
 from flatout.core.formats import Recipe
@@ -33,10 +33,11 @@ from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
 
-RoundLinear = Callable[[str, np.ndarray, np.ndarray], QuantizedTensor]
+RoundLinear = Callable[[str, Tensor, Tensor], QuantizedTensor]
 """round_linear(name, weight (N, K), hessian (K, K)) -> the rounded weight."""
 Weights = dict[str, QuantizedTensor]
 _DAMPING = 0.01  # of the mean of H's diagonal
+_TOGETHER = 1024  # tokens
 
 
 Improve = Callable[[Text, int, Tensor, Tensor, dict[str, Tensor], Weights], Weights]
@@ -61,7 +62,7 @@ def round_layers(
     arguments was interrupted. Raises ConfigError, naming the linear, for weights or activations that are not
     finite.
     """
-    spec, text = source.spec, Text(source, data.documents)
+    spec, text = source.spec, Text(source, data.documents, data.device)
     linears = list(spec.linears())
     kept = Kept(source, data, recipe, f"{method} {strength}")
     done, state = kept.load()
@@ -71,7 +72,7 @@ def round_layers(
     }
     x = y = text.embed()
     if done:
-        x, y = (torch.from_numpy(state[stream]) for stream in ("x", "y"))
+        x, y = (torch.from_numpy(state[stream]).to(data.device) for stream in ("x", "y"))
     start = time.perf_counter()
     last = _layers_to_pass(source, recipe)
     for layer in range(len(done), last):
@@ -95,7 +96,8 @@ def round_layers(
         errors |= step.errors
         names = np.array(list(errors), dtype=np.str_)
         values = np.array(list(errors.values()), dtype=np.float64)
-        kept.save(layer, step.rounded, {"x": x.numpy(), "y": y.numpy(), "names": names, "errors": values})
+        streams = {"x": x.cpu().numpy(), "y": y.cpu().numpy()}
+        kept.save(layer, step.rounded, streams | {"names": names, "errors": values})
     kept.done()
     return rounded, errors
 
@@ -149,7 +151,7 @@ class _Layer:
             native_weight(source, name, fmt).dequantize() if fmt.is_native else float_weight(source, name)
         )
         check_weight(name, weight)
-        self.floats[name] = as_tensor(weight)
+        self.floats[name] = as_tensor(weight).to(inputs.device)
         output = inputs @ self.floats[name].T
         self._wanted[name] = inputs, output
         return output
@@ -157,23 +159,27 @@ class _Layer:
     def _rounding(self, name: str, inputs: Tensor) -> Tensor:
         """Round linear `name`, which receives `inputs` here, and multiply by what became of it."""
         theirs, wanted = self._wanted.pop(name)
-        sizes = self._sizes() if name.endswith((".o", ".down")) else torch.ones(len(inputs), 1)
+        sizes = self._sizes() if name.endswith((".o", ".down")) else None
         if is_made(self._text.source, self._recipe, name):
-            ideal, hessian = self._ideal(name, inputs / sizes, theirs / sizes, sizes)
-            self.rounded[name] = self._round(name, ideal.numpy(), hessian.numpy())
+            ideal, hessian = self._ideal(name, inputs, theirs, sizes)
+            del theirs
+            with exact_products():
+                self.rounded[name] = self._round(name, ideal, hessian)
         output = self.product(name, inputs)
-        lost = wanted - output
         if name in self.rounded:
-            energy = (wanted / sizes).square().sum()
-            self.errors[name] = float((lost / sizes).square().sum() / (energy + 1e-30))
+            self.errors[name] = _part_wrong(wanted, output, sizes)
         if name.endswith(".o"):
-            self._missing = self._missing + lost
+            self._missing += wanted - output
         return output
 
-    def _ideal(self, name: str, inputs: Tensor, theirs: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def _ideal(
+        self, name: str, inputs: Tensor, theirs: Tensor, sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(weight, Hessian): the float weight that makes most nearly the original's output, which receives
-        `theirs`, of `inputs`; both (T, K) divided by `sizes`."""
+        `theirs`, of `inputs`; both (T, K), to be divided by `sizes`."""
         weight = self.floats[name]
+        if sizes is not None:
+            inputs, theirs = inputs / sizes, theirs / sizes
         hessian = inputs.T @ inputs / len(inputs)
         if not bool(torch.isfinite(hessian.diagonal()).all()):
             raise ConfigError(
@@ -184,10 +190,11 @@ class _Layer:
         if not self._strength:
             return weight, hessian
         right = inputs.T @ (theirs - inputs) @ weight.T
-        if name.endswith((".o", ".down")):
+        if sizes is not None:
             right = right + inputs.T @ (self._missing / sizes)
-        unit = torch.eye(len(hessian)) * (_DAMPING * hessian.diagonal().mean() + 1e-12)
-        added = torch.linalg.solve(hessian + unit, right / len(inputs)).T
+        damped = hessian.clone()
+        damped.diagonal().add_(_DAMPING * hessian.diagonal().mean() + 1e-12)
+        added = torch.linalg.solve(damped, right / len(inputs)).T
         return weight + self._strength * added, hessian
 
     def _sizes(self) -> Tensor:
@@ -198,4 +205,18 @@ class _Layer:
         """As the rounded model multiplies."""
         if name not in self.rounded:
             return inputs @ self.floats[name].T
-        return inputs @ as_tensor(self.rounded[name].dequantize()).T
+        return inputs @ as_tensor(self.rounded[name].dequantize()).to(inputs.device).T
+
+
+def _part_wrong(wanted: Tensor, found: Tensor, sizes: Tensor | None) -> float:
+    """|found - wanted|^2 over |wanted|^2 of (T, N), tokens divided by `sizes`; some tokens at a time, since
+    fresh memory takes longer than the sums."""
+    wrong = energy = 0.0
+    for start in range(0, len(wanted), _TOGETHER):
+        own = slice(start, start + _TOGETHER)
+        right, lost = wanted[own], found[own] - wanted[own]
+        if sizes is not None:
+            right, lost = right / sizes[own], lost / sizes[own]
+        wrong += float(torch.linalg.vector_norm(lost)) ** 2
+        energy += float(torch.linalg.vector_norm(right)) ** 2
+    return wrong / (energy + 1e-30)

@@ -30,12 +30,14 @@ class Data:
     """What a method works with besides the model.
 
     documents: token ids of the calibration text, each a sequence of its own. keep: a folder in which work is
-    kept layer by layer, so that it goes on where it was interrupted; it is emptied at the end.
+    kept layer by layer, so that it goes on where it was interrupted; it is emptied at the end. device: where
+    gptq and tune compute, "cpu" or "cuda".
     """
 
     documents: tuple[np.ndarray, ...] = ()
     progress: Progress | None = None
     keep: Path | None = None
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -57,10 +59,11 @@ def data_of(
     calibration: Sequence[Sequence[int] | np.ndarray] | None,
     progress: Progress | None = None,
     keep: Path | None = None,
+    device: str = "cpu",
 ) -> Data:
-    """Data of token lists; empty ones are left out."""
+    """Data of token lists; empty ones are left out. device: as in Data."""
     documents = [np.asarray(document, dtype=np.int64) for document in calibration or () if len(document)]
-    return Data(documents=tuple(documents), progress=progress, keep=keep)
+    return Data(documents=tuple(documents), progress=progress, keep=keep, device=device)
 
 
 def format_in(recipe: Recipe, name: str) -> Format:

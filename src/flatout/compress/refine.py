@@ -18,116 +18,110 @@ Legend: N rows, K columns, G groups of a row.
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from flatout.compress.rtn import storable
 from flatout.core.quantized import QuantizedTensor
+from flatout.kernels.linear import as_tensor
 
 _BLOCK = 32  # columns whose changes are applied to the rest together
-_ROWS = 1024  # rows refined at a time
+_ROWS = 1024  # rows refined at a time by a processor, whose cache they fit; a GPU takes all
 _RIDGE = 1e-3  # of the mean of A's diagonal, towards the scales there are
 
 
-def refine(weight: np.ndarray, hessian: np.ndarray, rounded: QuantizedTensor, passes: int) -> QuantizedTensor:
-    """`rounded` with codes and scales that suit `weight` float32 (N, K) and `hessian` (K, K) better.
+def refine(
+    weight: np.ndarray | Tensor, hessian: Tensor, rounded: QuantizedTensor, passes: int
+) -> QuantizedTensor:
+    """`rounded` with codes and scales that suit `weight` float32 (N, K) and `hessian` (K, K) better, computed
+    where the Hessian lies.
 
     The Hessian is damped already and positive definite. Zeros stay as they are. Raises nothing of its own.
     """
-    parts = [
-        _refine_rows(weight[a : a + _ROWS], hessian, rounded.rows(a, a + _ROWS), passes)
-        for a in range(0, len(weight), _ROWS)
-    ]
-    codes = np.concatenate([codes for codes, _ in parts])
-    scales = np.concatenate([scales for _, scales in parts])
+    rows = _ROWS if hessian.device.type == "cpu" else len(weight)
+    parts = []
+    for a in range(0, len(weight), rows):
+        part = weight[a : a + rows]
+        own = (part if isinstance(part, Tensor) else as_tensor(part)).to(hessian.device)
+        parts.append(_refine_rows(own, hessian, rounded.rows(a, a + rows), passes))
     return QuantizedTensor(
         format=rounded.format,
-        codes=codes.astype(rounded.codes.dtype),
-        scales=scales.astype(rounded.scales.dtype),
+        codes=np.concatenate([codes for codes, _ in parts]),
+        scales=np.concatenate([scales for _, scales in parts]).astype(rounded.scales.dtype),
         zeros=rounded.zeros,
     )
 
 
 def _refine_rows(
-    weight: np.ndarray, h: np.ndarray, rounded: QuantizedTensor, passes: int
+    weight: Tensor, h: Tensor, rounded: QuantizedTensor, passes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(codes (N, K), scales (N, G)), both float32."""
+    """(codes (N, K), scales float32 (N, G))."""
     n, k = weight.shape
     groups = rounded.format.groups(k)
-    zeros = np.full((n, groups), rounded.integer_zero, np.float32)
+    zeros = torch.full((n, groups), float(rounded.integer_zero), device=h.device)
     if rounded.zeros is not None:
-        zeros = rounded.zeros.astype(np.float32)
-    top = np.float32((1 << rounded.format.bits) - 1)
+        zeros = torch.from_numpy(rounded.zeros.astype(np.float32)).to(h.device)
     low, high = (
-        (np.float32(-127), np.float32(127)) if rounded.codes.dtype == np.int8 else (np.float32(0), top)
+        (-127.0, 127.0) if rounded.codes.dtype == np.int8 else (0.0, float((1 << rounded.format.bits) - 1))
     )
-    width = k // groups
-    levels = rounded.codes.astype(np.float32) - zeros.repeat(width, axis=1)
-    scales = rounded.scales.astype(np.float32)
+    every = zeros.repeat_interleave(k // groups, dim=1)
+    codes = as_tensor(rounded.codes).to(h.device)
+    levels = codes.float() - every
+    scales = torch.from_numpy(rounded.scales.astype(np.float32)).to(h.device)
     wanted = weight @ h
     float16 = rounded.scales.dtype == np.float16
     for _ in range(passes):
         scales = _fit_scales(levels, scales, wanted, h, float16)
         levels = _descend(weight, h, levels, scales, low - zeros, high - zeros)
     scales = _fit_scales(levels, scales, wanted, h, float16)
-    return levels + zeros.repeat(width, axis=1), scales
+    return (levels + every).to(codes.dtype).cpu().numpy(), scales.cpu().numpy()
 
 
-def _fit_scales(
-    levels: np.ndarray, scales: np.ndarray, wanted: np.ndarray, h: np.ndarray, float16: bool
-) -> np.ndarray:
+def _fit_scales(levels: Tensor, scales: Tensor, wanted: Tensor, h: Tensor, float16: bool) -> Tensor:
     """The least-squares scales (N, G) of `levels` (N, K); the old ones of rows that would get worse."""
     n, k = levels.shape
     groups = scales.shape[1]
     width = k // groups
-    a = np.empty((n, groups, groups), np.float32)
+    a = torch.empty(n, groups, groups, device=h.device)
     for g in range(groups):
         own = slice(g * width, (g + 1) * width)
-        a[:, g] = ((levels[:, own] @ h[own]) * levels).reshape(n, groups, width).sum(axis=2)
-    b = (levels * wanted).reshape(n, groups, width).sum(axis=2)
-    ridge = _RIDGE * np.maximum(a.diagonal(axis1=1, axis2=2).mean(axis=1), 1e-30)[:, None]
-    damped = a.astype(np.float64) + ridge[:, :, None] * np.eye(groups)
-    solved = np.linalg.solve(damped, (b + ridge * scales)[:, :, None].astype(np.float64))[:, :, 0]
-    fitted = solved.astype(np.float32)
-    fitted = np.where((fitted > 0) & np.isfinite(fitted), fitted, scales)
+        a[:, g] = (levels[:, own] @ h[own]).mul_(levels).reshape(n, groups, width).sum(dim=2)
+    b = (levels * wanted).reshape(n, groups, width).sum(dim=2)
+    ridge = _RIDGE * a.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_(min=1e-30)[:, None]
+    damped = a.double()
+    damped.diagonal(dim1=1, dim2=2).add_(ridge)
+    fitted = torch.linalg.solve(damped, (b + ridge * scales).double()).float()
+    fitted = torch.where((fitted > 0) & fitted.isfinite(), fitted, scales)
     if float16:
-        fitted = storable(np.minimum(fitted, np.float32(np.finfo(np.float16).max)))
+        largest = float(np.finfo(np.float16).max)
+        fitted = torch.from_numpy(storable(fitted.clamp(max=largest).cpu().numpy())).to(h.device)
 
-    def error(s: np.ndarray) -> np.ndarray:
+    def error(s: Tensor) -> Tensor:
         """Of each row, without the part that does not depend on the scales."""
-        found: np.ndarray = np.einsum("ngh,ng,nh->n", a, s, s) - 2 * (b * s).sum(axis=1)
-        return found
+        return ((a @ s[:, :, None])[:, :, 0] * s).sum(dim=1) - 2 * (b * s).sum(dim=1)
 
     better = error(fitted) < error(scales)
-    return np.where(better[:, None], fitted, scales)
+    return torch.where(better[:, None], fitted, scales)
 
 
-def _descend(
-    weight: np.ndarray,
-    h: np.ndarray,
-    levels: np.ndarray,
-    scales: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
-) -> np.ndarray:
+def _descend(weight: Tensor, h: Tensor, levels: Tensor, scales: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """`levels` (N, K) after one pass over the columns; low, high (N, G) bound them. Works on the transposed
     weight, where a column is contiguous."""
-    n, k = weight.shape
+    k = weight.shape[1]
     width = k // scales.shape[1]
-    steps, lowest, highest = (np.ascontiguousarray(part.T) for part in (scales, low, high))
-    c = np.ascontiguousarray(levels.T)
-    q = c * steps.repeat(width, axis=0)
+    steps, lowest, highest = (part.T.contiguous() for part in (scales, low, high))
+    c = levels.T.contiguous()
+    q = c * steps.repeat_interleave(width, dim=0)
     slope = h @ (q - weight.T)  # (K, N): half the error's gradient
-    inverse = 1 / np.diag(h)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
-        moved = np.empty((stop - start, n), np.float32)
+        moved = torch.empty_like(c[start:stop])
         for j in range(start, stop):
             g = j // width
-            best = np.rint((q[j] - slope[j] * inverse[j]) / steps[g])
-            np.clip(best, lowest[g], highest[g], out=best)
-            change = best * steps[g] - q[j]
+            best = (q[j] - slope[j] / h[j, j]).div_(steps[g]).round_().clamp_(lowest[g], highest[g])
             c[j] = best
+            change = best.mul_(steps[g]).sub_(q[j])
             moved[j - start] = change
-            slope[j + 1 : stop] += np.outer(h[j + 1 : stop, j], change)
-        if stop < k:
-            slope[stop:] += h[stop:, start:stop] @ moved
-    return np.ascontiguousarray(c.T)
+            slope[j + 1 : stop].addr_(h[j + 1 : stop, j], change)
+        slope[stop:].addmm_(h[stop:, start:stop], moved)
+    return c.T.contiguous()

@@ -12,6 +12,7 @@ Trade-off: seconds and no text at all; at 4 bits and fewer GPTQ loses less.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,9 +22,11 @@ from flatout.core.fuse import Source, float_weight, native_format, native_weight
 from flatout.core.model import Weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
+from flatout.hardware.detect import available_cores
 
 _CLIP_RATIOS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
-_SEARCHED_TOGETHER = 1 << 15  # weights
+_SEARCHED_TOGETHER = 1 << 16  # weights
+_SEARCHERS = 4  # threads; more of them mostly wait for the interpreter
 _SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 _LARGEST = float(np.finfo(np.float16).max)
@@ -90,10 +93,12 @@ def search_grid(grouped: np.ndarray, fmt: Format, importance: np.ndarray | None 
     if given.
 
     A narrower range clips a few extremes and rounds everything else finer. Rows are searched a few at a
-    time, so that the work stays in cache.
+    time, so that the work stays in cache, by a few threads.
     """
     rows = max(1, _SEARCHED_TOGETHER // max(1, grouped[0].size))
-    parts = [_search_rows(grouped[a : a + rows], fmt, importance) for a in range(0, len(grouped), rows)]
+    with ThreadPoolExecutor(min(available_cores(), _SEARCHERS)) as pool:
+        pieces = (grouped[a : a + rows] for a in range(0, len(grouped), rows))
+        parts = list(pool.map(lambda piece: _search_rows(piece, fmt, importance), pieces))
     return Grid(
         scales=np.concatenate([part.scales for part in parts]),
         zeros=np.concatenate([part.zeros for part in parts]),

@@ -93,14 +93,17 @@ class _Learned:
         zeros = np.full((n, groups), weight.integer_zero, np.float32)
         if weight.zeros is not None:
             zeros = weight.zeros.astype(np.float32)
-        scales, zero = (torch.from_numpy(a.astype(np.float32))[:, :, None] for a in (weight.scales, zeros))
-        chosen = torch.from_numpy(weight.codes.astype(np.float32)).reshape(n, groups, -1)
+        device = original.device
+        scales, zero = (
+            torch.from_numpy(a.astype(np.float32)).to(device)[:, :, None] for a in (weight.scales, zeros)
+        )
+        chosen = torch.from_numpy(weight.codes).to(device).float().reshape(n, groups, -1)
         real = original.reshape(n, groups, -1) / scales + zero
         codes = torch.clamp(real, chosen - 0.45, chosen + 0.45)
         return cls(
             start=weight,
             codes=codes.requires_grad_(),
-            factors=torch.ones(n, groups, 1).requires_grad_(),
+            factors=torch.ones(n, groups, 1, device=device).requires_grad_(),
             scales=scales,
             zeros=zero,
             low=-127 if signed else 0,
@@ -114,8 +117,8 @@ class _Learned:
         return ((nearest - self.zeros) * (self.scales * self.factors)).reshape(self.start.shape)
 
     def rounded(self) -> QuantizedTensor:
-        codes = torch.clamp(self.codes.detach(), self.low, self.high).round().numpy()
-        scales = (self.scales * self.factors.detach())[:, :, 0].numpy()
+        codes = torch.clamp(self.codes.detach(), self.low, self.high).round().cpu().numpy()
+        scales = (self.scales * self.factors.detach())[:, :, 0].cpu().numpy()
         if self.start.scales.dtype == np.float16:
             scales = storable(scales)
         return QuantizedTensor(
@@ -142,7 +145,8 @@ def _batches(text: Text, x: Tensor, target: Tensor) -> list[_Batch]:
         documents.append(document)
         stop += len(document)
         if stop - start >= BATCH_TOKENS or i == len(text.documents) - 1:
-            batches.append(_Batch(Text(text.source, documents), x[start:stop], target[start:stop]))
+            own = Text(text.source, documents, text.device)
+            batches.append(_Batch(own, x[start:stop], target[start:stop]))
             documents, start = [], stop
     return batches
 
@@ -154,7 +158,7 @@ def _batch_loss(
         weight = parts[name].value() if name in parts else floats[name]
         return inputs @ weight.T
 
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(batch.x.device.type, dtype=torch.bfloat16):
         made = batch.text.layer(layer, batch.x, linear)
     # An error in a token is soon divided by the size of its state in a norm.
     sizes = batch.target.square().mean(dim=1, keepdim=True)

@@ -81,7 +81,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | 
     repeat = heads // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = torch.einsum("the,she->hts", q, k) / math.sqrt(size)
-    distance = positions[:, None] - torch.arange(k.shape[0])[None, :]
+    distance = positions[:, None] - torch.arange(k.shape[0], device=positions.device)[None, :]
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     probabilities = torch.softmax(scores.masked_fill(hidden[None], -math.inf), dim=-1)
     return torch.einsum("hts,she->the", probabilities, v).reshape(tokens, heads * size)
