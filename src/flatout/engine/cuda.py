@@ -76,7 +76,8 @@ class CudaRunner:
         )  # fmt: skip
         positions = torch.arange(min(spec.max_positions, num_pages * page_size)).float()
         angles = (positions[:, None] * rope_frequencies(spec)[None, :]).to(self.device)
-        self.turns = angles.cos(), angles.sin()
+        # Arithmetic on "meta", for a dry card, has PyTorch import its compiler.
+        self.turns = (angles, angles) if self.card.dry else (angles.cos(), angles.sin())
         self._decoder = Decoder(self, max_batch)
 
     def forward(self, batch: StepInput, rows: Literal["last", "all"]) -> np.ndarray:
@@ -218,7 +219,7 @@ class CudaRunner:
     def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """float32 (T, D) of token ids int32 (T,), and the same in bfloat16."""
         x = torch.empty(len(tokens), self.spec.hidden_size, device=self.device)
-        x_bf16 = torch.empty_like(x, dtype=torch.bfloat16)
+        x_bf16 = torch.empty(x.shape, dtype=torch.bfloat16, device=self.device)
         gpu.embed(self.card, tokens, self.weights.embedding, self.spec.embedding_scale, x, x_bf16)
         return x, x_bf16
 
@@ -235,7 +236,7 @@ class CudaRunner:
             if i == len(self.caches) - 1 and rows == "last" and len(batch.lengths) < len(batch.tokens):
                 # Of the last layer nobody asks for the other rows.
                 last = torch.from_numpy(np.cumsum(batch.lengths) - 1).to(self.device)
-                read, x = read.rows(last), x[last]
+                read, x = read.rows(last), x.index_select(0, last)
             pending = self.fed_forward(layer, x, read)
         return self.final_norm(x, pending)
 

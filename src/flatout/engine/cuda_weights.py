@@ -125,9 +125,26 @@ def random_weights(
     check_shapes(spec, recipe)
     draws = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
+    def normal(n: int, k: int) -> Tensor:
+        return torch.randn(n, k, generator=draws, device=device, dtype=torch.bfloat16)
+
+    def shape_of(n: int, k: int, fmt: Format) -> PackedWeight:
+        """Arithmetic on "meta" has PyTorch import its compiler, for seconds."""
+        bits = fmt.bits if fmt.is_integer or fmt.bits == 8 else 16
+        name = f"int{bits}" if fmt.is_integer else "fp8" if bits == 8 else "bf16"
+        words = torch.empty(n, k * bits // 32, dtype=torch.int32, device=device)
+        scales = torch.empty(n, device=device)
+        if fmt.is_integer and fmt.group:
+            scales = torch.empty(n, k // fmt.group, dtype=torch.float16, device=device)
+        minima = scales if fmt.is_integer and fmt.zero != "symmetric" else None
+        group = fmt.group if fmt.is_integer else 0
+        return PackedWeight(name, n, k, words, None if name == "bf16" else scales, minima, group)
+
     def matrix(n: int, k: int, fmt: Format) -> PackedWeight:
+        if draws is None:
+            return shape_of(n, k, fmt)
         if not fmt.is_integer:
-            values = torch.randn(n, k, generator=draws, device=device, dtype=torch.bfloat16).mul_(k**-0.5)
+            values = normal(n, k).mul_(k**-0.5)
             return pack_fp8(values) if fmt.bits == 8 else pack_bf16(values)
         words = torch.randint(
             -(1 << 31), 1 << 31, (n, k * fmt.bits // 32), generator=draws, device=device, dtype=torch.int32
@@ -155,7 +172,9 @@ def random_weights(
         return LayerWeights(gains(D), made["qkv"], heads, made["o"], gains(D), made["gate_up"], made["down"])
 
     layers = held(map(layer, range(spec.num_layers)), resident)
-    table = torch.randn(spec.vocab_size, D, generator=draws, device=device, dtype=torch.bfloat16)
+    table = torch.empty(spec.vocab_size, D, device=device, dtype=torch.bfloat16)
+    if draws is not None:
+        table = normal(spec.vocab_size, D)
     head = matrix(spec.vocab_size, D, parse_format(recipe.head))
     return GpuWeights(table, layers, gains(D), head)
 

@@ -146,7 +146,8 @@ class Activations:
 
     def rows(self, index: Tensor) -> Activations:
         """Some tokens of it."""
-        return Activations(self.values[index], None if self.scales is None else self.scales[index])
+        scales = None if self.scales is None else self.scales.index_select(0, index)
+        return Activations(self.values.index_select(0, index), scales)
 
 
 Cut = tuple[int, int, int, int, int]
