@@ -14,7 +14,7 @@ import pytest
 import flatout
 
 ROOT = Path(__file__).parents[2]
-MOVING = {"created", "date", "timings", "trials", "versions", "source"}
+MOVING = {"created", "date", "first_usable_s", "timings", "trials", "versions", "source"}
 """Keys whose values are about the run, not about what was found."""
 
 
