@@ -30,24 +30,29 @@ from flatout.core.checkpoint import open_checkpoint
 from flatout.core.formats import Recipe
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Hardware, Workload
-from flatout.engine.cpu import CpuRunner
 from flatout.hardware.ceilings import measure_ceilings
 from flatout.hardware.detect import available_cores
-from flatout.perf.predict import ENOUGH, Calibration, predict, refit, transfer_residuals
+from flatout.perf.predict import (
+    ENOUGH,
+    Calibration,
+    predict,
+    refit,
+    transfer_residuals,
+    workload_prediction,
+)
 from flatout.perf.profile import Profile, profile_model
-from flatout.perf.tables import latency_table, random_model
+from flatout.perf.tables import latency_table, random_runner
 from flatout.search.joint import recipe_of, space_of, stand_ins
 from flatout.search.request import parse_workload
 from flatout.verify.foreign_load import until_quiet
 from record import measured_here, write
 
-PAGE, SECONDS, STEPS = 64, 1.5, 16
+SECONDS, STEPS = 1.5, 16
 
 
 def timed(spec: ModelSpec, recipe: Recipe, hardware: Hardware, workload: Workload, threads: int) -> Profile:
     """The profile of a model of random weights, as undisturbed as it comes."""
-    pages = workload.batch * -(-(workload.prompt + workload.output) // PAGE) + 1
-    runner = CpuRunner(random_model(spec, recipe), threads=threads, num_pages=pages)
+    runner = random_runner(spec, recipe, workload, threads)
 
     def measure() -> Profile:
         return profile_model(
@@ -78,12 +83,6 @@ def recipes_of(spaces: Mapping[str, Sequence[str]], spec: ModelSpec, count: int,
     return found
 
 
-def seconds_of(workload: Workload, times: Any, edge: str) -> float:
-    phases = (times.prefill, times.decode)
-    prefill, decode = (getattr(phase, edge) for phase in phases)
-    return workload.seconds(prefill, decode)
-
-
 def compare(
     spec: ModelSpec, recipes: Sequence[Recipe], stand: Sequence[Recipe], workload: Workload, threads: int
 ) -> list[dict[str, Any]]:
@@ -99,13 +98,15 @@ def compare(
         if not recipe.overrides:
             known["calibrated"] = struck(table, recipe.layers)
         expected = {
-            tier: predict(spec, recipe, hardware, workload, calibration=calibration, threads=threads)
+            tier: workload_prediction(
+                workload, predict(spec, recipe, hardware, workload, calibration=calibration, threads=threads)
+            )
             for tier, calibration in known.items()
         }
         profile = timed(spec, recipe, hardware, workload, threads)
         measured = workload.seconds(*profile.seconds)
-        for tier, times in expected.items():
-            low, mid, high = (seconds_of(workload, times, edge) for edge in ("low", "mid", "high"))
+        for tier, found in expected.items():
+            low, mid, high = found.low, found.mid, found.high
             row = {"tier": tier, "recipe": recipe.name, "workload": f"{workload.prompt}+{workload.output}"}
             row |= {"low": low, "predicted": mid, "high": high, "measured": measured}
             row["learned"] = tier == "calibrated" or len(residuals[tier]) >= ENOUGH

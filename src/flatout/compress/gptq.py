@@ -64,9 +64,10 @@ def gptq(
         raise ConfigError(
             f"the Hessian is finite and {(k, k)}", str(tuple(h.shape)), "other calibration text"
         )
-    columns = _order(h) if order else torch.arange(k, device=h.device)
-    upper = _inverse_factor(h[columns][:, columns], damping)
-    return _spread(w, columns, upper, _importance(h, damping), fmt)
+    columns, upper = _ordered_factor(h, damping, order)
+    diagonal = h.diagonal()
+    importance = (diagonal + damping * diagonal.mean() + 1e-12).float()
+    return _spread(w, columns, upper, importance, fmt)
 
 
 def tensor_of(matrix: Matrix) -> Tensor:
@@ -75,12 +76,11 @@ def tensor_of(matrix: Matrix) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Factor:
-    """A Hessian as rounding uses it: `columns` (K,) in the order in which they are rounded, the upper
-    triangle of U float32 of them, row by row, and the damped diagonal (K,) in the weight's own order."""
+    """A Hessian as rounding uses it: `columns` (K,) in the order in which they are rounded and the upper
+    triangle of U float32 of them, row by row."""
 
     columns: np.ndarray
     triangle: np.ndarray
-    importance: np.ndarray
 
     @property
     def upper(self) -> np.ndarray:
@@ -103,29 +103,16 @@ def upper_of(triangle: np.ndarray, k: int) -> np.ndarray:
 
 def factorise(hessian: np.ndarray, damping: float = 0.01, order: bool = True) -> Factor:
     """The Factor of second moments (K, K); arguments as for `gptq`."""
-    h = as_tensor(hessian)
-    columns = _order(h) if order else torch.arange(len(h))
-    upper = _inverse_factor(h[columns][:, columns], damping)
-    return Factor(
-        columns=columns.numpy(),
-        triangle=triangle_of(upper.numpy()),
-        importance=_importance(h, damping).numpy(),
-    )
+    columns, upper = _ordered_factor(as_tensor(hessian), damping, order)
+    return Factor(columns=columns.numpy(), triangle=triangle_of(upper.numpy()))
 
 
-def spread(weight: np.ndarray, factor: Factor, fmt: Format) -> QuantizedTensor:
-    """`weight` float32 (N, K) in `fmt`, errors spread by `factor`."""
-    columns, importance = torch.from_numpy(factor.columns), torch.from_numpy(factor.importance)
-    return _spread(as_tensor(weight), columns, torch.from_numpy(factor.upper), importance, fmt)
-
-
-def _order(hessian: Tensor) -> Tensor:
-    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
-
-
-def _importance(hessian: Tensor, damping: float) -> Tensor:
-    diagonal = hessian.diagonal()
-    return (diagonal + damping * diagonal.mean() + 1e-12).float()
+def _ordered_factor(h: Tensor, damping: float, order: bool) -> tuple[Tensor, Tensor]:
+    """Columns (K,) in the order in which they are rounded, and U (K, K) of them."""
+    columns = torch.arange(len(h), device=h.device)
+    if order:
+        columns = torch.argsort(h.diagonal(), descending=True, stable=True)
+    return columns, _inverse_factor(h[columns][:, columns], damping)
 
 
 def _spread(
@@ -182,12 +169,12 @@ def _round_columns(w: Tensor, factor: Tensor, grid: Grid, groups: list[int]) -> 
     return codes
 
 
-def round_linear(weight: Matrix, hessian: Matrix, fmt: Format) -> QuantizedTensor:
-    """`weight` float32 (N, K) in `fmt` by GPTQ, coarse ones refined (compress/refine.py)."""
+def round_linear(weight: Matrix, hessian: Matrix, fmt: Format, passes: int = PASSES) -> QuantizedTensor:
+    """`weight` float32 (N, K) in `fmt` by GPTQ, coarse ones refined in `passes` (compress/refine.py)."""
     rounded = gptq(weight, hessian, fmt)
     if fmt.bits > REFINED:
         return rounded
-    return refine(weight, damped(hessian), rounded, PASSES)
+    return refine(weight, damped(hessian), rounded, passes)
 
 
 def damped(hessian: Matrix, damping: float = DAMPING) -> Tensor:

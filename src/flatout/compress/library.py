@@ -17,19 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from flatout.compress.gptq import (
-    DAMPING,
-    REFINED,
-    Factor,
-    damped,
-    factorise,
-    spread,
-    triangle_of,
-    upper_of,
-)
+from flatout.compress.gptq import DAMPING, Factor, factorise, round_linear, triangle_of, upper_of
 from flatout.compress.inputs import linear_inputs
 from flatout.compress.method import Progress
-from flatout.compress.refine import refine
 from flatout.compress.rescale import Rescaled, owner_of, rescaled
 from flatout.compress.rtn import to_nearest, with_scales
 from flatout.compress.smooth import factors_for, smoothable
@@ -98,11 +88,7 @@ class Library:
             weight = float_weight(self.source, name)
             if smoothed:
                 weight = weight * self.smoothing(name)
-            moments = self.moments(name, smoothed)
-            rounded = spread(weight, factorise(moments, DAMPING), fmt)
-            if fmt.bits <= REFINED:
-                rounded = refine(weight, damped(moments), rounded, _PASSES)
-            self._rounded[key] = rounded
+            self._rounded[key] = round_linear(weight, self.moments(name, smoothed), fmt, _PASSES)
         return self._rounded[key]
 
     def model(self, recipe: Recipe, progress: Progress | None = None) -> Model:

@@ -161,6 +161,16 @@ def predict(
     )
 
 
+def workload_prediction(workload: Workload, times: StepTimes) -> Prediction:
+    """Seconds of the whole workload, of the worse tier of its two phases."""
+    low, mid, high = (
+        workload.seconds(getattr(times.prefill, edge), getattr(times.decode, edge))
+        for edge in ("low", "mid", "high")
+    )
+    tier = max(times.prefill.tier, times.decode.tier, key=_TIERS.index)
+    return Prediction(low=low, mid=mid, high=high, unit="s", tier=tier)
+
+
 def part_seconds(phase: str, part: Part, calibration: Calibration) -> float:
     """Seconds of one part of a step, its share of the interaction included."""
     fraction, _ = _efficiency(phase, part, calibration)

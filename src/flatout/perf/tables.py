@@ -142,12 +142,16 @@ def profile_stand_in(
 ) -> Profile:
     """A stand-in's profile. Raises the errors of CpuRunner for a format that no kernel takes."""
     stand_in = replace(spec, num_layers=stand_in_layers(spec, recipe))
-    pages = workload.batch * (-(-(workload.prompt + workload.output) // _PAGE)) + 1
-    uniform = replace(recipe, overrides=())
-    runner = CpuRunner(random_model(stand_in, uniform), threads=threads, num_pages=pages)
+    runner = random_runner(stand_in, replace(recipe, overrides=()), workload, threads)
     return profile_model(
         runner, recipe, hardware, workload, threads=threads, max_seconds=_SECONDS, steps=_STEPS
     )
+
+
+def random_runner(spec: ModelSpec, recipe: Recipe, workload: Workload, threads: int) -> CpuRunner:
+    """Random weights of `recipe` with room for the workload."""
+    pages = workload.batch * (-(-(workload.prompt + workload.output) // _PAGE)) + 1
+    return CpuRunner(random_model(spec, recipe), threads=threads, num_pages=pages)
 
 
 def stand_in_layers(spec: ModelSpec, recipe: Recipe) -> int:

@@ -48,7 +48,7 @@ class Proof:
     """What is delivered and the evidence for it. fallback: the original comes back, for `reason`.
 
     against_original is None when the delivered recipe is the original itself. against_other: an A/B test of
-    the nearest other candidate (its recipe, then it as A and what is delivered as B), if there was one.
+    it and the nearest other candidate, if there was one, whose recipes are recipe_a and recipe_b.
     """
 
     row: Row
@@ -147,17 +147,15 @@ def prove(screen: Screen, finalists: list[Row]) -> Proof:
 
 def _faster_of_two(screen: Screen, finalists: Sequence[Row]) -> tuple[Row, Race | None]:
     """The first finalist, or the second if an A/B test of both is sure that it is faster by more than counts
-    (`NEAR`); and that test, with the one that is not returned as A, if there is a second one near."""
+    (`NEAR`); and that test, if there is a second one near."""
     context = screen.context
     near = [row for row in finalists[1:] if screen.cost(row) <= _RIVAL * screen.cost(finalists[0])]
     if not near or context.request.workload.objective in ("memory", "energy"):
         return finalists[0], None
     first, second = finalists[0], near[0]
     race = run_race(context, second.recipe, first.recipe, _ORIGINAL)
-    if race["workload"]["high"] < 1 / NEAR:
-        first, second = second, first
-        race = run_race(context, second.recipe, first.recipe, _ORIGINAL)
-    return first, {"recipe": second.name, **race}
+    named = {"recipe_a": second.name, "recipe_b": first.name, **race}
+    return (second if race["workload"]["high"] < 1 / NEAR else first), named
 
 
 def _others(screen: Screen, tried: Collection[str]) -> list[Row]:

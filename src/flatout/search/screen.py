@@ -23,9 +23,15 @@ from dataclasses import replace
 from typing import Any
 
 from flatout.core.formats import Recipe
-from flatout.core.types import Prediction, Workload
 from flatout.errors import EvidenceError, UnsupportedModelError
-from flatout.perf.predict import Calibration, StepTimes, calibrate, predict, refit
+from flatout.perf.predict import (
+    Calibration,
+    StepTimes,
+    calibrate,
+    predict,
+    refit,
+    workload_prediction,
+)
 from flatout.perf.profile import Profile, profile_from_json, profile_to_json
 from flatout.perf.tables import add_residuals, residuals
 from flatout.search.context import Context
@@ -173,7 +179,7 @@ class Screen:
         workload = self.context.request.workload
         if workload.objective == "memory":
             return float(memory_bytes(self.context, recipe))
-        return _workload_prediction(workload, self._step_times(recipe, calibration)).mid
+        return workload_prediction(workload, self._step_times(recipe, calibration)).mid
 
     def _step_times(self, recipe: Recipe, calibration: Calibration | None) -> StepTimes:
         context = self.context
@@ -300,7 +306,7 @@ class Screen:
             if row.times is not None and row.predicted is not None:
                 continue  # keep the prediction that was made before it was measured
             times = self._step_times(row.recipe, calibration)
-            workload = _workload_prediction(self.context.request.workload, times)
+            workload = workload_prediction(self.context.request.workload, times)
             self.rows[i] = replace(row, predicted=times, workload=workload)
 
     def _next(self) -> Row | None:
@@ -517,13 +523,3 @@ def original_side(context: Context) -> Side:
 def _suffices(plan: Plan) -> bool:
     """Whether there is sealed text enough for a certificate that is likely to pass."""
     return plan.needed is not None and plan.needed <= plan.available
-
-
-def _workload_prediction(workload: Workload, times: StepTimes) -> Prediction:
-    low, mid, high = (
-        workload.seconds(getattr(times.prefill, edge), getattr(times.decode, edge))
-        for edge in ("low", "mid", "high")
-    )
-    tiers = ("measured", "calibrated", "datasheet")
-    tier = max(times.prefill.tier, times.decode.tier, key=tiers.index)
-    return Prediction(low=low, mid=mid, high=high, unit="s", tier=tier)
