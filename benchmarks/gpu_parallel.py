@@ -1,89 +1,260 @@
 """One model on several GPUs of one machine, beside the same on one: correct first, then decode and prefill.
 
-    python benchmarks/gpu_parallel.py [--gpus 2] [--tune] [--out FILE.json]
+    python benchmarks/gpu_parallel.py [--gpus 2] [--tune] [--recipes bf16,fp8] [--out FILE.json]
 
-The shape of Llama-3.1-8B in bf16, random weights, as in benchmarks/gpu_engine.py. --tune first measures how
-the kernels for one sequence are best launched on these cards, whole and cut; it takes a minute, and --out
-then holds the table.
+The shape of Llama-3.1-8B, random weights, as in benchmarks/gpu_engine.py. --tune also measures, inside a step
+of 8 layers on all GPUs, how the kernels that multiply a share are best launched. Whoever makes no progress
+for a minute says where it stands and ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import faulthandler
 import gc
-import json
-import multiprocessing
+import itertools
+import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from triton.runtime._async_compile import AsyncCompileMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
-from flatout.core.types import to_json
+from flatout.core.spec import ModelSpec
 from flatout.engine.cuda import CudaRunner
+from flatout.engine.cuda_compile import compile_ahead
 from flatout.engine.cuda_parallel import ParallelRunner, head_of_rank, model_of_rank, share_of
 from flatout.engine.cuda_ranks import Group, Rank
 from flatout.engine.cuda_weights import load_weights, random_weights
 from flatout.engine.engine import Engine
+from flatout.engine.scheduler import MAX_DRAFTED_ROWS
 from flatout.kernels import gpu, gpu_linear
-from flatout.perf.gpu_routes import tune
-from gpu_engine import LLAMA_8B, RECIPES, Bench, Wordless, ceilings, check, table
+from flatout.kernels.gpu import Exchange
+from gpu_engine import LLAMA_8B, RECIPES, Bench, Wordless, ceilings, check, median_ms, save, table
+
+FUSED = True
+SILENCE_S = 60
+_begin = time.perf_counter()
+
+SHARES: dict[str, list[tuple[int, int, int, int]]] = {
+    "qkv": [(256, 4, 8, 0), (256, 2, 4, 0), (512, 4, 8, 0), (256, 8, 8, 0)],
+    "o": [(256, 8, 8, 0), (256, 4, 8, 0), (256, 4, 4, 0), (128, 8, 4, 0), (256, 16, 8, 0), (256, 2, 4, 0)],
+    "gate_up": [(512, 8, 8, 0), (256, 8, 8, 0), (512, 4, 8, 0)],
+    "down": [
+        (256, 4, 4, 0), (1024, 2, 8, 1), (1024, 2, 8, 0), (1024, 2, 8, 2), (256, 2, 8, 0), (128, 8, 4, 0),
+        (512, 2, 8, 0), (1024, 4, 8, 0), (1024, 1, 4, 0),
+    ],
+}  # fmt: skip
+"""Settings of the matrix-vector kernel that --tune compares, in bf16; the first is where it begins."""
+
+
+def say(text: str) -> None:
+    """Print it with the seconds so far, and have a minute's silence from now on end the process."""
+    faulthandler.dump_traceback_later(SILENCE_S, exit=True)
+    print(f"[{time.perf_counter() - _begin:.0f} s] {text}", flush=True)
+
+
+def links(gpus: int) -> dict[str, float]:
+    """bytes/s of copies between every two GPUs, right to the last byte. Raises SystemExit if they are not."""
+    found = {}
+    for a, b in itertools.permutations(range(gpus), 2):
+        reach = torch.cuda.can_device_access_peer(a, b)
+        here = torch.randint(0, 255, (1 << 28,), dtype=torch.uint8, device=torch.device("cuda", a))
+        there = torch.empty_like(here, device=torch.device("cuda", b))
+        there.copy_(here)
+        if not torch.equal(there.cpu(), here.cpu()):
+            raise SystemExit(f"what GPU {a} copies to GPU {b} does not arrive")
+        with torch.cuda.device(a):
+            rate = here.nbytes / median_ms(lambda there=there, here=here: there.copy_(here)) * 1e3  # type: ignore[misc]
+        found[f"{a} to {b}"] = rate
+        say(f"GPU {a} to {b}: {rate / 1e9:.0f} GB/s, peer access {reach}")
+    return found
 
 
 def shared(model: Model, gpus: int, kv_cache: str) -> ParallelRunner:
     """Like the runner that `check` makes, on several GPUs."""
     devices = [torch.device("cuda", i) for i in range(gpus)]
     share = share_of(model.spec, gpus)
+    compile_ahead(share, model.recipe, gpu.card(devices[0]), 16).join()
 
     def make(rank: int, group: Group) -> CudaRunner:
         whole = load_weights(model_of_rank(model, rank, gpus), devices[rank])
         weights = head_of_rank(whole, rank, gpus)
-        return CudaRunner(share, weights, 8, 16, kv_cache, max_batch=4, rank=Rank(group, rank))
+        return CudaRunner(share, weights, 8, 16, kv_cache, max_batch=4, rank=Rank(group, rank, FUSED))
 
     return ParallelRunner(model.spec, devices, make, max_batch=4)
 
 
+def random_shares(
+    spec: ModelSpec, recipe: Recipe, gpus: int, pages: int, kv_cache: str, sequences: int
+) -> ParallelRunner:
+    """Each GPU's weights are random, the embeddings alike."""
+    devices = [torch.device("cuda", i) for i in range(gpus)]
+    share = share_of(spec, gpus)
+
+    def make(rank: int, group: Group) -> CudaRunner:
+        weights = head_of_rank(random_weights(share, recipe, devices[rank]), rank, gpus)
+        return CudaRunner(
+            share, weights, pages, 64, kv_cache, max_batch=sequences, rank=Rank(group, rank, FUSED)
+        )  # fmt: skip
+
+    return ParallelRunner(spec, devices, make, max_batch=sequences)
+
+
 @dataclass
 class SharedBench(Bench):
-    """Rows of several GPUs. Each one's weights are random, the embeddings alike."""
+    """Rows of several GPUs."""
 
     gpus: int = 2
 
     def engine(self, sequences: int, tokens: int, drafts: bool = False) -> Engine:
-        devices = [torch.device("cuda", i) for i in range(self.gpus)]
-        share = share_of(self.spec, self.gpus)
+        kv_cache = "fp8" if self.recipe.kv_cache == "fp8" else "bf16"
         pages = sequences * -(-tokens // 64)
-
-        def make(rank: int, group: Group) -> CudaRunner:
-            weights = head_of_rank(random_weights(share, self.recipe, devices[rank]), rank, self.gpus)
-            return CudaRunner(share, weights, pages, 64, max_batch=sequences, rank=Rank(group, rank))
-
-        runner = ParallelRunner(self.spec, devices, make, max_batch=sequences)
+        runner = random_shares(self.spec, self.recipe, self.gpus, pages, kv_cache, sequences)
         return Engine(runner, Wordless(), max_batch=sequences, prefix_reuse=False)
 
 
-def tuned(arguments: tuple[int, int]) -> dict[str, list[int]]:
-    """Settings for one sequence on the GPU of that number, of the whole shape or of a share."""
-    device, ranks = arguments
-    torch.cuda.set_device(device)
-    found = tune(share_of(LLAMA_8B, ranks), RECIPES["bf16"], 1, 1088, 14)
-    return {key: list(setting) for key, setting in found.items()}
+def step_us(runner: ParallelRunner, context: int, steps: int = 12) -> float:
+    """Microseconds of a step of one sequence on all GPUs, without the host: replays in a row."""
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def capture(one: CudaRunner) -> None:
+        assert one.rank is not None
+        decoder: Any = one._decoder
+        decoder._positions[0] = context
+        decoder._pages[0, :] = torch.arange(decoder._width, device=one.device)
+        decoder._run(1, False)
+        decoder._positions[0] = context
+        torch.cuda.synchronize()
+        graphs[one.rank.index] = graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=decoder._stream, capture_error_mode="thread_local"):
+            decoder._run(1, False)
+        one.rank.meet()
+
+    def replay(one: CudaRunner) -> float:
+        assert one.rank is not None
+        graph = graphs[one.rank.index]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        graph.replay()
+        for i, event in enumerate(events):
+            if i % 4 == 0:
+                one.rank.meet()  # so that no GPU's queue fills up with what waits for another
+            event.record()
+            graph.replay()
+        one.rank.meet()
+        torch.cuda.synchronize()
+        one.rank.check()
+        times = [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(events)]
+        return sorted(times)[steps // 2]
+
+    with torch.no_grad():
+        runner._all(capture)
+        return max(runner._all(replay))
+
+
+def precompile(spec: ModelSpec, recipe: Recipe, gpus: int) -> None:
+    """Fill Triton's cache with all of SHARES."""
+    share = dataclasses.replace(share_of(spec, gpus), num_layers=1)
+    card = dataclasses.replace(gpu.card(torch.device("cuda", 0)), dry=True)
+    weights = random_weights(share, recipe, torch.device("meta"))
+    named = dict(zip(SHARES, weights.layers[0].linears, strict=True))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for name, settings in SHARES.items():
+            weight = named[name]
+            x, out = empty(1, weight.k, dtype=torch.bfloat16), empty(1, weight.n)
+            gains = empty(weight.k, dtype=torch.bfloat16)
+            for setting in settings:
+                if name in ("qkv", "gate_up"):
+                    gated = name == "gate_up"
+                    y = empty(1, weight.n // 2, dtype=torch.bfloat16) if gated else out
+                    gpu_linear.multiply_few(
+                        card, x, weight, y, gains=gains, eps=1e-5, route=setting,
+                        epilogue=gpu_linear.SILU if gated else gpu_linear.PLAIN,
+                    )  # fmt: skip
+                    continue
+                for rank in range(gpus):
+                    rooms, state = (
+                        empty(gpus, dtype=torch.int64),
+                        empty(2, dtype=torch.int32),
+                    )
+                    ticket = Exchange(rooms, state, rank, gpus, MAX_DRAFTED_ROWS * spec.hidden_size)
+                    y = empty(1, weight.n, dtype=torch.bfloat16)
+                    gpu_linear.multiply_few(
+                        card, x, weight, out, residual=out, out_bf16=y, route=setting, exchange=ticket
+                    )
+
+
+def tune(recipe: Recipe, gpus: int, context: int) -> dict[str, list[int]]:
+    """The best of SHARES for steps of one sequence, one kernel after another, twice; used from now on."""
+    eight = dataclasses.replace(LLAMA_8B, num_layers=8)
+    runner = random_shares(eight, recipe, gpus, 20, "bf16", 1)
+    layer = runner._ranks[0].weights.layers[0]
+    table = gpu.measured_routes(runner._ranks[0].card.name)
+    keys = {name: f"{w.format} {w.n}x{w.k} 1" for name, w in zip(SHARES, layer.linears, strict=True)}
+    for name, key in keys.items():
+        table[key] = list(SHARES[name][0])
+    gpu_linear.gemv_route.cache_clear()
+    lowest = step_us(runner, context)
+    say(f"8 layers: {lowest:.0f} us to begin with")
+    for name in ("down", "o", "qkv", "gate_up", "down"):
+        times = {}
+        for setting in SHARES[name]:
+            table[keys[name]] = list(setting)
+            gpu_linear.gemv_route.cache_clear()
+            times[setting] = step_us(runner, context)
+        best = min(times, key=times.__getitem__)
+        table[keys[name]] = list(best)
+        gpu_linear.gemv_route.cache_clear()
+        say(f"{name}: " + ", ".join(f"{s} {t:.0f}" for s, t in sorted(times.items(), key=lambda i: i[1])))
+    return {key: table[key] for key in keys.values()}
+
+
+def measured(
+    benches: list[tuple[int, Bench]], kinds: list[str], result: dict[str, Any], path: Path | None
+) -> None:
+    for count, bench in benches:
+        for kind in kinds:
+            found = bench.prefill(4096) if kind == "prefill" else bench.decode(1, 1024)
+            shown = {"kind": kind, "shape": "8B", "recipe": bench.recipe.name, "sequences": 1}
+            shown |= {"fused": FUSED, "prompt": 4096 if kind == "prefill" else 1024}
+            result["rows"].append({"gpus": count, **shown, **found})
+            say(f"{count} GPUs, fused {FUSED}: " + table(result["rows"][-1:]).splitlines()[-1])
+            save(result, path)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def without_fusion() -> Iterator[None]:
+    global FUSED
+    FUSED = False
+    yield
+    FUSED = True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--recipes", default="bf16")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     options = parser.parse_args()
-    begin = time.perf_counter()
     gpus, device = options.gpus, torch.device("cuda", 0)
+    say(f"{torch.cuda.device_count()} GPUs")
     name = torch.cuda.get_device_name(device)
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
@@ -91,51 +262,69 @@ def main() -> int:
         "hardware": {"name": f"{gpus} {name}", "kind": "gpu", "cores": gpus},
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
         "weights": "random, shape of Llama-3.1-8B",
+        "checks": [],
+        "rows": [],
+        "links": links(gpus),
     }
-    if options.tune:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(2, mp_context=spawn) as pool:  # whose processes may have processes
-            parts = list(pool.map(tuned, [(0, 1), (1, gpus)]))
-        for part in parts:
-            gpu.measured_routes(name).update(part)
-        result["routes"] = {name: {**parts[1], **parts[0]}}
-        gpu_linear.gemv_route.cache_clear()
-        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+    if not any(key.endswith(" 1") for key in gpu.measured_routes(name)):
+        gpu.measured_routes(name).update(gpu.measured_routes("NVIDIA H100 80GB HBM3"))
+        say("launched as measured on an H100")
+    first = {"qkv": (3072, 4096), "o": (4096, 2048), "gate_up": (14336, 4096), "down": (4096, 7168)}
+    if gpus == 2:
+        for what, (n, k) in first.items():
+            gpu.measured_routes(name).setdefault(f"bf16 {n}x{k} 1", list(SHARES[what][0]))
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from tests.tiny import tiny_model, tiny_spec
 
     small = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-    print("checks against the reference runner")
-    result["checks"] = []
-    for layers, head, bound in (("bf16", "bf16", 3e-2), ("w4a16-g32", "w8a16", 3e-2), ("fp8", "fp8", 3e-1)):
+    cases: list[tuple[str, str, float, Callable[[], Any]]] = [
+        ("bf16", "bf16", 3e-2, contextlib.nullcontext), ("bf16", "bf16", 3e-2, without_fusion),
+        ("w4a16-g32", "w8a16", 3e-2, contextlib.nullcontext), ("fp8", "fp8", 3e-1, contextlib.nullcontext),
+    ]  # fmt: skip
+    for layers, head, bound, how in cases:
         recipe = Recipe(name="check", layers=layers, embedding="bf16", head=head)
         model = tiny_model(tiny_spec("llama", **small), recipe)
-        runner = shared(model, gpus, "bf16")
-        result["checks"].append(check(f"{gpus} GPUs, tiny llama {layers}", model, "bf16", bound, runner))
+        with how():
+            runner = shared(model, gpus, "bf16")
+            say(f"a runner on {gpus} GPUs, fused {FUSED}")
+            row = check(f"{gpus} GPUs, tiny llama {layers}, fused {FUSED}", model, "bf16", bound, runner)
+        result["checks"].append(row)
+        save(result, options.out)
+        say("checked")
     result["ceilings"] = ceilings(device)
-    rows: list[dict[str, Any]] = []
-    recipe = RECIPES["bf16"]
-    weights = random_weights(LLAMA_8B, recipe, device)
-    benches = (
-        Bench(LLAMA_8B, recipe, weights, result["ceilings"]),
-        SharedBench(LLAMA_8B, recipe, weights, {k: v * gpus for k, v in result["ceilings"].items()}, gpus),
-    )
-    for bench in benches:
-        for kind in ("decode-1", "prefill"):
-            found = bench.prefill(4096) if kind == "prefill" else bench.decode(1, 1024)
-            count = gpus if isinstance(bench, SharedBench) else 1
-            shown = {"kind": kind, "shape": "8B", "recipe": "bf16", "sequences": 1}
-            rows.append({"gpus": count, **shown, "prompt": 4096 if kind == "prefill" else 1024} | found)
-            print(f"{count} GPUs: " + table(rows[-1:]).splitlines()[-1], flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
-    result["rows"] = rows
-    result["gain"] = {kind: rows[i + 2]["tokens_per_s"] / rows[i]["tokens_per_s"] for i, kind in
-                      enumerate(("decode-1", "prefill"))}  # fmt: skip
-    print(f"{gpus} GPUs are {result['gain']['decode-1']:.2f} times one at one sequence, "
-          f"{result['gain']['prefill']:.2f} in prefill; {time.perf_counter() - begin:.0f} s")  # fmt: skip
-    if options.out is not None:
-        options.out.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+    say("ceilings measured")
+    peaks = {k: v * gpus for k, v in result["ceilings"].items()}
+    for recipe_name in options.recipes.split(","):
+        recipe = RECIPES[recipe_name]
+        weights = random_weights(LLAMA_8B, recipe, device)
+        one = [(1, Bench(LLAMA_8B, recipe, weights, result["ceilings"]))]
+        both: list[tuple[int, Bench]] = [(gpus, SharedBench(LLAMA_8B, recipe, weights, peaks, gpus))]
+        measured(one, ["decode-1"], result, options.out)
+        measured(both, ["decode-1"], result, options.out)
+        if recipe_name == "bf16":
+            with without_fusion():
+                measured(both, ["decode-1"], result, options.out)
+            if options.tune:
+                precompile(LLAMA_8B, recipe, gpus)
+                say("settings compiled")
+                result["routes"] = {name: tune(recipe, gpus, 1088)}
+                save(result, options.out)
+                gc.collect()
+                torch.cuda.empty_cache()
+                measured(both, ["decode-1"], result, options.out)
+            measured(one + both, ["prefill"], result, options.out)
+        rates = [
+            (row["gpus"], row["tokens_per_s"])
+            for row in result["rows"]
+            if row["recipe"] == recipe.name and row["kind"] == "decode-1"
+        ]
+        gain = max(r for n, r in rates if n == gpus) / max(r for n, r in rates if n == 1)
+        result.setdefault("gain", {})[recipe.name] = gain
+        say(f"{recipe.name}: {gpus} GPUs are {gain:.2f} times one at one sequence")
+        save(result, options.out)
+        del weights, one, both
+        gc.collect()
+        torch.cuda.empty_cache()
     return 0
 
 

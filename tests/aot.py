@@ -31,6 +31,9 @@ def kernels(
         "y_bf16": BF16,
         "N": "i32",
         "eps": "fp32",
+        "rooms": I64,
+        "state": I32,
+        "index": "i32",
     }
     packed = ((words.BF16, 0, False), (words.FP8, 0, False), (words.INT8, 64, True), (words.INT4, 128, False))
     for fmt, group, minima in packed:
@@ -40,7 +43,8 @@ def kernels(
         for rows, norm, epilogue in ((1, True, gemv.PLAIN), (2, False, gemv.RESIDUAL), (1, True, gemv.SILU)):
             constants = {
                 "K": 4096, "M": rows, "TILE": 128, "ROWS": 4, "FORMAT": fmt, "GROUP": group, "MINIMA": minima,
-                "NORM": norm, "EPILOGUE": epilogue, "ASM": asm, "PDL": pdl,
+                "NORM": norm, "EPILOGUE": epilogue, "RANK": 0, "ASM": asm, "PDL": pdl,
+                "RANKS": 2 if epilogue.value == gemv.RESIDUAL.value else 1, "CAPACITY": 8192,
             }  # fmt: skip
             out = BF16 if epilogue.value == gemv.SILU.value else F32
             name = f"gemv {fmt.value} {rows} {epilogue.value}"
@@ -120,22 +124,12 @@ def kernels(
     if fp8:
         types = places | {"x": BF16, "out": FP8, "D": "i32"}
         yield "quantize", elementwise.quantize, types, {"BLOCK": 4096, "PDL": pdl}, 8
-    for greatest in (False, True):
-        kind = I64 if greatest else F32
-        types = {
-            "part": kind,
-            "x": kind,
-            "x_bf16": BF16,
-            "rooms": I64,
-            "flags": I64,
-            "counts": I32,
-            "size": "i32",
-        }
-        constants = {
-            "RANK": 0, "RANKS": 2, "CAPACITY": 8192, "BLOCK": 128, "GREATEST": greatest,
-            "TWICE": not greatest, "PDL": pdl,
-        }  # fmt: skip
-        yield f"exchange {greatest}", exchange.exchange, types, constants, 1
+    meeting = {"rooms": I64, "state": I32, "index": "i32", "size": "i32"}
+    ranks = {"RANK": 0, "RANKS": 2, "CAPACITY": 8192, "PDL": pdl}
+    types = meeting | {"part": F32, "x": F32, "x_bf16": BF16}
+    yield "exchange add", exchange.add, types, ranks | {"BLOCK": 128, "TWICE": True}, 1
+    types = meeting | {"keys": I64, "stalled": I32}
+    yield "exchange greatest", exchange.greatest, types, ranks | {"BLOCK": 32}, 1
     types = {"tokens": I32, "table": BF16, "x": F32, "x_bf16": BF16, "D": "i32", "factor": "fp32"}
     yield "embed", elementwise.embed, types, {"BLOCK": 1024, "PDL": pdl}, 4
     types = {"logits": F32, "keys": I64, "V": "i32"}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -25,8 +26,10 @@ from flatout.engine.cuda_weights import load_weights
 from flatout.engine.load import load
 from flatout.engine.reference import ReferenceRunner
 from flatout.errors import BackendError, ConfigError, ResourceError
-from flatout.kernels import gpu
-from flatout.kernels.triton.exchange import PROGRAMS, exchange
+from flatout.kernels import gpu, gpu_linear
+from flatout.kernels.gpu import Exchange
+from flatout.kernels.packed import pack_bf16
+from flatout.kernels.triton import exchange
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, inside the interpreter
 CPU = torch.device("cpu")
@@ -121,49 +124,102 @@ def test_a_rank_that_fails_stops_the_others() -> None:
     assert both.forward(batch, "last").shape == (1, SHARED["vocab_size"])
 
 
-@pytest.mark.parametrize("size", [6, 128 * PROGRAMS + 5])
-def test_exchange(size: int) -> None:
-    """One rank of two, when the other has already written: what it sends, and what it makes of both; twice,
-    for the two halves of the rooms."""
-    capacity = 8192
-    ours, theirs = (torch.full((2 * 2 * capacity,), torch.nan) for _ in range(2))
-    flags = [torch.zeros(2 * PROGRAMS, dtype=torch.int32) for _ in range(2)]
-    rooms = torch.tensor([theirs.data_ptr(), ours.data_ptr()])
-    places = torch.tensor([f.data_ptr() for f in flags])
-    counts = torch.zeros(PROGRAMS, dtype=torch.int32)
-    few = size <= 128 * PROGRAMS
-    for count in (1, 2):
-        half = count % 2
+CAPACITY = 8192
+
+
+def rooms_of_two() -> tuple[Tensor, Tensor, Tensor]:
+    """What two ranks have been sent, (half, from, place), and where that lies."""
+    first, second = (torch.zeros(2, 2, CAPACITY, dtype=torch.int64) for _ in range(2))
+    return first, second, torch.tensor([first.data_ptr(), second.data_ptr()])
+
+
+def sent(bits: Tensor, flag: int) -> Tensor:
+    """Words of 8 bytes of the numbers' bits (n,) int32, as a rank writes them in that exchange."""
+    return (torch.tensor(flag) << 32) | (bits.long() & 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("size", [6, 300])
+def test_ranks_add_up(size: int) -> None:
+    """The second of two ranks, when the first has written: what it sends, and what it makes of both; twice,
+    for the two halves of the rooms, across the largest int32."""
+    theirs, ours, rooms = rooms_of_two()
+    state = torch.tensor([2**31 - 1, 0], dtype=torch.int32)
+    for index, flag in ((0, 2**31 - 1), (1, -(2**31))):
+        half = flag & 1
         part, more, x = (torch.randn(size) for _ in range(3))
         wanted = x + (more + part)
-        ours.view(2, 2, capacity)[half, 0, :size] = more
-        flags[1].view(2, PROGRAMS)[0] = count
+        ours[half, 0, :size] = sent(more.view(torch.int32), flag)
         x_bf16 = torch.empty(size, dtype=torch.bfloat16)
         gpu.start(
-            gpu.card(CPU), exchange, (PROGRAMS,), part, x, x_bf16, rooms, places, counts, size, RANK=1,
-            RANKS=2, CAPACITY=capacity, BLOCK=128 if few else 1024, GREATEST=False, TWICE=True, PDL=False,
+            gpu.card(CPU), exchange.add, (-(-size // 128),), part, x, x_bf16, rooms, state, index,
+            size, RANK=1, RANKS=2, CAPACITY=CAPACITY, BLOCK=128, TWICE=True, PDL=False,
         )  # fmt: skip
-        torch.testing.assert_close(x, wanted)
+        torch.testing.assert_close(x, wanted, rtol=0, atol=0)
         torch.testing.assert_close(x_bf16, x.bfloat16())
-        torch.testing.assert_close(theirs.view(2, 2, capacity)[half, 1, :size], part)
-        assert flags[0].view(2, PROGRAMS)[1].tolist() == [count] * PROGRAMS
-        assert counts.tolist() == [count] * PROGRAMS
+        assert torch.equal(theirs[half, 1, :size], sent(part.view(torch.int32), flag))
+        assert state.tolist() == [2**31 - 1, 0]
 
 
-def test_exchange_of_keys() -> None:
-    ours, theirs = (torch.zeros(2 * 2 * 64) for _ in range(2))
-    flags = [torch.zeros(2 * PROGRAMS, dtype=torch.int32) for _ in range(2)]
-    keys = torch.tensor([5, -(1 << 62), 7 << 40])
-    ours.view(torch.int64).view(2, 2, 32)[1, 1, :3] = torch.tensor([4, 3, 8 << 40])
-    flags[0].view(2, PROGRAMS)[1] = 1
+def test_ranks_take_the_greatest() -> None:
+    ours, theirs, rooms = rooms_of_two()
+    state, stalled = torch.tensor([7, 0], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    keys = torch.tensor([5, -(1 << 62), 7 << 40, -1])
+    other = torch.tensor([4, 3, 8 << 40, -2])
+    ours[1, 1, :8] = sent(other.view(torch.int32), 9)
     gpu.start(
-        gpu.card(CPU), exchange, (PROGRAMS,), keys, keys, None,
-        torch.tensor([ours.data_ptr(), theirs.data_ptr()]), torch.tensor([f.data_ptr() for f in flags]),
-        torch.zeros(PROGRAMS, dtype=torch.int32), 3, RANK=0, RANKS=2, CAPACITY=64, BLOCK=128, GREATEST=True,
-        TWICE=False, PDL=False,
+        gpu.card(CPU), exchange.greatest, (1,), keys, rooms, state, stalled, 2, 4, RANK=0, RANKS=2,
+        CAPACITY=CAPACITY, BLOCK=32, PDL=False,
     )  # fmt: skip
-    assert keys.tolist() == [5, 3, 8 << 40]
-    assert theirs.view(torch.int64).view(2, 2, 32)[1, 0, :3].tolist() == [5, -(1 << 62), 7 << 40]
+    assert keys.tolist() == [5, 3, 8 << 40, -1]
+    before = torch.tensor([5, -(1 << 62), 7 << 40, -1])
+    assert torch.equal(theirs[1, 0, :8], sent(before.view(torch.int32), 9))
+    assert state.tolist() == [10, 0]
+    assert stalled.tolist() == [0]
+
+
+def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that hears nothing goes on, and the host is told."""
+    monkeypatch.setattr(exchange, "SPINS", 3)
+    _, _, rooms = rooms_of_two()
+    state, stalled = torch.tensor([1, 0], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    x, keys = torch.zeros(4), torch.arange(4)
+    gpu.start(
+        gpu.card(CPU), exchange.add, (1,), torch.ones(4), x, None, rooms, state, 0, 4, RANK=0, RANKS=2,
+        CAPACITY=CAPACITY, BLOCK=128, TWICE=False, PDL=False,
+    )  # fmt: skip
+    assert state.tolist() == [1, 1]
+    gpu.start(
+        gpu.card(CPU), exchange.greatest, (1,), keys, rooms, state, stalled, 1, 4, RANK=0, RANKS=2,
+        CAPACITY=CAPACITY, BLOCK=32, PDL=False,
+    )  # fmt: skip
+    assert state.tolist() == [3, 1]
+    assert stalled.tolist() == [1]
+    rank = Rank(Group([CPU], 8), 0)
+    rank.check()
+    rank._stalled[0] = 1
+    with pytest.raises(BackendError, match="must answer each other within seconds"):
+        rank.check()
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_product_adds_up_with_the_other_ranks(tokens: int) -> None:
+    """The matrix-vector kernel with the exchange in it."""
+    n, k = 24, 64
+    theirs, ours, rooms = rooms_of_two()
+    weight, values = torch.randn(n, k).bfloat16(), torch.randn(tokens, k).bfloat16()
+    own, more, x = values.float() @ weight.float().T, torch.randn(tokens, n), torch.randn(tokens, n)
+    wanted = x + more + own
+    ours[1, 0, : tokens * n] = sent(more.flatten().view(torch.int32), 5)
+    ticket = Exchange(rooms, torch.tensor([3, 0], dtype=torch.int32), 1, 2, CAPACITY, index=2)
+    x_bf16 = torch.empty(tokens, n, dtype=torch.bfloat16)
+    gpu_linear.multiply_few(
+        gpu.card(CPU), values, pack_bf16(weight), x, residual=x, out_bf16=x_bf16, exchange=ticket
+    )
+    torch.testing.assert_close(x, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x_bf16, x.bfloat16())
+    numbers = (theirs[1, 1, : tokens * n] & 0xFFFFFFFF).int().view(torch.float32).view(tokens, n)
+    torch.testing.assert_close(numbers, own, rtol=1e-5, atol=1e-5)
+    assert (theirs[1, 1, : tokens * n] >> 32).eq(5).all()
 
 
 @pytest.mark.parametrize("resident", [0, 1, 2])
@@ -209,4 +265,4 @@ def test_layers_that_do_not_fit_are_streamed(
 def test_too_much_to_exchange_is_refused() -> None:
     rank = Rank(Group([CPU], 8), 0)
     with pytest.raises(BackendError, match="exchange at most 8 numbers"):
-        rank._launch(torch.zeros(9), torch.zeros(9), None, greatest=False)
+        rank._add(torch.zeros(9), torch.zeros(9), None, rank._ticket())

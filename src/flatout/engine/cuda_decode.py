@@ -111,6 +111,8 @@ class Decoder:
         """Wait for a step's tokens."""
         if step.event is not None:
             step.event.synchronize()
+        if self._runner.rank is not None:
+            self._runner.rank.check()
         tokens: np.ndarray = self._results[step.slot, : step.size].numpy().copy()
         return tokens
 
@@ -224,6 +226,8 @@ class Decoder:
     def _run(self, rows: int, hot: bool, drafted: bool = False) -> None:
         """The kernels of a step of `rows` sequences, or drafted tokens."""
         runner = self._runner
+        if runner.rank is not None:
+            runner.rank.begin()
         tokens, positions, keys = self._tokens[:rows], self._positions[:rows], self._keys[:rows]
         if rows not in self._plans:
             self._plans[rows] = gpu_attention.attention_plan(runner.card, runner.spec, rows, runner.device)
@@ -300,9 +304,12 @@ class Decoder:
     def _add(self, x: Tensor, x_bf16: Tensor, values: Tensor, weight: PackedWeight) -> None:
         """x and x_bf16 += values W^T, of all ranks."""
         runner = self._runner
-        if runner.rank is None:
-            gpu_linear.multiply_few(runner.card, values, weight, x, residual=x, out_bf16=x_bf16)
-            return
-        part = torch.empty_like(x)
-        gpu_linear.multiply_few(runner.card, values, weight, part)
-        runner.rank.add(part, x, x_bf16)
+        exchange = None if runner.rank is None else runner.rank.exchange()
+        if runner.rank is None or exchange is not None:
+            gpu_linear.multiply_few(
+                runner.card, values, weight, x, residual=x, out_bf16=x_bf16, exchange=exchange
+            )
+        if runner.rank is not None and (exchange is None or exchange.only_load):
+            part = torch.empty_like(x)
+            gpu_linear.multiply_few(runner.card, values, weight, part)
+            runner.rank.add(part, x, x_bf16)

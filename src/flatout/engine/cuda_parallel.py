@@ -26,6 +26,7 @@ from flatout.engine.cuda_ranks import Group, Rank
 from flatout.engine.cuda_weights import GpuWeights, load_weights
 from flatout.engine.runner import StepInput, sampled_rows
 from flatout.engine.sampler import sample
+from flatout.engine.scheduler import MAX_DRAFTED_ROWS
 from flatout.errors import ConfigError
 from flatout.kernels import gpu
 from flatout.kernels.packed import PackedWeight
@@ -146,7 +147,7 @@ class ParallelRunner:
         max_batch: int = 256,
     ) -> None:
         self.spec = spec
-        self._group = Group(devices, max_batch * spec.hidden_size)
+        self._group = Group(devices, max(max_batch, MAX_DRAFTED_ROWS) * spec.hidden_size)
         self._threads = [ThreadPoolExecutor(1) for _ in devices]
         self._ranks: list[CudaRunner] = []
 
@@ -156,6 +157,7 @@ class ParallelRunner:
             return make(rank, self._group)
 
         self._ranks = self._in_threads(first)
+        self._all(_prove)
         one = self._ranks[0]
         self.page_size, self.num_pages = one.page_size, one.num_pages
         self.max_step_tokens = one.max_step_tokens
@@ -201,6 +203,11 @@ class ParallelRunner:
             self._group.barrier.reset()
             raise next((e for e in errors if not isinstance(e, BrokenBarrierError)), errors[0])
         return [future.result() for future in futures]
+
+
+def _prove(runner: CudaRunner) -> None:
+    if runner.rank is not None:
+        runner.rank.prove()
 
 
 def open_parallel(

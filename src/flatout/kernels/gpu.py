@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,19 @@ def measured_routes(name: str) -> dict[str, list[int]]:
 
 
 def start(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
-    """Launch one of this project's kernels and return what was compiled, or on a dry card None."""
+    """Launch one of this project's kernels, or on a dry card compile it; what was compiled."""
     if card.pdl:
         constants["launch_pdl"] = True
     if card.dry:
-        kernel.warmup(*args, grid=grid, **constants)
-        return None
+        return kernel.warmup(*args, grid=grid, **constants)
     return kernel[grid](*args, **constants)
+
+
+def load(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
+    """Compile and load what `start` with the same arguments would launch."""
+    compiled = start(replace(card, dry=True), kernel, grid, *args, **constants)
+    _ = compiled.run
+    return compiled
 
 
 _SHARED_MEMORY_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
@@ -125,7 +131,7 @@ def carve(card: Card, kernel: Any, percent: int) -> None:
     """Have a compiled kernel ask for the same split of a multiprocessor's memory into cache and shared memory
     as its neighbours. A multiprocessor changes its split only when it is empty, so kernels that differ in it
     cannot overlap."""
-    if not card.pdl or kernel is None or _carved.get(kernel.function) == percent:
+    if not card.pdl or card.dry or _carved.get(kernel.function) == percent:
         return
     driver = ctypes.CDLL("libcuda.so.1")
     code = driver.cuFuncSetAttribute(
@@ -178,6 +184,20 @@ class Product:
         """Some tokens of it."""
         scales = None if self.token_scales is None else self.token_scales[index]
         return Product(self.values[..., index, :], scales, self.row_scales, self.cut)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """An exchange between GPUs: `triton/exchange.py` says what the parts are. only_load: it does not take
+    place, but its kernels are made ready."""
+
+    rooms: Tensor
+    state: Tensor
+    rank: int
+    ranks: int
+    capacity: int
+    index: int = 0
+    only_load: bool = False
 
 
 def embed(card: Card, tokens: Tensor, table: Tensor, factor: float, x: Tensor, x_bf16: Tensor) -> None:

@@ -24,10 +24,12 @@ from flatout.kernels.gpu import (
     Activations,
     Card,
     Cut,
+    Exchange,
     Product,
     activate,
     argmax_keys,
     carve,
+    load,
     measured_routes,
     quantize,
     start,
@@ -121,13 +123,16 @@ def multiply_few(
     out_bf16: Tensor | None = None,
     epilogue: int = PLAIN,
     route: Route | None = None,
+    exchange: Exchange | None = None,
 ) -> None:
     """out = epilogue(norm(x) W^T) for a few rows x bfloat16 (M, K); `triton/gemv.py` says what the arguments
-    mean. With a residual, out (M, N) float32 and out_bf16 both get the sum. `route` replaces the table's."""
+    mean. With a residual, out (M, N) float32 and out_bf16 both get the sum; with an `exchange`, that of all
+    ranks, or the kernel is only loaded for it. `route` replaces the table's."""
     m = x.shape[0]
     tile, rows, warps, programs = route or gemv_route(card.name, weight.format, weight.n, weight.k, m)
     blocks = triton.cdiv(weight.n, rows)
-    kernel = start(
+    launch = load if exchange is not None and exchange.only_load else start
+    kernel = launch(
         card,
         gemv.gemv,
         (min(blocks, programs * card.units) if programs else blocks,),
@@ -141,6 +146,9 @@ def multiply_few(
         out_bf16,
         weight.n,
         eps,
+        None if exchange is None else exchange.rooms,
+        None if exchange is None else exchange.state,
+        0 if exchange is None else exchange.index,
         K=weight.k,
         M=m,
         TILE=tile,
@@ -150,6 +158,9 @@ def multiply_few(
         MINIMA=weight.minima is not None,
         NORM=gains is not None,
         EPILOGUE=RESIDUAL if residual is not None else epilogue,
+        RANK=0 if exchange is None else exchange.rank,
+        RANKS=1 if exchange is None else exchange.ranks,
+        CAPACITY=0 if exchange is None else exchange.capacity,
         ASM=card.asm,
         PDL=card.pdl,
         num_warps=warps,

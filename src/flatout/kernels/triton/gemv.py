@@ -5,7 +5,8 @@ It asks for its first weights before it waits for the kernel before it (programm
 that memory never idles between two kernels. What surrounds a linear in a decoder is done on the way:
 
     x     times the gains of an RMSNorm; 1 / rms is a factor of the sum and comes last
-    y     plus a residual; or silu(gate) * up of neighbouring rows 2 i and 2 i + 1
+    y     plus what other GPUs have of the sum (`exchange.py`), plus a residual; or silu(gate) * up of
+          neighbouring rows 2 i and 2 i + 1
 
 Bytes: W once. Operations: 2 M N K. The idea of one program for a few whole rows is that of the Triton GEMV of
 tokenspeed (2026); packing is described in `words.py`.
@@ -18,6 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flatout.kernels.triton.elementwise import gated
+from flatout.kernels.triton.exchange import addresses, summed
 from flatout.kernels.triton.words import BF16, INT4, dot_4bit, dot_8bit, high, low, pair, sum_pair, value
 
 PLAIN, RESIDUAL, SILU, GELU = (tl.constexpr(i) for i in range(4))
@@ -106,7 +108,7 @@ def _sums(firsts, seconds, P: tl.constexpr, HALF: tl.constexpr):
     return tl.sum(total, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index"])
 def gemv(
     x,  # bfloat16 (M, K) seen as int32, for 8-bit weights as int64
     gains,  # bfloat16 (K,) in the same way, if NORM
@@ -118,6 +120,9 @@ def gemv(
     y_bf16,  # bfloat16 (M, N), if EPILOGUE is RESIDUAL: y once more
     N,
     eps,
+    rooms,  # of `exchange.py`, if there are several RANKS
+    state,
+    index,
     K: tl.constexpr,
     M: tl.constexpr,
     TILE: tl.constexpr,
@@ -127,6 +132,9 @@ def gemv(
     MINIMA: tl.constexpr,
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    CAPACITY: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -141,9 +149,13 @@ def gemv(
     chunks = tl.arange(0, TILE)
     tokens = tl.arange(0, M)
     weights = _load_weights(w, tl.program_id(0) * ROWS + tl.arange(0, ROWS), chunks, N, K_CHUNKS, EVEN)
+    if RANKS > 1:
+        places = addresses(rooms, RANKS)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    if RANKS > 1:
+        flag, broken = tl.load(state) + index, tl.load(state + 1)
 
     factor = tl.full((M,), 1.0, tl.float32)
     shrink = tl.full((M,), 1.0, tl.float32)
@@ -210,6 +222,10 @@ def gemv(
                 mask=(half < N // 2)[None, :],
             )
         else:
+            if RANKS > 1:
+                total = summed(
+                    total, at, inside[None, :], places, flag, broken, state, RANK, RANKS, CAPACITY
+                )  # fmt: skip
             if EPILOGUE == RESIDUAL:
                 total += before
                 tl.store(y_bf16 + at, total.to(tl.bfloat16), mask=inside[None, :])
