@@ -1,10 +1,10 @@
 """Several GPUs add up, or take the greatest of, what each of them has, by themselves.
 
 One-shot all-reduce over NVLink: every rank writes its part into a room of every other rank's memory, waits
-for theirs in its own, and adds the parts up in the order of ranks, so that all ranks have the same bits. Each
-number travels with the number of its exchange, in one word of 8 bytes, which arrives whole; so nothing needs a
-fence, an atomic operation or a flag that follows, and one trip is all (NCCL's "LL" protocol, Hu et al.,
-arXiv:2507.04786).
+for theirs in its own, and adds the parts up in the order of ranks, so that all ranks have the same bits.
+Each number travels with the number of its exchange, in one word of 8 bytes, which arrives whole; so nothing
+needs a fence, an atomic operation or a flag that follows, and one trip is all (NCCL's "LL" protocol, Hu et
+al., arXiv:2507.04786).
 
 Rooms have two halves that take turns. A rank writes to a half again two exchanges later; by then it has the
 parts of the exchange between, which the others sent after they had read that half.
