@@ -80,7 +80,7 @@ def kernels(
                 constants | split,
                 4,
             )
-        scaled = constants | {"SCALED": True, "BIAS": True, "NORM": True, "PDL": pdl}
+        scaled = constants | {"SCALED": True, "BIAS": True, "NORM": True, "PDL": pdl, "ROWS": 4}
         types |= {"qkv": BF16}
         yield f"rotate {cache}", attention.rotate_and_store, types | {"slots": I64}, scaled, 1
     places = {"x": F32, "linear": BF16, "token_scales": F32, "row_scales": F32, "gains": BF16}

@@ -72,12 +72,13 @@ def attention_plan(card: Card, spec: ModelSpec, sequences: int, device: torch.de
 
 
 class DecodeRoute(NamedTuple):
-    """How attention of one new token a sequence is launched: tokens read at a time, warps, and how many such
-    reads are under way."""
+    """How attention of one new token a sequence is launched: tokens read at a time, warps, stages of the
+    compiler's pipeline, and the most registers of a thread, or 0 for as many as it likes."""
 
     block: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 def route_key(size: int, splits: int) -> str:
@@ -154,6 +155,7 @@ def decode_attention(
         PDL=card.pdl,
         num_warps=route.warps,
         num_stages=route.stages,
+        **({"maxnreg": route.registers} if route.registers else {}),
     )
     carve(card, kernel, FEW_SHARED if plan.splits == MOST_SPLITS else MANY_SHARED)
 
@@ -170,7 +172,7 @@ def rotate_and_store(
 ) -> Tensor:
     """bfloat16 (T, (H + 2 G) E): queries, keys and values as attention takes them; the last two go to the
     cache at `slots` too."""
-    values = product.values
+    values, repeat = product.values, spec.num_heads // spec.num_kv_heads
     out = torch.empty(product.tokens, values.shape[-1], dtype=torch.bfloat16, device=values.device)
     start(
         card,
@@ -191,7 +193,8 @@ def rotate_and_store(
         spec.rms_norm_eps,
         product.part_size,
         G=spec.num_kv_heads,
-        R=spec.num_heads // spec.num_kv_heads,
+        R=repeat,
+        ROWS=triton.next_power_of_2(repeat),
         E=spec.head_dim,
         PAGE=cache.keys.shape[2],
         CUT=product.cut,

@@ -20,17 +20,40 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _turns(cos, sin, position, E: tl.constexpr):
-    """cos and sin (E,) of a position, the first half of the sines negative."""
-    columns = tl.arange(0, E)
-    at = position.to(tl.int64) * (E // 2) + columns % (E // 2)
-    return tl.load(cos + at), tl.where(columns < E // 2, -1.0, 1.0) * tl.load(sin + at)
+    """cos and sin (E / 2,) of a position."""
+    at = position.to(tl.int64) * (E // 2) + tl.arange(0, E // 2)
+    return tl.load(cos + at), tl.load(sin + at)
+
+
+@triton.jit
+def _part(
+    qkv,
+    token,
+    at,  # places among the token's SIZE numbers
+    inside,
+    token_scales,
+    row_scales,
+    bias,
+    part_size,
+    SIZE: tl.constexpr,
+    CUT: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """float32, like `at`: what the linear left of a token, with its bias."""
+    x = joined(qkv + token.to(tl.int64) * SIZE, at, at, inside, part_size, CUT)
+    if SCALED:
+        x *= tl.load(token_scales + token) * tl.load(row_scales + at)
+    if BIAS:
+        x += tl.load(bias + at)
+    return x
 
 
 @triton.jit
 def _heads(
     qkv,
     token,
-    heads,  # (rows,) of all H + 2 G
+    heads,  # (rows,) of all H + 2 G; those beyond are read as the first
     token_scales,
     row_scales,
     bias,
@@ -45,35 +68,25 @@ def _heads(
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
-    ROTATE: tl.constexpr,
 ):
-    """float32 (rows, E): some heads of a token after bias, norm and RoPE. cos and sin: (E,), of its position
-    as `_turns` gives them. Pairs e with e + E / 2, which is read again. Rows outside are zero until the
-    bias."""
-    columns = tl.arange(0, E)
+    """float32 (rows, E / 2) twice: the first and the second halves of some heads of a token after bias, norm
+    and RoPE, which turns each number of the first with one of the second. cos and sin are those of its
+    position."""
+    columns = tl.arange(0, E // 2)
+    at = tl.where(heads < HEADS, heads, 0)[:, None] * E + columns[None, :]
     inside = (heads < HEADS)[:, None] & (columns >= 0)[None, :]
-    own = tl.where(heads < HEADS, heads, 0)[:, None] * E + columns[None, :]
-    other = tl.where(heads < HEADS, heads, 0)[:, None] * E + (columns ^ (E // 2))[None, :]
-    base = qkv + token.to(tl.int64) * (HEADS * E)
-    x = joined(base, own, own, inside, part_size, CUT)
-    if SCALED:
-        scale = tl.load(token_scales + token)
-        x *= scale * tl.load(row_scales + own)
-    if BIAS:
-        x += tl.load(bias + own)
+    x = _part(
+        qkv, token, at, inside, token_scales, row_scales, bias, part_size, HEADS * E, CUT, SCALED, BIAS
+    )  # fmt: skip
+    y = _part(
+        qkv, token, at + E // 2, inside, token_scales, row_scales, bias, part_size, HEADS * E, CUT, SCALED,
+        BIAS,
+    )  # fmt: skip
     if NORM:
-        rms = tl.rsqrt(tl.sum(x * x, 1) / E + eps)
+        rms = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / E + eps)
         x *= rms[:, None] * tl.load(gains + columns).to(tl.float32)[None, :]
-    if ROTATE:
-        y = joined(base, other, other, inside, part_size, CUT)
-        if SCALED:
-            y *= scale * tl.load(row_scales + other)
-        if BIAS:
-            y += tl.load(bias + other)
-        if NORM:
-            y *= rms[:, None] * tl.load(gains + (columns ^ (E // 2))).to(tl.float32)[None, :]
-        x = x * cos[None, :] + y * sin[None, :]
-    return x
+        y *= rms[:, None] * tl.load(gains + E // 2 + columns).to(tl.float32)[None, :]
+    return x * cos[None, :] - y * sin[None, :], y * cos[None, :] + x * sin[None, :]
 
 
 @triton.jit
@@ -86,9 +99,11 @@ def _stored(x, STORE_FP8: tl.constexpr):
 
 
 @triton.jit
-def _block(q, k, v, tokens, begin, position, peak, weight, acc, COMPUTE: tl.constexpr):
-    """The running softmax of q (ROWS, E) over what came before and the tokens of k and v (BLOCK, E)."""
-    scores = tl.dot(q, tl.trans(k.to(COMPUTE)))
+def _block(q1, q2, k1, k2, v, tokens, begin, position, peak, weight, acc, COMPUTE: tl.constexpr):
+    """The running softmax of q (ROWS, E) over what came before and the tokens of k and v (BLOCK, E); q and k
+    come in halves."""
+    scores = tl.dot(q1, tl.trans(k1.to(COMPUTE)))
+    scores = tl.dot(q2, tl.trans(k2.to(COMPUTE)), scores)
     seen = (tokens < position) & (tokens >= begin)
     scores = tl.where(seen[None, :], scores, -1e30)
     higher = tl.maximum(peak, tl.max(scores, 1))
@@ -101,30 +116,37 @@ def _block(q, k, v, tokens, begin, position, peak, weight, acc, COMPUTE: tl.cons
 
 @triton.jit
 def _newest(
-    q, qkv, sequence, head, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin, eps, part_size,
+    q1, q2, qkv, sequence, head, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin, eps, part_size,
     table, keys, values, position, G: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
-    PAGE: tl.constexpr, CUT: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    PAGE: tl.constexpr, COMPUTE: tl.constexpr, CUT: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Store a new token's key and value; the running softmax of q (ROWS, E) over it alone."""
+    """Store a new token's key and value; the running softmax of q (ROWS, E), in halves, over it alone."""
     HEADS: tl.constexpr = G * R + 2 * G
     FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
     columns = tl.arange(0, E)
     one = tl.zeros((1,), tl.int32)
-    new_page = tl.load(table + position // PAGE).to(tl.int64)
-    new_k = _heads(
+    page = tl.load(table + position // PAGE).to(tl.int64)
+    k1, k2 = _heads(
         qkv, sequence, G * R + head + one, token_scales, row_scales, bias, k_gains,
-        turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
+        turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM,
     )  # fmt: skip
-    new_v = _heads(
-        qkv, sequence, G * R + G + head + one, token_scales, row_scales, bias, k_gains,
-        turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, False, False,
+    v = _part(
+        qkv, sequence, (G * R + G + head) * E + columns, columns >= 0, token_scales, row_scales, bias,
+        part_size, HEADS * E, CUT, SCALED, BIAS,
     )  # fmt: skip
-    new_k, new_v = _stored(new_k, FP8), _stored(new_v, FP8)
-    new_at = ((new_page * G + head) * PAGE + position % PAGE) * E + columns[None, :]
-    tl.store(keys + new_at, new_k)
-    tl.store(values + new_at, new_v)
-    peak = tl.sum(q * new_k.to(tl.float32), 1)
-    return peak, tl.full((ROWS,), 1.0, tl.float32), tl.zeros((ROWS, E), tl.float32) + new_v.to(tl.float32)
+    k1, k2, v = _stored(k1, FP8), _stored(k2, FP8), _stored(v, FP8)
+    at = ((page * G + head) * PAGE + position % PAGE) * E
+    half = tl.arange(0, E // 2)[None, :]
+    tl.store(keys + at + half, k1)
+    tl.store(keys + at + E // 2 + half, k2)
+    tl.store(values + at + columns, v)
+    # The tensor cores take sixteen keys, and cost less than a sum over what all threads hold.
+    scores = tl.dot(q1, tl.trans(tl.broadcast_to(k1, (16, E // 2)).to(COMPUTE)))
+    scores = tl.dot(q2, tl.trans(tl.broadcast_to(k2, (16, E // 2)).to(COMPUTE)), scores)
+    peak = tl.max(scores, 1)
+    acc = tl.zeros((ROWS, E), tl.float32) + v.to(tl.float32)[None, :]
+    return peak, tl.full((ROWS,), 1.0, tl.float32), acc
 
 
 @triton.jit
@@ -200,33 +222,37 @@ def decode_attention(
         gdc_wait()
     if position < 0:
         return
-    q = _heads(
+    q1, q2 = _heads(
         qkv, sequence, tl.where(rows < R, head * R + rows, HEADS), token_scales, row_scales, bias, q_gains,
-        turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
+        turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM,
     )  # fmt: skip
-    q = q * (scale * LOG2E)
+    q1, q2 = (q1 * (scale * LOG2E)).to(COMPUTE), (q2 * (scale * LOG2E)).to(COMPUTE)
     peak = tl.full((ROWS,), -1e30, tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, E), tl.float32)
     if SPLITS == 1:
         peak, weight, acc = _newest(
-            q, qkv, sequence, head, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin, eps,
-            part_size, table, keys, values, position, G, R, ROWS, E, PAGE, CUT, SCALED, BIAS, NORM,
+            q1, q2, qkv, sequence, head, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin, eps,
+            part_size, table, keys, values, position, G, R, ROWS, E, PAGE, COMPUTE, CUT, SCALED, BIAS, NORM,
         )  # fmt: skip
     elif split == 0:
         peak, weight, acc = _newest(
-            q, qkv, sequence, head, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin, eps,
-            part_size, table, keys, values, position, G, R, ROWS, E, PAGE, CUT, SCALED, BIAS, NORM,
+            q1, q2, qkv, sequence, head, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin, eps,
+            part_size, table, keys, values, position, G, R, ROWS, E, PAGE, COMPUTE, CUT, SCALED, BIAS, NORM,
         )  # fmt: skip
 
-    q = q.to(COMPUTE)
+    half = tl.arange(0, E // 2)
     for block in tl.range(start, tl.minimum(start + share, first + blocks)):
         page = tl.load(table + block * BLOCK // PAGE).to(tl.int64)
-        at = ((page * G + head) * PAGE + block * BLOCK % PAGE + tokens[:, None]) * E + columns[None, :]
-        k, v = tl.load(keys + at), tl.load(values + at)
+        there = block * BLOCK + tokens
+        lines = ((page * G + head) * PAGE + block * BLOCK % PAGE + tokens[:, None]) * E
+        # Of the last block only what is there is read.
+        k1 = tl.load(keys + lines + half[None, :], mask=(there < position)[:, None], other=0.0)
+        k2 = tl.load(keys + lines + E // 2 + half[None, :], mask=(there < position)[:, None], other=0.0)
+        v = tl.load(values + lines + columns[None, :], mask=(there < position)[:, None], other=0.0)
         peak, weight, acc = _block(
-            q, k, v, block * BLOCK + tokens, begin, position, peak, weight, acc, COMPUTE
-        )
+            q1, q2, k1, k2, v, there, begin, position, peak, weight, acc, COMPUTE
+        )  # fmt: skip
 
     inside = rows < R
     place = (sequence.to(tl.int64) * (G * R) + head * R + rows)[:, None] * E + columns[None, :]
@@ -280,6 +306,7 @@ def rotate_and_store(
     part_size,
     G: tl.constexpr,
     R: tl.constexpr,
+    ROWS: tl.constexpr,  # R up to a power of two
     E: tl.constexpr,
     PAGE: tl.constexpr,
     CUT: tl.constexpr,
@@ -296,32 +323,38 @@ def rotate_and_store(
         gdc_wait()
     token, head = tl.program_id(0), tl.program_id(1)
     HEADS: tl.constexpr = G * R + 2 * G
-    columns = tl.arange(0, E)
     position = tl.load(positions + token)
     if position < 0:
         return
     turn_cos, turn_sin = _turns(cos, sin, position, E)
+    heads = tl.arange(0, ROWS)
+    ours = (heads < R)[:, None]
+    half, columns = tl.arange(0, E // 2)[None, :], tl.arange(0, E)
     one = tl.zeros((1,), tl.int32)
-    base = token.to(tl.int64) * (HEADS * E)
-    for r in tl.static_range(R):
-        q = _heads(
-            qkv, token, head * R + r + one, token_scales, row_scales, bias, q_gains, turn_cos, turn_sin,
-            eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
-        )  # fmt: skip
-        tl.store(out + base + (head * R + r) * E + columns[None, :], q.to(tl.bfloat16))
-    k = _heads(
-        qkv, token, G * R + head + one, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin,
-        eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM, True,
+    to = out + token.to(tl.int64) * (HEADS * E)
+    q1, q2 = _heads(
+        qkv, token, tl.where(heads < R, head * R + heads, HEADS), token_scales, row_scales, bias, q_gains,
+        turn_cos, turn_sin, eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM,
     )  # fmt: skip
-    v = _heads(
-        qkv, token, G * R + G + head + one, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin,
-        eps, part_size, E, HEADS, CUT, SCALED, BIAS, False, False,
+    k1, k2 = _heads(
+        qkv, token, G * R + head + one, token_scales, row_scales, bias, k_gains, turn_cos, turn_sin,
+        eps, part_size, E, HEADS, CUT, SCALED, BIAS, NORM,
+    )  # fmt: skip
+    v = _part(
+        qkv, token, (G * R + G + head) * E + columns, columns >= 0, token_scales, row_scales, bias,
+        part_size, HEADS * E, CUT, SCALED, BIAS,
     )  # fmt: skip
     FP8: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
-    k, v = _stored(k, FP8), _stored(v, FP8)
+    k1, k2, v = _stored(k1, FP8), _stored(k2, FP8), _stored(v, FP8)
     slot = tl.load(slots + token)
-    at = ((slot // PAGE * G + head) * PAGE + slot % PAGE) * E + columns[None, :]
-    tl.store(keys + at, k)
-    tl.store(values + at, v)
-    tl.store(out + base + (G * R + head) * E + columns[None, :], k.to(tl.float32).to(tl.bfloat16))
-    tl.store(out + base + (G * R + G + head) * E + columns[None, :], v.to(tl.float32).to(tl.bfloat16))
+    at = ((slot // PAGE * G + head) * PAGE + slot % PAGE) * E
+    tl.store(keys + at + half, k1)
+    tl.store(keys + at + E // 2 + half, k2)
+    tl.store(values + at + columns, v)
+    q_at = (head * R + heads)[:, None] * E + half
+    tl.store(to + q_at, q1.to(tl.bfloat16), mask=ours)
+    tl.store(to + q_at + E // 2, q2.to(tl.bfloat16), mask=ours)
+    k_at = (G * R + head) * E
+    tl.store(to + k_at + half, k1.to(tl.float32).to(tl.bfloat16))
+    tl.store(to + k_at + E // 2 + half, k2.to(tl.float32).to(tl.bfloat16))
+    tl.store(to + k_at + G * E + columns, v.to(tl.float32).to(tl.bfloat16))
