@@ -500,7 +500,7 @@ def save(result: dict[str, Any], path: Path | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, help="a real model to check against, e.g. SmolLM2's GGUF file")
-    parser.add_argument("--rows", help="only rows of these kinds, e.g. decode-1,prefill")
+    parser.add_argument("--rows", help="only rows of these kinds, e.g. decode-1,prefill,starts")
     parser.add_argument("--shapes", help="only these shapes, e.g. 8B,70B")
     parser.add_argument("--recipes", help="only these recipes, e.g. bf16,fp8")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
@@ -557,7 +557,7 @@ def main() -> int:
         del bench
         gc.collect()  # a runner and its decoder hold each other
         torch.cuda.empty_cache()
-    if not options.rows:
+    if not options.rows or "starts" in options.rows.split(","):
         print("starts")
         del held
         torch.cuda.empty_cache()
