@@ -72,13 +72,12 @@ def attention_plan(card: Card, spec: ModelSpec, sequences: int, device: torch.de
 
 
 class DecodeRoute(NamedTuple):
-    """How attention of one new token a sequence is launched: tokens read at a time, warps, stages of the
-    compiler's pipeline, and the most registers of a thread, or 0 for as many as it likes."""
+    """How attention of one new token a sequence is launched: tokens read at a time, warps, and stages of the
+    compiler's pipeline."""
 
     block: int
     warps: int
     stages: int
-    registers: int = 0
 
 
 def route_key(size: int, splits: int) -> str:
@@ -155,7 +154,6 @@ def decode_attention(
         PDL=card.pdl,
         num_warps=route.warps,
         num_stages=route.stages,
-        **({"maxnreg": route.registers} if route.registers else {}),
     )
     carve(card, kernel, FEW_SHARED if plan.splits == MOST_SPLITS else MANY_SHARED)
 

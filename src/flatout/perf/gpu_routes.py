@@ -93,10 +93,10 @@ def attention_settings() -> list[Setting]:
     """Of attention of one new token a sequence: gpu_attention.DecodeRoute."""
     return [
         (block, warps, stages)
-        for block in (32, 64)
+        for block in (16, 32, 64)
         for warps in (1, 2, 4)
-        for stages in (2, 3, 4)
-        if block < 64 or stages < 4
+        for stages in (2, 3, 5)  # with one, one and two blocks under way
+        if 16 <= block // warps <= 32
     ]
 
 
