@@ -75,14 +75,16 @@ struct Fetch {
   }
 };
 
-// sums[r][v] += line v of each step . four bytes of row r: signed lines times unsigned rows, or the other way round.
-template <bool SIGNED_LINES, int R, int V>
-static void multiply_block(Lines lines, const uint8_t* rows, size_t row_stride, Fetch& next, i32x16* sums) {
+// done(r, v, start[r] + the sum over steps of line v . four bytes of row r) of R rows and V lines: signed lines times
+// unsigned rows, or the other way round.
+template <bool SIGNED_LINES, int R, int V, class Done>
+static inline void multiply_block(Lines lines, const uint8_t* rows, size_t row_stride, const int32_t* start, Fetch& next,
+                                  Done done) {
   i32x16 acc[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = sums[r * kTogether + v];
+    for (int v = 0; v < V; ++v) acc[r][v] = splat_i32(start[r]);
   for (int s = 0; s < lines.steps; ++s, lines.at += lines.stride, rows += 4) {
     next.step();
     u8x64 line[V];
@@ -100,7 +102,7 @@ static void multiply_block(Lines lines, const uint8_t* rows, size_t row_stride, 
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[r * kTogether + v] = acc[r][v];
+    for (int v = 0; v < V; ++v) done(r, v, acc[r][v]);
 }
 
 // f<count>() for 1 <= count <= MOST.
@@ -111,14 +113,16 @@ static inline __attribute__((always_inline)) void with_rows(int count, F f) {
   f.template operator()<MOST>();
 }
 
-// Up to kTogether rows and vectors.
-template <bool SIGNED_LINES>
-static void multiply_some(Lines lines, int vectors, const uint8_t* rows, size_t row_stride, int count, Fetch& next,
-                          i32x16* sums) {
+// The same for up to kTogether rows and lines.
+template <bool SIGNED_LINES, class Done>
+static inline void multiply_some(Lines lines, int count_lines, const uint8_t* rows, size_t row_stride, const int32_t* start,
+                                 int count, Fetch& next, Done done) {
   with_rows<kTogether>(count, [&]<int R>() {
-    if (vectors == kTogether) return multiply_block<SIGNED_LINES, R, kTogether>(lines, rows, row_stride, next, sums);
-    for (int v = 0; v < vectors; ++v, lines.at += 64)
-      multiply_block<SIGNED_LINES, R, 1>(lines, rows, row_stride, next, sums + v);
+    if (count_lines == kTogether)
+      return multiply_block<SIGNED_LINES, R, kTogether>(lines, rows, row_stride, start, next, done);
+    for (int i = 0; i < count_lines; ++i, lines.at += 64)
+      multiply_block<SIGNED_LINES, R, 1>(lines, rows, row_stride, start, next,
+                                         [&](int r, int, i32x16 sum) { done(r, i, sum); });
   });
 }
 
@@ -127,12 +131,14 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
   const int E = a.head_dim_padded, rows = a.rows;
   alignas(64) int8_t q[kTileRows * kMaxHeadDim];
   alignas(64) uint8_t weights[kTileRows][kPage];
-  alignas(64) int32_t q_sum[kTileRows];
+  alignas(64) int32_t offset[kTileRows];
   alignas(64) float scores[kTileRows][kPage];
-  i32x16 sums[kTogether * kTogether], keys[kTogether][kPage / kLanes];
+  i32x16 products[kTogether][kPage / kLanes] = {};  // of keys that no row sees: anything finite
   uint64_t visible[kTileRows];
-  quantize_queries(a, a.q, q, block.slope, q_sum);
+  quantize_queries(a, a.q, q, block.slope, offset);
+  for (int r = 0; r < rows; ++r) offset[r] *= -128;  // keys' codes are moved by 128
   const PageRange range = visible_pages(a);
+  constexpr int32_t kZeros[kTogether] = {};
   const int blocks = (rows + kTogether - 1) / kTogether;
   const int steps = blocks * (kPage * E / 2) / (kTogether * kLanes);  // of a page's keys and values
   for (int p = range.first; p <= range.last; ++p) {
@@ -141,35 +147,23 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
     const uint8_t* ahead = p < range.last ? page_at(a, p + 1).keys : a.after ? a.after : page.keys;
     const size_t bytes = kv_head_bytes(E, true);
     Fetch next = {ahead, ahead + bytes, (int)(bytes / 64 + steps - 1) / steps};
-    const int seen = whole ? kPage : seen_keys(visible, rows);
+    const int seen = whole ? kPage : seen_keys(visible, rows), vectors = (seen + kLanes - 1) / kLanes;
     const auto score = [&](int r, int i) {
-      if (r % kTogether == 0 && i == 0) {
-        const int count = std::min(kTogether, rows - r), vectors = (seen + kLanes - 1) / kLanes;
-        for (int v = 0; v < kPage / kLanes; v += kTogether) {
-          for (int j = 0; j < kTogether * kTogether; ++j)
-            sums[j] = splat_i32(j / kTogether < count ? -128 * q_sum[r + j / kTogether] : 0);
-          if (v < vectors)
-            multiply_some<false>({page.keys + 64 * v, 4 * kPage, E / 4}, std::min(kTogether, vectors - v),
-                                 (const uint8_t*)q + r * E, E, count, next, sums);
-          for (int j = 0; j < kTogether * kTogether; ++j) keys[j / kTogether][v + j % kTogether] = sums[j];
-        }
-      }
-      return to_float(keys[r % kTogether][i]) * load<f32x16>(page.key_scales + i * kLanes);
+      for (int v = 0; r % kTogether == 0 && i == 0 && v < vectors; v += kTogether)
+        multiply_some<false>({page.keys + 64 * v, 4 * kPage, E / 4}, std::min(kTogether, vectors - v),
+                             (const uint8_t*)q + r * E, E, offset + r, std::min(kTogether, rows - r), next,
+                             [&](int row, int line, i32x16 sum) { products[row][v + line] = sum; });
+      return to_float(products[r % kTogether][i]) * load<f32x16>(page.key_scales + i * kLanes);
     };
     advance(block, whole, visible, rows, score, scores, page.value_scales, weights);
-    for (int r = 0; r < rows; r += kTogether) {
-      const int count = std::min(kTogether, rows - r);
-      for (int d = 0; d < E / kLanes; d += kTogether) {
-        const int vectors = std::min(kTogether, E / kLanes - d);
-        for (i32x16& sum : sums) sum = splat_i32(0);
-        multiply_some<true>({page.values + 64 * d, (size_t)4 * E, (seen + 3) / 4}, vectors, weights[r], kPage, count, next,
-                            sums);
-        for (int i = 0; i < count; ++i)
-          for (int v = 0; v < vectors; ++v)
-            add_values(block.chunk.out[d + v][r + i], to_float(sums[i * kTogether + v]), block.shrinks,
-                       block.shrink[r + i], block.scale[r + i]);
-      }
-    }
+    for (int r = 0; r < rows; r += kTogether)
+      for (int d = 0; d < E / kLanes; d += kTogether)
+        multiply_some<true>({page.values + 64 * d, (size_t)4 * E, (seen + 3) / 4}, std::min(kTogether, E / kLanes - d),
+                            weights[r], kPage, kZeros, std::min(kTogether, rows - r), next,
+                            [&](int row, int line, i32x16 sum) {
+                              add_values(block.chunk.out[d + line][r + row], to_float(sum), block.shrinks,
+                                         block.shrink[r + row], block.scale[r + row]);
+                            });
     if (!a.partial && ends_chunk(p, range)) fold(block, rows, E);
   }
 }
