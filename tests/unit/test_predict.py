@@ -118,7 +118,10 @@ def test_medians_over_profiles(profiled: Profile) -> None:
     [
         ([0.01] * 8, None),  # too few: the tier's default
         ([0.01 * i for i in range(1, 10)], 0.09),  # nine: the largest
-        ([-0.01 * i for i in range(1, 20)], 0.18),  # nineteen: the eighteenth
+        # fourteen: the last five were each the largest, so none of their intervals held
+        ([-0.01 * i for i in range(1, 15)], 0.14),
+        # after nine all zero: thirty intervals held, so fewer than nine in ten need hold now
+        ([0.3, *[0.0] * 39], 0.0),
     ],
 )
 def test_residuals_set_the_width(residuals: list[float], half_width: float | None) -> None:
@@ -133,22 +136,24 @@ def test_residuals_set_the_width(residuals: list[float], half_width: float | Non
         assert math.log(got.mid / got.low) == pytest.approx(half_width)
 
 
-@pytest.mark.parametrize("earlier", [9, 14, 40])
-def test_intervals_cover_nine_in_ten(earlier: int) -> None:
-    """Residuals drawn from one skewed distribution: the next one lies inside at least 90 % of the time."""
+@pytest.mark.parametrize("settled", [True, False])
+def test_intervals_cover_nine_in_ten(settled: bool) -> None:
+    """Of skewed residuals, all alike or a tenth as large by and by, as when a table is corrected: over a
+    series, nine in ten lie inside their intervals. Adaptive conformal inference bounds the share's distance
+    from 0.9 by 1 / (step * length) (Gibbs & Candes 2021, proposition 4.1), 0.2 here; the mean comes nearer.
+    """
     rng = np.random.default_rng(0)
-    inside = 0
-    trials = 1500
-    for _ in range(trials):
-        draws = rng.gumbel(0.0, 0.1, earlier + 1)
-        known = replace(NOTHING, residuals=tuple(draws[:-1]))
-        width = _log_width(known)
-        inside += abs(draws[-1]) <= width
-    assert inside / trials > 0.9 - 3 * math.sqrt(0.09 / trials)
-    assert inside / trials < 0.9 + 1 / (earlier + 1) + 3 * math.sqrt(0.09 / trials)
+    shares = []
+    for _ in range(20):
+        scale = np.full(60, 0.1) if settled else np.geomspace(0.2, 0.02, 60)
+        draws = rng.gumbel(0.0, 1.0, 60) * scale
+        widths = [_log_width(draws[:i]) for i in range(9, 60)]
+        shares.append(np.mean(np.abs(draws[9:]) <= widths))
+        assert abs(shares[-1] - 0.9) <= 0.2
+    assert 0.87 < np.mean(shares) < 0.95
 
 
-def _log_width(calibration: Calibration) -> float:
-    from flatout.perf.predict import _width
-
-    return math.log(_width(calibration.residuals, "datasheet"))
+def _log_width(residuals: np.ndarray) -> float:
+    known = replace(NOTHING, residuals=tuple(residuals))
+    found = predict(SPEC, uniform("w8a8"), machine(), WORKLOAD, calibration=known).decode
+    return math.log(found.high / found.mid)

@@ -130,6 +130,8 @@ def summary(result: Mapping[str, Any]) -> str:
         f"report: {result['report']}",
         f"next: flatout run {result['artifact']}",
     ]
+    if result["request"].get("portable") == "llama.cpp":
+        lines.append(f"for llama.cpp: flatout export {result['artifact']} --to gguf --out FILE.gguf")
     return "\n".join(lines)
 
 

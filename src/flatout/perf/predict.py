@@ -10,7 +10,9 @@ of its ops: norms, sampling, barriers.
 The interval comes from residuals by split conformal quantiles (Romano et al. 2019): log(measured /
 predicted) of earlier predictions or, where a format was not measured, how far each measured one is from what
 the others say of it. With fewer than nine of them the tier's default width stands in: nine is the least
-number from which a 90 % interval with finite-sample coverage exists.
+number from which a 90 % interval with finite-sample coverage exists. Predictions get better as a search
+corrects its table, so old residuals would make intervals too wide: the newest ones count, at a level that
+moves with how many of their own intervals held (adaptive conformal inference, Gibbs & Candes 2021).
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ _TYPICAL = {"memory": 0.7, "compute": 0.4}
 _NOTABLE_SHARE = 0.01  # of a phase's floor; smaller parts do not decide the tier
 _COVERAGE = 0.9
 ENOUGH = math.ceil(_COVERAGE / (1 - _COVERAGE) - 1e-9)
+_NEWEST = 20  # residuals that a quantile is taken of
+_STEP = 0.1  # of the level a held or missed interval: large, for a search makes few predictions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,10 +190,7 @@ def _predict_phase(phase: str, parts: tuple[Part, ...], calibration: Calibration
         if part.floor.floor_s >= notable:
             tier = max(tier, known, key=_TIERS.index)
     mid = seconds * calibration.interactions.get(phase, 1.0)
-    residuals = calibration.residuals
-    if tier == "calibrated":
-        residuals = max(residuals, calibration.transfer.get(phase, ()), key=len)
-    width = _width(residuals, tier)
+    width = _width(calibration.residuals, calibration.transfer.get(phase, ()), tier)
     least = step_floor(parts).floor_s / IMPOSSIBLE  # no kernel beats its floor by more than the ceilings err
     low = min(mid, max(mid / width, least))
     return Prediction(low=low, mid=mid, high=mid * width, unit="s", tier=tier)
@@ -233,10 +234,20 @@ def transfer_residuals(
     return {phase: tuple(values) for phase, values in found.items()}
 
 
-def _width(residuals: Sequence[float], tier: str) -> float:
-    """Factor between the middle and an end of the interval."""
+def _width(residuals: Sequence[float], transfer: Sequence[float], tier: str) -> float:
+    """Factor between the middle and an end of the interval. `residuals` are in the order they were made."""
+    if tier == "calibrated" and len(transfer) >= max(ENOUGH, len(residuals)):
+        return math.exp(_quantile([abs(residual) for residual in transfer], 1 - _COVERAGE))
     if len(residuals) < ENOUGH:
         return _WIDTH[tier]
-    sizes = sorted(abs(r) for r in residuals)
-    rank = math.ceil(_COVERAGE * (len(sizes) + 1) - 1e-9)
-    return math.exp(sizes[min(rank, len(sizes)) - 1])
+    sizes, missed = [abs(residual) for residual in residuals], 1 - _COVERAGE
+    for i in range(ENOUGH, len(sizes)):
+        held = sizes[i] <= _quantile(sizes[max(0, i - _NEWEST) : i], missed)
+        missed = min(max(missed + _STEP * (1 - _COVERAGE - (not held)), 0.0), 0.5)
+    return math.exp(_quantile(sizes[-_NEWEST:], missed))
+
+
+def _quantile(sizes: Sequence[float], missed: float) -> float:
+    """What the next one exceeds with probability `missed`, as far as these can say."""
+    rank = math.ceil((1 - missed) * (len(sizes) + 1) - 1e-9)
+    return sorted(sizes)[min(rank, len(sizes)) - 1]

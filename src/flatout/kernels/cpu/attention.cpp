@@ -51,102 +51,232 @@ void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded,
   for (int e = 0; e < E; ++e) to[4 * e] = value[e];
 }
 
+// Queries and vectors that are multiplied together: as many as their sums fit the registers, so that a line of the cache is
+// loaded once for several queries, and a query's value broadcast once for several lines.
+#if defined(__AVX512F__)
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 2;
+#endif
+
+// What is multiplied: `steps` steps of lines, a line 64 bytes, those of a step one after another.
+struct Lines {
+  const uint8_t* at;
+  size_t stride;  // bytes from one step to the next
+  int steps;
+};
+
+// The page that comes next, a few lines a step: all at once would fill the queue of misses.
+struct Fetch {
+  const uint8_t *at, *end;
+  int lines;  // a step
+  void step() {
+    for (int i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at);
+  }
+};
+
+// done(r, v, start[r] + the sum over steps of line v . four bytes of row r) of R rows and V lines: signed lines times
+// unsigned rows, or the other way round.
+template <bool SIGNED_LINES, int R, int V, class Done>
+static inline void multiply_block(Lines lines, const uint8_t* rows, size_t row_stride, const int32_t* start, Fetch& next,
+                                  Done done) {
+  i32x16 acc[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = splat_i32(start[r]);
+  for (int s = 0; s < lines.steps; ++s, lines.at += lines.stride, rows += 4) {
+    next.step();
+    u8x64 line[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) line[v] = load<u8x64>(lines.at + 64 * v);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      std::memcpy(&four, rows + r * row_stride, 4);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+        acc[r][v] = SIGNED_LINES ? dot_su(acc[r][v], line[v], four) : dot_us(acc[r][v], line[v], four);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) done(r, v, acc[r][v]);
+}
+
+// f<count>() for 1 <= count <= MOST.
+template <int MOST, class F>
+static inline __attribute__((always_inline)) void with_rows(int count, F f) {
+  if constexpr (MOST > 1)
+    if (count < MOST) return with_rows<MOST - 1>(count, f);
+  f.template operator()<MOST>();
+}
+
+// The same for up to kTogether rows and lines.
+template <bool SIGNED_LINES, class Done>
+static inline void multiply_some(Lines lines, int count_lines, const uint8_t* rows, size_t row_stride, const int32_t* start,
+                                 int count, Fetch& next, Done done) {
+  with_rows<kTogether>(count, [&]<int R>() {
+    if (count_lines == kTogether)
+      return multiply_block<SIGNED_LINES, R, kTogether>(lines, rows, row_stride, start, next, done);
+    for (int i = 0; i < count_lines; ++i, lines.at += 64)
+      multiply_block<SIGNED_LINES, R, 1>(lines, rows, row_stride, start, next,
+                                         [&](int r, int, i32x16 sum) { done(r, i, sum); });
+  });
+}
+
 // Against an int8 cache.
 static void attend_int8(const Attention& a, SoftmaxBlock& block) {
   const int E = a.head_dim_padded, rows = a.rows;
   alignas(64) int8_t q[kTileRows * kMaxHeadDim];
   alignas(64) uint8_t weights[kTileRows][kPage];
-  alignas(64) int32_t q_sum[kTileRows];
+  alignas(64) int32_t offset[kTileRows];
   alignas(64) float scores[kTileRows][kPage];
+  i32x16 products[kTogether][kPage / kLanes] = {};  // of keys that no row sees: anything finite
   uint64_t visible[kTileRows];
-  quantize_queries(a, a.q, q, block.slope, q_sum);
+  quantize_queries(a, a.q, q, block.slope, offset);
+  for (int r = 0; r < rows; ++r) offset[r] *= -128;  // keys' codes are moved by 128
   const PageRange range = visible_pages(a);
-  const int steps = rows * (kPage + E) / kLanes;
+  constexpr int32_t kZeros[kTogether] = {};
+  const int blocks = (rows + kTogether - 1) / kTogether;
+  const int steps = blocks * (kPage * E / 2) / (kTogether * kLanes);  // of a page's keys and values
   for (int p = range.first; p <= range.last; ++p) {
     const bool whole = see_page(a, p, visible);
     const Page page = page_at(a, p);
-    // The next page is fetched a few lines at a time: all at once would fill the queue of misses.
     const uint8_t* ahead = p < range.last ? page_at(a, p + 1).keys : a.after ? a.after : page.keys;
-    const int share = ((int)(kv_head_bytes(E, true) / 64) + steps - 1) / steps;
-    const auto fetch = [&] {
-      for (int line = 0; line < share; ++line, ahead += 64) __builtin_prefetch(ahead);
-    };
-    const int seen = whole ? kPage : seen_keys(visible, rows);
+    const size_t bytes = kv_head_bytes(E, true);
+    Fetch next = {ahead, ahead + bytes, (int)(bytes / 64 + steps - 1) / steps};
+    const int seen = whole ? kPage : seen_keys(visible, rows), vectors = (seen + kLanes - 1) / kLanes;
     const auto score = [&](int r, int i) {
-      fetch();
-      i32x16 dot = splat_i32(-128 * q_sum[r]);
-      for (int e = 0; e < E && i * kLanes < seen; e += 4) {
-        int32_t four;
-        std::memcpy(&four, q + r * E + e, 4);
-        const size_t at = (size_t)e * kPage + 64 * i;
-        dot = dot_us(dot, load<u8x64>(page.keys + at), four);
-      }
-      return to_float(dot) * load<f32x16>(page.key_scales + i * kLanes);
+      for (int v = 0; r % kTogether == 0 && i == 0 && v < vectors; v += kTogether)
+        multiply_some<false>({page.keys + 64 * v, 4 * kPage, E / 4}, std::min(kTogether, vectors - v),
+                             (const uint8_t*)q + r * E, E, offset + r, std::min(kTogether, rows - r), next,
+                             [&](int row, int line, i32x16 sum) { products[row][v + line] = sum; });
+      return to_float(products[r % kTogether][i]) * load<f32x16>(page.key_scales + i * kLanes);
     };
     advance(block, whole, visible, rows, score, scores, page.value_scales, weights);
-    for (int r = 0; r < rows; ++r)
-      for (int d = 0; d < E; d += kLanes) {
-        fetch();
-        i32x16 dot = {};
-        for (int key = 0; key < seen; key += 4) {
-          int32_t four;
-          std::memcpy(&four, weights[r] + key, 4);
-          const size_t at = (size_t)key * E + 4 * d;
-          dot = dot_su(dot, load<u8x64>(page.values + at), four);
-        }
-        add_values(block.chunk.out[d / kLanes][r], to_float(dot), block.shrinks, block.shrink[r], block.scale[r]);
-      }
+    for (int r = 0; r < rows; r += kTogether)
+      for (int d = 0; d < E / kLanes; d += kTogether)
+        multiply_some<true>({page.values + 64 * d, (size_t)4 * E, (seen + 3) / 4}, std::min(kTogether, E / kLanes - d),
+                            weights[r], kPage, kZeros, std::min(kTogether, rows - r), next,
+                            [&](int row, int line, i32x16 sum) {
+                              add_values(block.chunk.out[d + line][r + row], to_float(sum), block.shrinks,
+                                         block.shrink[r + row], block.scale[r + row]);
+                            });
     if (!a.partial && ends_chunk(p, range)) fold(block, rows, E);
   }
 }
 
-// [rows][columns][2] bf16 -> [2 rows][columns] floats
-static void widen_pairs(const uint16_t* from, int rows, int columns, float* to) {
-  for (int r = 0; r < rows; ++r, from += 2 * columns, to += 2 * columns)
-    for (int c = 0; c < columns; c += kLanes) {
-      f32x16 first, second;
-      load_bf16_pairs(from + 2 * c, &first, &second);
-      store(to + c, first);
-      store(to + columns + c, second);
+// Scores of R queries and V vectors of a bf16 page's keys, from the first: fp32 arithmetic, value after value.
+template <int R, int V>
+static void score_bf16(const Attention& a, const float* q, const uint8_t* keys, f32x16* scores) {
+  f32x16 acc[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = splat(0.0f);
+  for (int e = 0; e < a.head_dim; e += 2, keys += 4 * kPage) {
+    f32x16 first[V], second[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) load_bf16_pairs((const uint16_t*)(keys + 64 * v), &first[v], &second[v]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const float* x = q + (size_t)r * a.q_stride + e;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = fma(first[v], splat(x[0]), acc[r][v]);
+      if (e + 1 == a.head_dim) continue;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = fma(second[v], splat(x[1]), acc[r][v]);
     }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) scores[r * kTogether + v] = acc[r][v];
 }
 
-// The same against a bf16 cache: fp32 arithmetic on the widened values, each page widened once for all queries.
+// out[v][r] += keys begin .. end of R rows' weights times V vectors of a bf16 page's values.
+template <int R, int V>
+static void weigh_bf16(const uint8_t* values, int E, const float (*weights)[kPage], int begin, int end,
+                       float (*out)[kTileRows][kLanes]) {
+  f32x16 acc[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = load<f32x16>(out[v][r]);
+  for (int key = begin; key < end; ++key) {
+    const uint8_t* line = values + (size_t)(key / 2) * E * 4;
+    f32x16 value[V], pair[2];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      load_bf16_pairs((const uint16_t*)(line + 64 * v), &pair[0], &pair[1]);
+      value[v] = key % 2 ? pair[1] : pair[0];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = fma(value[v], splat(weights[r][key]), acc[r][v]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out[v][r], acc[r][v]);
+}
+
+// The same for vectors d and on of some rows, of which row i sees keys begin[i] .. end[i] only: what lies in other slots may
+// not be a number.
+template <int V>
+static void weigh_rows(const uint8_t* values, int E, const float (*weights)[kPage], const int* begin, const int* end,
+                       int count, float (*out)[kTileRows][kLanes]) {
+  int first = *std::max_element(begin, begin + count), last = *std::min_element(end, end + count);  // seen by all rows
+  if (first >= last) first = last = 0;
+  const auto alone = [&](int r, int from, int to) {
+    weigh_bf16<1, V>(values, E, weights + r, from, to, (float (*)[kTileRows][kLanes])out[0][r]);
+  };
+  for (int r = 0; r < count; ++r) alone(r, begin[r], std::min(first, end[r]));
+  with_rows<kTogether>(count, [&]<int R>() { weigh_bf16<R, V>(values, E, weights, first, last, out); });
+  for (int r = 0; r < count; ++r) alone(r, std::max(last, begin[r]), end[r]);
+}
+
+// The same against a bf16 cache: fp32 arithmetic on the widened values.
 static void attend_bf16(const Attention& a, SoftmaxBlock& block) {
   const int E = a.head_dim_padded, rows = a.rows;
-  alignas(64) float keys[kMaxHeadDim * kPage], values[kMaxHeadDim * kPage];
   alignas(64) float scores[kTileRows][kPage];
+  f32x16 sums[kTogether * kTogether], products[kTogether][kPage / kLanes];
   uint64_t visible[kTileRows];
   for (int r = 0; r < rows; ++r) block.slope[r] = a.scale * kLog2E;
   const PageRange range = visible_pages(a);
   for (int p = range.first; p <= range.last; ++p) {
     const bool whole = see_page(a, p, visible);
     const Page page = page_at(a, p);
-    widen_pairs((const uint16_t*)page.keys, E / 2, kPage, keys);
-    widen_pairs((const uint16_t*)page.values, kPage / 2, E, values);
-    f32x16 dot[4];
     const auto score = [&](int r, int i) {
-      if (i == 0) {
-        const float* q = a.q + (size_t)r * a.q_stride;
-        for (int j = 0; j < 4; ++j) dot[j] = splat(0.0f);
-        for (int e = 0; e < a.head_dim; ++e)
-          for (int j = 0; j < 4; ++j)
-            dot[j] = fma(load<f32x16>(keys + (size_t)e * kPage + j * kLanes), splat(q[e]), dot[j]);
-      }
-      return dot[i];
+      if (r % kTogether == 0 && i == 0)
+        for (int v = 0; v < kPage / kLanes; v += kTogether) {
+          const int count = std::min(kTogether, rows - r);
+          with_rows<kTogether>(count, [&]<int R>() {
+            score_bf16<R, kTogether>(a, a.q + (size_t)r * a.q_stride, page.keys + 64 * v, sums);
+          });
+          for (int j = 0; j < count * kTogether; ++j) products[j / kTogether][v + j % kTogether] = sums[j];
+        }
+      return products[r % kTogether][i];
     };
     advance(block, whole, visible, rows, score, scores, nullptr, nullptr);
+    int begin[kTileRows], end[kTileRows];
     for (int r = 0; r < rows; ++r) {
-      const bool any = visible[r] != 0;
-      const int begin = any ? __builtin_ctzll(visible[r]) : 0, end = any ? kPage - __builtin_clzll(visible[r]) : 0;
-      for (int d = 0; d < E; d += kLanes) {
-        f32x16 out = load<f32x16>(block.chunk.out[d / kLanes][r]) * splat(block.shrink[r]);
-        // Only keys that are seen: what lies in other slots may not be a number.
-        for (int key = begin; key < end; ++key)
-          out = fma(load<f32x16>(values + (size_t)key * E + d), splat(scores[r][key]), out);
-        store(block.chunk.out[d / kLanes][r], out);
-      }
+      begin[r] = visible[r] ? __builtin_ctzll(visible[r]) : 0;
+      end[r] = visible[r] ? kPage - __builtin_clzll(visible[r]) : 0;
+      for (int d = 0; d < E / kLanes; ++d)
+        store(block.chunk.out[d][r], load<f32x16>(block.chunk.out[d][r]) * splat(block.shrink[r]));
     }
+    for (int r = 0; r < rows; r += kTogether)
+      for (int d = 0; d < E / kLanes;) {
+        const bool all = E / kLanes - d >= kTogether;
+        const auto weigh = all ? weigh_rows<kTogether> : weigh_rows<1>;
+        weigh(page.values + 64 * d, E, scores + r, begin + r, end + r, std::min(kTogether, rows - r),
+              (float (*)[kTileRows][kLanes])block.chunk.out[d][r]);
+        d += all ? kTogether : 1;
+      }
     if (!a.partial && ends_chunk(p, range)) fold(block, rows, E);
   }
 }

@@ -14,11 +14,11 @@
 namespace flatout {
 namespace FLATOUT_ISA {
 
-// Tokens a block: as many as their sums fit the registers.
+// Tokens a block: as many as their sums fit the registers, with one scale a row and one plane of activations, and else.
 #if defined(__AVX512F__)
-constexpr int kBlockTokens[] = {8, 4, 1};
+constexpr int kMost = 8, kSome = 4;
 #else
-constexpr int kBlockTokens[] = {2, 2, 1};
+constexpr int kMost = 2, kSome = 2;
 #endif
 
 constexpr size_t kFarthest = 65536;  // bytes that weights are fetched ahead at most
@@ -29,14 +29,15 @@ static inline int32_t four(const int8_t* p) {
   return v;
 }
 
-// MB tokens times PANELS panels at once: more sums in flight than one dot product's latency, and each activation is
-// fetched once for all panels. LINES is the number of 64-byte lines of codes a group, or 0 for any.
+// MB tokens times PANELS panels at once: more sums in flight than one dot product's latency, each line of weights is loaded
+// once for all tokens and each activation once for all panels. LINES is the number of 64-byte lines of codes a group, or 0 for any.
 template <int BITS, int PLANES, int MB, int PANELS, int LINES>
 static void integer_block(const Linear& w, const uint8_t* const* panel, const Activations& a, int first,
                           float* const* out) {
   constexpr bool kChunks = BITS == 5 || BITS == 6;
   constexpr int kStep = kChunks ? chunk_lines(BITS) : 1;  // lines that are multiplied together
   constexpr int kColumns = kChunks ? chunk_columns(BITS) : 32 / BITS;
+  constexpr int kSums = PANELS * PLANES * MB < 8 ? 2 : 1;  // of each product: of even and odd column groups
   const int lines = LINES ? LINES : w.group * BITS / 32;
   const size_t values = group_index(first, 0, w.groups);  // all MB tokens lie in one tile
   // What the next panels hold, side by side as these are read: from main memory two streams are faster than one.
@@ -54,14 +55,13 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
   for (int m = 0; m < MB; ++m)
     for (int c = 0; c < PLANES; ++c) codes[c][m] = a.codes[c] + (size_t)(first + m) * w.row_stride;
   for (int g = 0; g < w.groups; ++g) {
-    // Two sums of each product: of even and odd column groups.
-    i32x16 dot[2][PANELS][PLANES][MB];
+    i32x16 dot[kSums][PANELS][PLANES][MB];
 #pragma GCC unroll 16
     for (int p = 0; p < PANELS; ++p)
       for (int c = 0; c < PLANES; ++c)
         for (int m = 0; m < MB; ++m) {
           dot[0][p][c][m] = splat_i32(-w.integer_zero * a.sums[c][values + g * kTileRows + m]);
-          dot[1][p][c][m] = splat_i32(0);
+          if (kSums == 2) dot[kSums - 1][p][c][m] = splat_i32(0);
         }
     const auto multiply = [&](int i, int odd) __attribute__((always_inline)) {
 #pragma GCC unroll 16
@@ -77,7 +77,7 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
 #pragma GCC unroll 16
             for (int c = 0; c < PLANES; ++c)
               for (int m = 0; m < MB; ++m)
-                dot[q % 2][p][c][m] = dot_us(dot[q % 2][p][c][m], v, four(codes[c][m] + kColumns * i + 4 * q));
+                dot[q % kSums][p][c][m] = dot_us(dot[q % kSums][p][c][m], v, four(codes[c][m] + kColumns * i + 4 * q));
           }
           continue;
         }
@@ -87,10 +87,10 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
           for (int m = 0; m < MB; ++m) {
             const int8_t* x = codes[c][m] + kColumns * i;
             if constexpr (BITS == 8) {
-              dot[odd][p][c][m] = dot_us(dot[odd][p][c][m], v, four(x));
+              dot[odd % kSums][p][c][m] = dot_us(dot[odd % kSums][p][c][m], v, four(x));
             } else {
               dot[0][p][c][m] = dot_us(dot[0][p][c][m], low_nibbles(v), four(x));
-              dot[1][p][c][m] = dot_us(dot[1][p][c][m], high_nibbles(v), four(x + 4));
+              dot[kSums - 1][p][c][m] = dot_us(dot[kSums - 1][p][c][m], high_nibbles(v), four(x + 4));
             }
           }
       }
@@ -117,7 +117,8 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
       for (int m = 0; m < MB; ++m) {
         const f32x16 c = splat(a_scale[m]) * scale;
         for (int plane = 0; plane < PLANES; ++plane) {
-          i32x16 total = dot[0][p][plane][m] + dot[1][p][plane][m];
+          i32x16 total = dot[0][p][plane][m];
+          if (kSums == 2) total += dot[kSums - 1][p][plane][m];
           if (w.zero == Zero::kAsymmetric)
             total -= widen_u8(extra + g * kLanes) * splat_i32(a.sums[plane][values + g * kTileRows + m]);
           acc[p][m] = fma(to_float(total), plane + 1 < PLANES ? c * splat(128.0f) : c, acc[p][m]);
@@ -213,22 +214,18 @@ static void block(const Linear& w, const uint8_t* const* panel, const Activation
 
 void linear_panels(const Linear& w, const uint8_t* const* panel, int panels, const int8_t* const*,
                    const Activations& a, int first, int count, float* const* out) {
-  constexpr int kMost = kBlockTokens[0], kSome = kBlockTokens[1];
+  const bool wide = w.kind != WeightKind::kInteger || (w.groups == 1 && w.planes == 1);
   for (int m = 0; m < count;) {
-    const int size = count - m >= kMost ? kMost : count - m >= kSome ? kSome : 1;
-    for (int p = 0; p < panels;) {
+    const int rest = count - m, size = wide && rest >= kMost ? kMost : rest >= kSome ? kSome : 1;
+    for (int p = 0; p < panels; p += 2) {
       float* to[2];
       for (int i = 0; i < 2; ++i) to[i] = out[std::min(p + i, panels - 1)] + (size_t)m * kLanes;
-      if (size == kMost) {
-        block<kMost, 1>(w, panel + p++, a, first + m, to);
-      } else if (size == kSome) {
-        block<kSome, 1>(w, panel + p++, a, first + m, to);
-      } else if (panels - p == 2) {
-        block<1, 2>(w, panel + p, a, first + m, to);
-        p += 2;
-      } else {
-        block<1, 1>(w, panel + p++, a, first + m, to);
-      }
+      const auto run = [&]<int MB>() {
+        panels - p == 1 ? block<MB, 1>(w, panel + p, a, first + m, to) : block<MB, 2>(w, panel + p, a, first + m, to);
+      };
+      size == kMost   ? run.template operator()<kMost>()
+      : size == kSome ? run.template operator()<kSome>()
+                      : run.template operator()<1>();
     }
     m += size;
   }
