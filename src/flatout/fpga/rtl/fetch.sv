@@ -40,6 +40,7 @@ module fetch #(
   logic value;
   logic [FIFO_LOG2:0] room;
   logic [BURST_LOG2:0] to_boundary, length;
+  logic last_burst;
   logic [3:0] op;
   logic last_token;
   assign op = now[63:60];
@@ -104,6 +105,7 @@ module fetch #(
       end
       LENGTH: begin
         length <= left < 28'(to_boundary) ? left[BURST_LOG2:0] : to_boundary;
+        last_burst <= !(28'(to_boundary) < left);
         state <= ISSUE;
       end
       ISSUE:
@@ -111,7 +113,7 @@ module fetch #(
         address <= address + 32'(length);
         left <= left - 28'(length);
         state <= LENGTH;
-        if (left == 28'(length)) begin
+        if (last_burst) begin
           state <= NEXT;
           if (op == OP_ATTEND) begin
             value <= !value;

@@ -105,6 +105,7 @@ module sequencer #(
   assign values = state == VALUES;
   assign fence_open = (state == FENCE || keys || values || state == READ_OUT) && !stores_open;
   logic [7:0] head;
+  logic [ROWS_LOG2-1:0] load_rows, loads_left;
   logic [CODES_LOG2-1:0] head_base;
   logic [10:0] token_chunks, group_chunks;  // chunks of all keys of a token, of all queries of a key head
   logic [19:0] visible;
@@ -115,6 +116,7 @@ module sequencer #(
     token_chunks <= 11'(kv_heads * head_chunks);
     group_chunks <= 11'(group_heads * head_chunks);
     visible <= 20'(position) + 20'(token) + 20'd1;
+    load_rows <= now[63:60] == OP_EMBED ? now[32+:ROWS_LOG2] : ROWS_LOG2'({head_chunks, 1'b0});
   end
 
   always_ff @(posedge clk) begin
@@ -177,8 +179,14 @@ module sequencer #(
             mode <= now[51:48];
             four_bits <= now[52];
           end
-          OP_EMBED: state <= EMBED;
-          OP_TURNS: state <= TURNS;
+          OP_EMBED: begin
+            loads_left <= now[32+:ROWS_LOG2];
+            state <= EMBED;
+          end
+          OP_TURNS: begin
+            loads_left <= ROWS_LOG2'({head_chunks, 1'b0});
+            state <= TURNS;
+          end
           OP_NORM, OP_CODES, OP_HEADS: begin
             vector_start <= 1'b1;
             state <= VECTOR;
@@ -197,8 +205,10 @@ module sequencer #(
       EMBED, TURNS:
       if (beat_valid) begin
         load_row <= load_row + 1'b1;
-        if (load_row + 1'b1 == (embed ? now[32+:ROWS_LOG2] : ROWS_LOG2'({head_chunks, 1'b0}))) begin
+        loads_left <= loads_left - 1'b1;
+        if (loads_left == ROWS_LOG2'(1)) begin
           load_row <= '0;
+          loads_left <= load_rows;
           load_token <= load_token + 1'b1;
           if ({1'b0, load_token} + 1'b1 == count) state <= NEXT;
         end

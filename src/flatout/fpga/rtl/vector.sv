@@ -96,16 +96,22 @@ module vector #(
   logic [7:0] head, query_group, query_in_group;
   logic [ROWS_LOG2-1:0] head_row;
   // What the head is, and the next one: in registers, because much hangs on it. After the heads of a token: the first.
-  logic is_query, is_key, is_value, next_is_query, next_is_key, last_head, turned;
-  assign turned = kind == HEADS && !is_value;
+  logic is_query, is_key, is_value, next_is_query, next_is_key, last_head, turned, group_ends;
   always_ff @(posedge clk) begin
+    group_ends <= query_in_group + 8'd1 == group_heads;
     next_is_query <= head + 8'd1 < query_heads;
     next_is_key <= head + 8'd1 >= query_heads && head + 8'd1 < query_heads + kv_heads;
     last_head <= head + 8'd1 == query_heads + {kv_heads[6:0], 1'b0};
   end
-  logic [ROWS_LOG2-1:0] length, half_rows, base;
+  logic [ROWS_LOG2-1:0] length, length_less2, half_rows, half_less1, base;
+  logic heads_next, at_last;  // at_last: `at` is the last of `length` rows, 2 at least
   assign half_rows = {{(ROWS_LOG2 - 3) {1'b0}}, head_chunks};
-  always_ff @(posedge clk) length <= kind == HEADS ? {half_rows[ROWS_LOG2-2:0], 1'b0} : rows;  // 2 at least
+  assign heads_next = (busy ? kind : op) == HEADS;
+  always_ff @(posedge clk) begin
+    length <= heads_next ? {half_rows[ROWS_LOG2-2:0], 1'b0} : rows;
+    length_less2 <= (heads_next ? {half_rows[ROWS_LOG2-2:0], 1'b0} : rows) - ROWS_LOG2'(2);
+    half_less1 <= half_rows - 1'b1;
+  end
   assign base = state == IDLE ? source : kind == HEADS ? head_row : source;
 
   // ---- stage 0: which row, and what it is multiplied by
@@ -113,7 +119,7 @@ module vector #(
   assign pass2 = state == PASS2;
   assign issue = (state == PASS1 && (kind != NORM || beat_valid)) || pass2;
   assign step = pass2 || (issue && (kind == NORM ? {1'b0, token} == last_token : !turned || part));
-  assign wraps = at + 1'b1 == half_rows;
+  assign wraps = at == half_less1;
   // The row of the source, of the scratch, and of the first and second half that are turned into each other, with their
   // cos and sin: registers, because the memory wants them early.
   logic [ROWS_LOG2-1:0] first_row, first_high, source_row, scratch_row, low_row, high_row;
@@ -231,10 +237,12 @@ module vector #(
   logic [12:0] mantissa;
   logic [11:0] full;
   logic signed [7:0] power, halvings;
-  logic [5:0] doublings;
+  logic [5:0] places4;
+  logic [45:0] near5;
   logic [31:0] fitted;
   logic [37:0] bound;  // the largest code stands for this
   logic [27:0] plain_product;
+  logic [15:0] plain_factor;
   logic [15:0] root, quotient;
   logic root_start, root_done, divide_start, divide_done, root_ready, dividing_root;
   logic [15:0] numerator, denominator;
@@ -254,15 +262,18 @@ module vector #(
       // Half of what is above 32 digits, rounded up; half of what is below, rounded down.
       halvings <= 8'(($signed({1'b0, mean_digits3}) - 8'sd31) >>> 1);
       less5 <= less2 >> exponent4;
-      doublings <= 6'(-halvings);
-      fitted <= halvings >= 0 ? 32'(mean1 >> {halvings[5:0], 1'b0}) : 32'(mean1 << {doublings, 1'b0});
+      // mean1 * 2**(-2 * halvings), in a coarse step and a fine one
+      places4 <= 6'((mean_digits3 + 7'd1) >> 1);
+      near5 <= 46'({mean1, 32'b0} >> {places4[5:3], 4'b0});
+      fitted <= 32'(near5 >> {places4[2:0], 1'b0});
       // The scale rounded up: what is one less, rounded down, plus one.
       mantissa <= less5 == 32'd4095 ? 13'd2048 : 13'(less5) + 13'd1;
       exponent <= exponent4 + 5'(less5 == 32'd4095);
       full <= 12'(mantissa << missing4);
       power <= 8'(exponent) - 8'(missing4);
       bound <= 38'(mantissa) << exponent;
-      plain_product <= full * (kind == HEADS && is_query ? score_factor : factor);
+      plain_factor <= kind == HEADS && is_query ? score_factor : factor;
+      plain_product <= full * plain_factor;
     end
 
   // ---- how much larger the codes of quiet chunks are made
@@ -270,9 +281,9 @@ module vector #(
   logic [1:0] spread2, spread3;
   always_comb begin
     spread2 = 2'd0;
-    if ({5'b0, chunk2, 1'b0} <= bound) spread2 = 2'd1;
-    if ({4'b0, chunk2, 2'b0} <= bound) spread2 = 2'd2;
-    if ({3'b0, chunk2, 3'b0} <= bound) spread2 = 2'd3;
+    if (!(bound < {5'b0, chunk2, 1'b0})) spread2 = 2'd1;  // `<` is one carry chain
+    if (!(bound < {4'b0, chunk2, 2'b0})) spread2 = 2'd2;
+    if (!(bound < {3'b0, chunk2, 3'b0})) spread2 = 2'd3;
     if (kind == HEADS) spread2 = 2'd0;
   end
   always_ff @(posedge clk) begin
@@ -294,16 +305,16 @@ module vector #(
   assign write_column = token6;
   assign write_words = word6;
   always_comb for (int l = 0; l < VL; l++) codes[l*8+:8] = word6[l*32+:8];
-  logic [7:0] query_number, query_row;
+  logic [7:0] query_number, query_row, first_code;
   assign code_column = kind == HEADS ? CB'(query_in_group) : token6;
-  assign code_row = (kind == HEADS ? query_row : 8'd0) + 8'(at6 >> 1);
+  assign code_row = first_code + 8'(at6 >> 1);
   assign code_half = at6[0];
   assign scale_head = head;
 
   // ---- where a key or value goes: each product from registers that have long been still
   logic [KW*8*4-1:0] line;  // codes of one key or value
   logic [2:0] stored;
-  logic [7:0] kv_head, scale_first, scale_end;
+  logic [7:0] key_number, value_number, kv_head, scale_first, scale_end;
   logic [8:0] block_size;
   logic [23:0] block_number;
   logic [31:0] stride2, block2, region1, start3, block_start, line_start;
@@ -311,9 +322,12 @@ module vector #(
     if (busy) begin
       query_number <= 8'(8'(token) * kv_heads) + query_group;
       query_row <= 8'(query_number * head_chunks);
+      first_code <= kind == HEADS ? query_row : 8'd0;
       scale_first <= 8'(offset[token*8+:8] * head_chunks);
       scale_end <= scale_first + 8'(head_chunks);
-      kv_head <= is_key ? head - query_heads : head - query_heads - kv_heads;
+      key_number <= head - query_heads;
+      value_number <= key_number - kv_heads;
+      kv_head <= is_key ? key_number : value_number;
       block_size <= {1'b0, block_beats} + 9'd1;
       block_number <= block[token*24+:24];
       stride2 <= 32'(kv_head) * head_stride;
@@ -348,7 +362,9 @@ module vector #(
         last_token <= count - 1'b1;
         token <= '0;
         at <= '0;
+        at_last <= 1'b0;
         part <= 1'b0;
+        turned <= op == HEADS;
         head <= '0;
         is_query <= 1'b1;
         is_key <= 1'b0;
@@ -365,7 +381,8 @@ module vector #(
         else if (!turned || part) begin
           if (kind == NORM) token <= '0;
           at <= at + 1'b1;
-          if (at + 1'b1 == length) begin
+          at_last <= at == length_less2;
+          if (at_last) begin
             at <= '0;
             waited <= '0;
             state <= DRAIN1;
@@ -416,7 +433,8 @@ module vector #(
       end
       PASS2: begin
         at <= at + 1'b1;
-        if (at + 1'b1 == length) begin
+        at_last <= at == length_less2;
+        if (at_last) begin
           at <= '0;
           waited <= '0;
           state <= DRAIN2;
@@ -442,14 +460,16 @@ module vector #(
           is_query <= next_is_query;
           is_key <= next_is_key;
           is_value <= !next_is_query && !next_is_key;
-          query_in_group <= query_in_group + 8'd1 == group_heads ? 8'd0 : query_in_group + 8'd1;
-          if (query_in_group + 8'd1 == group_heads) query_group <= query_group + 8'd1;
+          turned <= next_is_query || next_is_key;
+          query_in_group <= group_ends ? 8'd0 : query_in_group + 8'd1;
+          if (group_ends) query_group <= query_group + 8'd1;
         end else if ({1'b0, token} != last_token) begin
           token <= token + 1'b1;
           head <= '0;
           is_query <= 1'b1;
           is_key <= 1'b0;
           is_value <= 1'b0;
+          turned <= kind == HEADS;
           query_group <= '0;
           query_in_group <= '0;
         end else begin

@@ -30,11 +30,13 @@ module walker #(
 );
   logic [7:0] scales_left;
   logic [BITS-1:0] scale_beat;
-  logic scale_take, row_ends;
+  logic scale_take;
+  // Whether the chunk is the last of its row, the row the last: known in advance, because much hangs on them.
+  logic row_ends, last_row;
+  logic [19:0] rows_left;
   assign scale_take = walking && beat_valid && scales_left == 0;
   assign take = walking && beat_valid && scales_left != 0;
   assign pop = walking && beat_valid;
-  assign row_ends = chunk + 8'd1 == chunks;
   always_ff @(posedge clk) begin
     take1 <= take && !rst;
     if (scale_take) begin
@@ -52,15 +54,21 @@ module walker #(
       unit1 <= unit;
       chunk1 <= chunk;
       chunk <= row_ends ? '0 : chunk + 8'd1;
+      row_ends <= row_ends ? chunks == 8'd1 : chunk + 8'd2 == chunks;
       if (row_ends) begin
         unit <= unit + 20'd1;
-        if (unit + 20'd1 == units) walking <= 1'b0;
+        rows_left <= rows_left - 20'd1;
+        last_row <= rows_left == 20'd2;
+        if (last_row) walking <= 1'b0;
       end
     end
     if (start) begin
       walking <= 1'b1;
       unit <= '0;
       chunk <= '0;
+      rows_left <= units;
+      last_row <= units == 20'd1;
+      row_ends <= chunks == 8'd1;
       scales_left <= '0;
     end
     if (rst) walking <= 1'b0;

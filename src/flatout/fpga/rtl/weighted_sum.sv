@@ -26,7 +26,7 @@ module weighted_sum #(
       falls[i] = EXP2_FALLS[i*16+:8];
     end
 
-  logic [11:1] valids, firsts;
+  logic [10:1] valids, firsts;
   logic [19:0] chunks;
   logic [8*16-1:0] scales;
   logic [31:0] score1, distance2;
@@ -38,8 +38,8 @@ module weighted_sum #(
   logic [42:0] shifted9;
   logic [26:0] weight10;
   always_ff @(posedge clk) begin
-    valids <= {valids[10:1], valid};
-    firsts <= {firsts[10:1], first_token};
+    valids <= {valids[9:1], valid};
+    firsts <= {firsts[9:1], first_token};
     chunks <= {chunks[17:0], chunk};
     scales <= {scales[7*16-1:0], scale};
     if (valid) score1 <= score;
@@ -63,37 +63,41 @@ module weighted_sum #(
   end
 
   logic [KW*48-1:0] sums;
-  logic [1:0] chunk11;
+  logic [1:0] chunk10;
   logic [3:0] drain_word;
+  assign chunk10 = valids[10] ? chunks[19:18] : drain_index[5:4];
   for (genvar l = 0; l < KW; l++) begin : g_lane
     value_lane lane (
-        .clk, .valid(valids[10]), .weight(weight10), .code(codes10[l*8+:8]),
-        .valid1(valids[11]), .first1(firsts[11]), .chunk1(chunk11),
+        .clk, .valid(valids[10]), .first(firsts[10]), .chunk(chunk10), .weight(weight10), .code(codes10[l*8+:8]),
         .sum(sums[l*48+:48])
     );
   end
   always_ff @(posedge clk) begin
-    chunk11 <= valids[10] ? chunks[19:18] : drain_index[5:4];
     drain_word <= drain_index[3:0];
     drain <= sums[drain_word*(DRAIN*48)+:DRAIN*48];
   end
 endmodule
 
-// Weight times code, added to the sum of its chunk.
+// Weight times code, added to the sum of its chunk; a cycle later `sum` is that of `chunk`.
 module value_lane (
     input logic clk,
     input logic valid,
+    input logic first,
+    input logic [1:0] chunk,
     input logic [26:0] weight,
     input logic [7:0] code,
-    input logic valid1,
-    input logic first1,
-    input logic [1:0] chunk1,
     output logic [47:0] sum
 );
   logic signed [47:0] sums[0:3];
   logic signed [34:0] product;
+  // Each lane has its own: too much hangs on them.
+  (* keep *) logic valid1, first1;
+  (* keep *) logic [1:0] chunk1;
   assign sum = sums[chunk1];
   always_ff @(posedge clk) begin
+    valid1 <= valid;
+    first1 <= first;
+    chunk1 <= chunk;
     if (valid) product <= $signed({1'b0, weight[25:0]}) * $signed(code);
     if (valid1) sums[chunk1] <= (first1 ? 48'sd0 : sum) + 48'(product);
   end
