@@ -16,8 +16,8 @@ from flatout.fpga.program import OPS
 from flatout.fpga.simulate import MemoryModel
 
 STATES = 4  # load, read, decode, next
-LAST_RESULT = 32  # cycles from the last beat of a linear to the next instruction
-LAST_SCORE, LAST_VALUE = 22, 12  # of keys and of values to what follows
+LAST_RESULT = 35  # cycles from the last beat of a linear to the next instruction
+LAST_SCORE, LAST_VALUE = 23, 12  # of keys and of values to what follows
 DIVISION = 17
 FIT, ROOT = 34, 19  # scale and reciprocal of a row, and the root of a norm
 REQUEST = 5  # states of the fetcher from an open fence to its first request
@@ -90,7 +90,7 @@ def predict_cycles(compiled: Compiled, position: int, count: int, memory: Memory
                     clocks.stream(run, run, asked)
                     clocks.now += LAST_SCORE
                     clocks.stream(run, run, asked)
-                    clocks.now += LAST_VALUE + DIVISION + 16 * group * chunks + 9
+                    clocks.now += LAST_VALUE + DIVISION + 16 * group * chunks + 10
         elif op == OPS["GEMV"]:
             clocks.stream(beats, beats)
             clocks.now += LAST_RESULT

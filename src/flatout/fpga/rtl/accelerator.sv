@@ -180,25 +180,28 @@ module accelerator #(
 
   // ---- columns: codes, multipliers and sums of each; what belongs to a chunk travels beside its sums
   logic [C-1:0] active, group_mask, use_column, ready;
-  logic dot_take, tag_valid, tag_first, tag_last;
+  logic narrow, dot_take, tag_valid, tag_first, tag_last;
   logic [C*32-1:0] word0, word1;
   localparam int TAG = 1 + 1 + 1 + 20 + 32;
   logic [TAG-1:0] tag1;
   logic [DOT*TAG-1:0] tags;
   logic [19:0] tag_unit, ready_unit;
   logic [31:0] tag_scale;
-  logic [7*20-1:0] ready_units;
+  logic [8*20-1:0] ready_units;
   always_comb for (int c = 0; c < C; c++) active[c] = (CB + 1)'(c) < count;
-  always_ff @(posedge clk) group_mask <= C'((1 << group_heads) - 1);
+  always_ff @(posedge clk) begin
+    group_mask <= C'((1 << group_heads) - 1);
+    narrow <= keys || mode != MODE_ADD;
+  end
   assign use_column = keys || values ? group_mask : active;
   assign dot_take = take1 && !values;
   assign tag1 = {dot_take && !rst, first1, last1, unit1, scale1};
   always_ff @(posedge clk) begin
     tags <= {tags[(DOT-1)*TAG-1:0], tag1};
-    ready_units <= {ready_units[6*20-1:0], tag_unit};
+    ready_units <= {ready_units[7*20-1:0], tag_unit};
   end
   assign {tag_valid, tag_first, tag_last, tag_unit, tag_scale} = tags[(DOT-1)*TAG+:TAG];
-  assign ready_unit = ready_units[6*20+:20];
+  assign ready_unit = ready_units[7*20+:20];
   for (genvar c = 0; c < C; c++) begin : g_column
     logic [BITS-1:0] activation;
     ram #(
@@ -246,7 +249,7 @@ module accelerator #(
     );
     column columns (
         .clk, .valid(tag_valid && use_column[c]), .first(tag_first), .last(tag_last),
-        .narrow(keys || mode != MODE_ADD), .dot0, .dot1, .scale0(tag_scale[15:0]), .scale1(tag_scale[31:16]),
+        .narrow, .dot0, .dot1, .scale0(tag_scale[15:0]), .scale1(tag_scale[31:16]),
         .spread(spread_tags[(DOT-1)*2+:2]), .mantissa, .shift, .ready(ready[c]),
         .word0(word0[c*32+:32]), .word1(word1[c*32+:32])
     );

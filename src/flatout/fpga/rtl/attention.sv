@@ -85,8 +85,8 @@ module attention #(
     );
   end
 
-  // ---- read out: a counter in stage 0, sums of all columns in 2, of one in 3, words in 7
-  localparam int STAGES = 7;
+  // ---- read out: a counter in stage 0, sums of all columns in 2, of one in 3, words in 8
+  localparam int STAGES = 8;
   logic [7:0] in_group;
   logic [15:0] count;
   logic [STAGES:1] drain_valid;

@@ -1,4 +1,4 @@
-// What one column does with the sums of a pair of rows: scale, accumulate over the row, multiply, round. 7 cycles from
+// What one column does with the sums of a pair of rows: scale, accumulate over the row, multiply, round. 8 cycles from
 // `valid` with `last` to `ready`.
 module column (
     input  logic clk,
@@ -20,7 +20,7 @@ module column (
   logic signed [34:0] scaled0, scaled1;
   logic [4:0] up0, up1;
   logic valid1, first1, valid2, first2;
-  logic [5:0] last_;
+  logic [6:0] last_;
   logic signed [47:0] shifted0, shifted1, sum0, sum1;
   always_ff @(posedge clk) begin
     valid1 <= valid;

@@ -10,20 +10,23 @@ module divide (
 );
   logic [17:0] rest, less;
   logic [15:0] below;
-  logic [4:0] left;
+  logic [3:0] left;
+  logic running;
   assign less = rest - {2'b0, below};
   always_ff @(posedge clk) begin
     done <= 1'b0;
-    if (rst) left <= '0;
+    if (rst) running <= 1'b0;
     else if (start) begin
       rest <= {2'b0, numerator};
       below <= denominator;
-      left <= 5'd16;
-    end else if (left != 0) begin
+      left <= 4'd15;
+      running <= 1'b1;
+    end else if (running) begin
       quotient <= {quotient[14:0], !less[17]};
       rest <= less[17] ? {rest[16:0], 1'b0} : {less[16:0], 1'b0};
-      left <= left - 5'd1;
-      done <= left == 5'd1;
+      left <= left - 4'd1;
+      running <= left != 0;
+      done <= left == 0;
     end
   end
 endmodule

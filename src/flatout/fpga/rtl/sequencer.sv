@@ -74,7 +74,7 @@ module sequencer #(
     IDLE, LOAD, READ, DECODE, EMBED, TURNS, VECTOR, GEMV, FENCE, KEYS, VALUES, READ_OUT, NEXT
   } state_t;
   // cycles after the last beat until its results are where the next step looks for them
-  localparam int LINEAR_SETTLES = 29, KEYS_SETTLE = 19, VALUES_SETTLE = 9;
+  localparam int LINEAR_SETTLES = 32, KEYS_SETTLE = 20, VALUES_SETTLE = 9;
   state_t state;
   logic [63:0] instruction;
   ram #(

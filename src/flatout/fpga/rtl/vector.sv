@@ -84,8 +84,7 @@ module vector #(
     IDLE, PASS1, DRAIN1, FIT, DIVIDE, PASS2, DRAIN2, STORE, STORE_SCALE, NEXT
   } state_t;
   state_t state;
-  logic busy;
-  assign busy = state != IDLE;
+  logic busy;  // not idle
 
   logic [1:0] kind;
   logic [CB-1:0] token;
@@ -112,7 +111,7 @@ module vector #(
     length_less2 <= (heads_next ? {half_rows[ROWS_LOG2-2:0], 1'b0} : rows) - ROWS_LOG2'(2);
     half_less1 <= half_rows - 1'b1;
   end
-  assign base = state == IDLE ? source : kind == HEADS ? head_row : source;
+  assign base = busy && kind == HEADS ? head_row : source;
 
   // ---- stage 0: which row, and what it is multiplied by
   logic issue, pass2, step, wraps;
@@ -176,16 +175,18 @@ module vector #(
   logic [CB-1:0] token6;
   logic [ROWS_LOG2-1:0] at6;
   assign {whole6, pass2_6, token6, at6} = {control[6*CT-1], control[6*CT-3], control[5*CT+:CB+ROWS_LOG2]};
-  logic squares_valid;
-  logic [CB-1:0] squares_token;
-  logic [ROWS_LOG2-1:0] squares_at;
-  assign squares_valid = control[(END-2)*CT-1] && control[(END-2)*CT-4];
-  assign {squares_token, squares_at} = control[(END-3)*CT+:CB+ROWS_LOG2];
-  logic end_valid;
-  logic [CB-1:0] end_token;
+  // Which rows are first is noted a cycle before it is needed.
+  logic squares_valid, squares_first, end_valid, end_first;
+  logic [CB-1:0] squares_token, end_token;
   logic [ROWS_LOG2-1:0] end_at;
+  assign squares_valid = control[(END-2)*CT-1] && control[(END-2)*CT-4];
+  assign squares_token = control[(END-3)*CT+ROWS_LOG2+:CB];
   assign end_valid = control[END*CT-1] && !control[END*CT-3];
   assign {end_token, end_at} = control[(END-1)*CT+:CB+ROWS_LOG2];
+  always_ff @(posedge clk) begin
+    squares_first <= control[(END-4)*CT+:ROWS_LOG2] == 0;
+    end_first <= control[(END-2)*CT+:ROWS_LOG2] == 0;
+  end
 
   // ---- lanes
   logic [KW*8-1:0] gamma1;
@@ -220,9 +221,9 @@ module vector #(
   sum_tree #(.N(VL), .WIDTH(56)) squares_of_row (.clk, .enable(busy), .in(square5), .sum(squares));
   always_ff @(posedge clk) begin
     if (squares_valid)
-      square_sum[squares_token] <= (squares_at == 0 ? 64'(epsilon) : square_sum[squares_token]) + 64'(squares);
+      square_sum[squares_token] <= (squares_first ? 64'(epsilon) : square_sum[squares_token]) + 64'(squares);
     if (end_valid) begin
-      if (end_at == 0 || largest[end_token] < end_largest) largest[end_token] <= end_largest;
+      if (end_first || largest[end_token] < end_largest) largest[end_token] <= end_largest;
       if (!end_at[0]) even_row[end_token] <= end_largest;
       else chunk_largest[{end_token, 6'(end_at>>1)}] <= even_row[end_token] < end_largest ? end_largest : even_row[end_token];
     end
@@ -358,6 +359,7 @@ module vector #(
       IDLE:
       if (start) begin
         state <= PASS1;
+        busy <= 1'b1;
         kind <= op;
         last_token <= count - 1'b1;
         token <= '0;
@@ -474,11 +476,15 @@ module vector #(
           query_in_group <= '0;
         end else begin
           done <= 1'b1;
+          busy <= 1'b0;
           state <= IDLE;
         end
       end
       default: state <= IDLE;
     endcase
-    if (rst) state <= IDLE;
+    if (rst) begin
+      busy <= 1'b0;
+      state <= IDLE;
+    end
   end
 endmodule
