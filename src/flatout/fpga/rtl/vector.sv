@@ -4,7 +4,7 @@
 //   pass 1  multiply by the norm's weights, turn pairs, or just look; note the largest of the row's chunk
 //   fit     mantissa, exponent and reciprocal of the largest; root of the mean square for norms
 //   pass 2  multiply by the reciprocal, round to codes, write them to the activation memory or as a key or value
-// A row is in stage s, s cycles after it was asked for: 1 read, 2 multiply, ... 6 rounded, END its largest is known.
+// A row is in stage s, s cycles after it was asked for: 1 read, 2 multiply, ... 7 rounded, END its largest is known.
 module vector #(
     parameter int KW = 64,
     parameter int C = 4,
@@ -79,12 +79,12 @@ module vector #(
 );
   localparam logic [1:0] NORM = 0, CODES = 1, HEADS = 2;
   localparam int LEVELS = $clog2(VL);
-  localparam int END = 7 + LEVELS;
+  localparam int END = 8 + LEVELS;
   typedef enum logic [3:0] {
     IDLE, PASS1, DRAIN1, FIT, DIVIDE, PASS2, DRAIN2, STORE, STORE_SCALE, NEXT
   } state_t;
   state_t state;
-  logic busy;  // not idle
+  logic busy, norm_pass;  // not idle; in pass 1 of a norm, which takes its weights from the FIFO
 
   logic [1:0] kind;
   logic [CB-1:0] token;
@@ -116,7 +116,7 @@ module vector #(
   // ---- stage 0: which row, and what it is multiplied by
   logic issue, pass2, step, wraps;
   assign pass2 = state == PASS2;
-  assign issue = (state == PASS1 && (kind != NORM || beat_valid)) || pass2;
+  assign issue = (state == PASS1 && (!norm_pass || beat_valid)) || pass2;
   assign step = pass2 || (issue && (kind == NORM ? {1'b0, token} == last_token : !turned || part));
   assign wraps = at == half_less1;
   // The row of the source, of the scratch, and of the first and second half that are turned into each other, with their
@@ -152,7 +152,7 @@ module vector #(
   assign turn_column = token;
   // cos for the first of a first half and the second of a second half, sin for the others
   assign turn_row = (second ^ part) ? high_turn : low_turn;
-  assign beat_pop = state == PASS1 && kind == NORM && beat_valid && {1'b0, token} == last_token;
+  assign beat_pop = norm_pass && beat_valid && {1'b0, token} == last_token;
 
   // ---- what the stages know of their row
   localparam int CT = 6 + CB + ROWS_LOG2;
@@ -169,29 +169,29 @@ module vector #(
   logic [CB-1:0] token3;
   logic [ROWS_LOG2-1:0] at3;
   assign {whole3, keep3, pass2_3, norm3, turned3, minus3, token3, at3} = control[2*CT+:CT];
-  logic whole5, pass2_5, turned5;
-  assign {whole5, pass2_5, turned5} = {control[5*CT-1], control[5*CT-3], control[5*CT-5]};
-  logic whole6, pass2_6;
-  logic [CB-1:0] token6;
-  logic [ROWS_LOG2-1:0] at6;
-  assign {whole6, pass2_6, token6, at6} = {control[6*CT-1], control[6*CT-3], control[5*CT+:CB+ROWS_LOG2]};
+  logic whole6, pass2_6, turned6;
+  assign {whole6, pass2_6, turned6} = {control[6*CT-1], control[6*CT-3], control[6*CT-5]};
+  logic whole7, pass2_7;
+  logic [CB-1:0] token7;
+  logic [ROWS_LOG2-1:0] at7;
+  assign {whole7, pass2_7, token7, at7} = {control[7*CT-1], control[7*CT-3], control[6*CT+:CB+ROWS_LOG2]};
   // Which rows are first is noted a cycle before it is needed.
   logic squares_valid, squares_first, end_valid, end_first;
   logic [CB-1:0] squares_token, end_token;
   logic [ROWS_LOG2-1:0] end_at;
-  assign squares_valid = control[(END-2)*CT-1] && control[(END-2)*CT-4];
-  assign squares_token = control[(END-3)*CT+ROWS_LOG2+:CB];
+  assign squares_valid = control[(END-3)*CT-1] && control[(END-3)*CT-4];
+  assign squares_token = control[(END-4)*CT+ROWS_LOG2+:CB];
   assign end_valid = control[END*CT-1] && !control[END*CT-3];
   assign {end_token, end_at} = control[(END-1)*CT+:CB+ROWS_LOG2];
   always_ff @(posedge clk) begin
-    squares_first <= control[(END-4)*CT+:ROWS_LOG2] == 0;
+    squares_first <= control[(END-5)*CT+:ROWS_LOG2] == 0;
     end_first <= control[(END-2)*CT+:ROWS_LOG2] == 0;
   end
 
   // ---- lanes
   logic [KW*8-1:0] gamma1;
   logic [15:0] inverse;
-  logic [VL*32-1:0] word2, word6;
+  logic [VL*32-1:0] word2, word7;
   logic [VL*16-1:0] factor2;
   logic [VL*56-1:0] square5;
   logic [5:0] right3;
@@ -206,7 +206,7 @@ module vector #(
   for (genvar l = 0; l < VL; l++) begin : g_lane
     vector_lane lane (
         .clk, .enable(busy), .word2(word2[l*32+:32]), .factor2(factor2[l*16+:16]), .keep3, .turned3, .minus3,
-        .right3, .narrow5(turned5), .word6(word6[l*32+:32]), .square5(square5[l*56+:56])
+        .right3, .narrow6(turned6), .word7(word7[l*32+:32]), .square5(square5[l*56+:56])
     );
   end
 
@@ -217,7 +217,7 @@ module vector #(
   logic [63:0] square_sum[0:C-1];
   logic [31:0] even_row[0:C-1];  // a chunk is two rows
   (* ram_style = "distributed" *) logic [31:0] chunk_largest[0:C*CHUNKS-1];  // block RAM would come too late
-  max_tree #(.N(VL)) largest_of_row (.clk, .enable(busy), .words(word6), .largest(end_largest));
+  max_tree #(.N(VL)) largest_of_row (.clk, .enable(busy), .words(word7), .largest(end_largest));
   sum_tree #(.N(VL), .WIDTH(56)) squares_of_row (.clk, .enable(busy), .in(square5), .sum(squares));
   always_ff @(posedge clk) begin
     if (squares_valid)
@@ -299,17 +299,17 @@ module vector #(
 
   // ---- results; `kind` and the head have long been still
   always_ff @(posedge clk) begin
-    write <= whole5 && !pass2_5 && (kind == NORM || turned);
-    code_write <= whole5 && pass2_5 && (kind != HEADS || is_query);
+    write <= whole6 && !pass2_6 && (kind == NORM || turned);
+    code_write <= whole6 && pass2_6 && (kind != HEADS || is_query);
   end
-  assign write_row = scratch + at6;
-  assign write_column = token6;
-  assign write_words = word6;
-  always_comb for (int l = 0; l < VL; l++) codes[l*8+:8] = word6[l*32+:8];
+  assign write_row = scratch + at7;
+  assign write_column = token7;
+  assign write_words = word7;
+  always_comb for (int l = 0; l < VL; l++) codes[l*8+:8] = word7[l*32+:8];
   logic [7:0] query_number, query_row, first_code;
-  assign code_column = kind == HEADS ? CB'(query_in_group) : token6;
-  assign code_row = first_code + 8'(at6 >> 1);
-  assign code_half = at6[0];
+  assign code_column = kind == HEADS ? CB'(query_in_group) : token7;
+  assign code_row = first_code + 8'(at7 >> 1);
+  assign code_half = at7[0];
   assign scale_head = head;
 
   // ---- where a key or value goes: each product from registers that have long been still
@@ -353,13 +353,14 @@ module vector #(
     scale_write <= 1'b0;
     query_write <= 1'b0;
     if (root_done) root_ready <= 1'b1;
-    if (whole6 && pass2_6) line[at6[2:0]*VL*8+:VL*8] <= codes;
+    if (whole7 && pass2_7) line[at7[2:0]*VL*8+:VL*8] <= codes;
     waited <= waited + 1'b1;
     case (state)
       IDLE:
       if (start) begin
         state <= PASS1;
         busy <= 1'b1;
+        norm_pass <= op == NORM;
         kind <= op;
         last_token <= count - 1'b1;
         token <= '0;
@@ -387,6 +388,7 @@ module vector #(
           if (at_last) begin
             at <= '0;
             waited <= '0;
+            norm_pass <= 1'b0;
             state <= DRAIN1;
           end
         end
@@ -445,7 +447,7 @@ module vector #(
       end
       DRAIN2: begin
         stored <= '0;
-        if (waited == 5'd5) state <= kind == HEADS && !is_query ? STORE : NEXT;
+        if (waited == 5'd6) state <= kind == HEADS && !is_query ? STORE : NEXT;
       end
       STORE:
       if (store_ready) begin
@@ -484,6 +486,7 @@ module vector #(
     endcase
     if (rst) begin
       busy <= 1'b0;
+      norm_pass <= 1'b0;
       state <= IDLE;
     end
   end

@@ -31,23 +31,26 @@ module walker #(
   logic [7:0] scales_left;
   logic [BITS-1:0] scale_beat;
   logic scale_take;
-  // Whether the chunk is the last of its row, the row the last: known in advance, because much hangs on them.
-  logic row_ends, last_row;
+  // Whether scales come next, the chunk is the last of its row, the row the last: known in advance, because much hangs on
+  // them.
+  logic scales_next, row_ends, last_row;
   logic [19:0] rows_left;
-  assign scale_take = walking && beat_valid && scales_left == 0;
-  assign take = walking && beat_valid && scales_left != 0;
+  assign scale_take = walking && beat_valid && scales_next;
+  assign take = walking && beat_valid && !scales_next;
   assign pop = walking && beat_valid;
   always_ff @(posedge clk) begin
     take1 <= take && !rst;
     if (scale_take) begin
       scale_beat <= beat;
       scales_left <= scale_period;
+      scales_next <= 1'b0;
     end
     if (take) begin
       beat1 <= beat;
       scale1 <= scale_beat[31:0];
       scale_beat <= four_bits ? scale_beat >> 32 : scale_beat >> 16;
       scales_left <= scales_left - 8'd1;
+      scales_next <= scales_left == 8'd1;
       first1 <= chunk == 0;
       last1 <= row_ends;
       first_unit1 <= unit == 0;
@@ -69,7 +72,7 @@ module walker #(
       rows_left <= units;
       last_row <= units == 20'd1;
       row_ends <= chunks == 8'd1;
-      scales_left <= '0;
+      scales_next <= 1'b1;
     end
     if (rst) walking <= 1'b0;
   end
