@@ -41,7 +41,7 @@ module dot_pair #(
     high_sum <= high_total;
   end
 `elsif USE_TREE
-  localparam int WAIT = LATENCY - 2 - $clog2(KW);
+  localparam int WAIT = LATENCY - 3 - $clog2(KW);
   logic [43:0] sums;
   logic [WAIT*44-1:0] later;
   dot_tree #(.KW(KW)) tree (.clk, .low, .high, .activation, .low_sum(sums[21:0]), .high_sum(sums[43:22]));
