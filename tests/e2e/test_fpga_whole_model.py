@@ -1,4 +1,4 @@
-"""The built-in model on the simulated accelerator, all layers and the head: minutes, so asked for by `-m full`."""
+"""The built-in model on the simulated accelerator, all layers and the head: minutes, so only by `-m full`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def test_the_built_in_model_is_the_specification_to_the_last_bit(capsys: pytest.CaptureFixture[str]) -> None:
-    """64 tokens of text and one after 512: every logit, key and value; cycles as predicted, the bus in use."""
+    """64 tokens of text, one after 512: every logit, key and value; cycles as predicted, the bus in use."""
     assert main(["fpga", "smollm2-135m", "--board", "kv260", "--answer", "16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["tokens"], found["differences"], found["bit_exact"]) == (64, 0, True)

@@ -26,8 +26,6 @@ from flatout.fpga.synthesis import (
 )
 
 DEVICE = "85k"
-_PLACING = ("--placer-heap-timingweight", "25", "--placer-heap-critexp", "3")
-_ROUTING = ("--router", "router2")  # router1 was stopped with 900 arcs of 200,000 to go
 BANK = 1024
 """Beats of a bank of templates/on_chip.sv, the depth of one block RAM."""
 
@@ -86,43 +84,22 @@ def place(
     compiled: Compiled, folder: Path, mhz: float = 100.0, seed: int = 1, speed_grade: int = 6
 ) -> Placed:
     """Make the bitstream of `compiled` in `folder`. Raises BackendError when a tool is missing or fails."""
-    for tool in ("yosys", "nextpnr-ecp5", "ecppack"):
-        find_tool(tool)
-    absorbed = make_netlist(compiled, folder)
-    run_nextpnr(
-        folder, speed_grade, "--json", "chip.json", "--write", "placed.json", "--no-route",
-        "--freq", str(mhz), "--seed", str(seed), "--log", "place.log", *_PLACING,
-    )  # fmt: skip
-    run_nextpnr(
-        folder, speed_grade, "--json", "placed.json", "--no-pack", "--no-place", "--textcfg", "chip.config",
-        "--freq", str(mhz), "--seed", str(seed), "--report", "report.json", "--log", "route.log", *_ROUTING,
-    )  # fmt: skip
-    run_tool([*find_tool("ecppack"), "chip.config", "chip.bit"], folder)
-    return read_placed(folder, mhz, speed_grade, absorbed)
-
-
-def make_netlist(compiled: Compiled, folder: Path) -> tuple[int, int]:
-    """chip.json in `folder`; returns how many multipliers have taken in registers (`Placed.absorbed`)."""
+    nextpnr, ecppack = find_tool("nextpnr-ecp5"), find_tool("ecppack")
     names = write_chip(compiled, folder)
     run_yosys(f"read_verilog -sv -DUSE_TREE {names}; synth_ecp5 -top on_chip -json chip.json", folder)
     netlist = json.loads((folder / "chip.json").read_text())
     absorbed = absorb_registers(netlist["modules"]["on_chip"])
     (folder / "chip.json").write_text(json.dumps(netlist))
-    return absorbed
-
-
-def run_nextpnr(folder: Path, speed_grade: int, *options: str) -> None:
     run_tool(
         [
-            *find_tool("nextpnr-ecp5"), f"--{DEVICE}", "--package", "CABGA381", "--speed", str(speed_grade),
-            "--lpf-allow-unconstrained", "--timing-allow-fail", "--quiet", *options,
+            *nextpnr, f"--{DEVICE}", "--package", "CABGA381", "--speed", str(speed_grade),
+            "--json", "chip.json", "--textcfg", "chip.config", "--freq", str(mhz), "--seed", str(seed),
+            "--placer", "static", "--router", "router2", "--lpf-allow-unconstrained", "--timing-allow-fail",
+            "--report", "report.json", "--log", "nextpnr.log", "--quiet",
         ],
         folder,
     )  # fmt: skip
-
-
-def read_placed(folder: Path, mhz: float, speed_grade: int, absorbed: tuple[int, int]) -> Placed:
-    """What nextpnr's report and the bitstream in `folder` say."""
+    run_tool([*ecppack, "chip.config", "chip.bit"], folder)
     report = json.loads((folder / "report.json").read_text())
     (clock,) = report["fmax"].values()
     return Placed(
