@@ -13,8 +13,8 @@ weights: dequantised, on the bf16 engine, the same for all rows and for other pr
 --tools FOLDER where pip has installed auto-round and llmcompressor: benchmarks/quantizers.py); a cache format
 that the engine does not have is judged by the reference runner, the original too. Bits a weight count what a
 packed file needs: codes, scales, zeros. Every finished row is kept under build/methods, so that an
-interrupted run goes on, and a changed row alone is made again. --cost: minutes and peak memory of the rows
-alone, nothing judged or kept.
+interrupted run goes on, and a changed row alone is made again; --jobs makes several at a time. --cost:
+minutes and peak memory of the rows alone, nothing judged or kept.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import hashlib
 import io
 import json
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,6 +229,34 @@ def encoder_rows(model: str, names: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
+def spread(names: Sequence[str], jobs: int, seconds: float | None) -> None:
+    """Make the rows `names`, the first one before all others, which need what it keeps, by `jobs` processes
+    of this command, until `seconds` have passed."""
+    own = [sys.executable, *sys.argv]
+    for option in ("--jobs", "--rows", "--seconds"):
+        if option in own:
+            del own[own.index(option) : own.index(option) + 2]
+    start = time.perf_counter()
+
+    def make(name: str) -> None:
+        left = None if seconds is None else max(0.1, seconds - (time.perf_counter() - start))
+        try:
+            done = subprocess.run(
+                [*own, "--rows", name, "--only-keep"],
+                timeout=left,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return
+        print(done.stdout.strip() if done.returncode == 0 else f"{name}: {done.stderr}", flush=True)
+
+    make(names[0])
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(make, names[1:]))
+
+
 def table(path: Path) -> str:
     """The rows of one results file as Markdown."""
     result = json.loads(path.read_text(encoding="utf-8"))["result"]
@@ -275,6 +305,10 @@ def main() -> int:
     parser.add_argument("--tools", type=Path, help="folder of pip install --target with public quantisers")
     parser.add_argument("--tool-rows", default="", help="of them, such as gptq-4 autoround-3; default: all")
     parser.add_argument("--device", default="cpu", help="cpu or cuda: where gptq and tune compute")
+    parser.add_argument("--jobs", type=int, default=0, help="rows at a time, each in a process of its own")
+    parser.add_argument("--seconds", type=float, help="with --jobs: what is not done by then is left out")
+    parser.add_argument("--only-keep", action="store_true", help="write no results file")
+    parser.add_argument("--finished", action="store_true", help="only the rows that are kept already")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--table", action="store_true")
@@ -296,6 +330,9 @@ def main() -> int:
         for path, split in ((args.text, "validation"), (args.calibration, "calibration"))
     )
     calibrating = windows(calibration, args.calibrated, CALIBRATED)
+    names = args.rows.split() if args.rows else ROWS
+    if args.jobs:
+        spread(names, args.jobs, args.seconds)
     judges: dict[bool, Judge] = {}
 
     def judge(model: Model, reference: bool = False) -> dict[str, float]:
@@ -304,7 +341,7 @@ def main() -> int:
         return judges[reference].row(model)
 
     rows = []
-    for name in args.rows.split() if args.rows else ROWS:
+    for name in names:
         if args.cost:
             print(decoder_row(name, source, calibrating, 0, args.device)[0], flush=True)
             continue
@@ -312,6 +349,9 @@ def main() -> int:
             [source.sha256, name, args.windows, calibrating, windows(text, args.windows, WINDOW)]
         )
         kept = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        if not kept.exists() and (args.jobs or args.finished):
+            print(f"{name} is missing", flush=True)
+            continue
         if not kept.exists():
             speed = args.threads * args.speed
             found, model = decoder_row(name, source, calibrating, speed, args.device)
@@ -320,7 +360,7 @@ def main() -> int:
             kept.write_text(json.dumps(found), encoding="utf-8")
         rows.append(json.loads(kept.read_text(encoding="utf-8")))
         print(rows[-1], flush=True)
-    if args.cost:
+    if args.cost or args.only_keep:
         return 0
     if args.others or args.tools:
         from quantizers import other_rows, tool_rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_checkpoint_folder, tiny_model, tiny_source, tiny_spec
 
 from flatout.compress.apply import compress
-from flatout.compress.gptq import gptq, gptq_layers, triangle_of, upper_of
+from flatout.compress.gptq import gptq, gptq_layers, search_on_device, triangle_of, upper_of
 from flatout.compress.method import data_of
 from flatout.compress.rtn import group_rows, round_to_nearest, search_grid
 from flatout.core.formats import Format, Recipe, parse_format, uniform
@@ -130,12 +129,13 @@ def test_hessians_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.
             theirs(torch.from_numpy(document)[None])
     hessians = []
 
-    def unrounded(weight: torch.Tensor, hessian: torch.Tensor, fmt: Format) -> SimpleNamespace:
+    def unrounded(weight: torch.Tensor, hessian: torch.Tensor, fmt: Format) -> torch.Tensor:
         hessians.append(hessian.numpy())
-        return SimpleNamespace(dequantize=weight.numpy)
+        return weight
 
     monkeypatch.setattr("flatout.compress.gptq.gptq", unrounded)
     steps: list[int] = []
+    monkeypatch.setattr("flatout.compress.layers.dequantized", lambda weight, device: weight)
     monkeypatch.setattr("flatout.compress.layers.fast_products", nullcontext)
     data = data_of(documents, lambda _, done, total: steps.append(done))
     gptq_layers(tiny_source(spec), data, uniform("w8a8"))
@@ -191,3 +191,15 @@ def test_a_triangle_is_half_of_the_square(k: int) -> None:
     triangle = triangle_of(square)
     assert triangle.shape == (k * (k + 1) // 2,)
     assert np.array_equal(upper_of(triangle, k), square)
+
+
+@pytest.mark.parametrize("name", ["w3a16-g64-asym", "w4a16-g32", "w8a16"])
+def test_the_search_of_a_device_finds_the_processors_grid(name: str) -> None:
+    fmt, rng = parse_format(name), np.random.default_rng(5)
+    weight, importance = rng.standard_normal((40, 192), np.float32), rng.random(192, np.float32)
+    grouped = group_rows(weight, fmt)
+    grid = search_grid(grouped, fmt, importance.reshape(grouped.shape[1:]))
+    found = search_on_device(torch.from_numpy(weight), fmt, torch.from_numpy(importance))
+    np.testing.assert_array_equal(found.scales, grid.scales)
+    np.testing.assert_array_equal(found.zeros, grid.zeros)
+    assert (found.low, found.high) == (grid.low, grid.high)

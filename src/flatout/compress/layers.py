@@ -205,7 +205,18 @@ class _Layer:
         """As the rounded model multiplies."""
         if name not in self.rounded:
             return inputs @ self.floats[name].T
-        return inputs @ as_tensor(self.rounded[name].dequantize()).to(inputs.device).T
+        return inputs @ dequantized(self.rounded[name], inputs.device).T
+
+
+def dequantized(weight: QuantizedTensor, device: torch.device) -> Tensor:
+    """The rounded `weight` as float32 (N, K) on `device`, to which its codes travel."""
+    n, k = weight.shape
+    codes = as_tensor(weight.codes).to(device).float().reshape(n, weight.format.groups(k), -1)
+    scales = torch.from_numpy(weight.scales.astype(np.float32)).to(device)[:, :, None]
+    if weight.zeros is None:
+        return codes.sub_(weight.integer_zero).mul_(scales).reshape(n, k)
+    zeros = torch.from_numpy(weight.zeros.astype(np.float32)).to(device)[:, :, None]
+    return codes.sub_(zeros).mul_(scales).reshape(n, k)
 
 
 def _part_wrong(wanted: Tensor, found: Tensor, sizes: Tensor | None) -> float:
