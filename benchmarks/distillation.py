@@ -14,7 +14,7 @@ beginnings from those (benchmarks/continuations.py); none of it is judged. Losse
 of that also on 64 windows of 1,024 tokens as benchmarks/methods.py has them. The share of the gap that is
 closed counts from the model as it was cut to the whole one. The child is also judged with its linears rounded
 to nearest in --small, and written as a folder in bfloat16. Writes OUT/distillation.json. --compile: PyTorch
-joins the operations of divergence and rotation into kernels of its own.
+joins the operations of the divergence into kernels of its own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ from flatout.core.sparsity import parse_sparsity
 from flatout.core.structure import Structure
 from flatout.core.types import to_json
 from flatout.errors import ConfigError, FlatoutError
-from flatout.models import llama
 from flatout.train import distill
 from flatout.train.config import TrainConfig
 from flatout.train.constraints import Constraint, Mask
@@ -256,9 +255,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if options.compile:
-        torch._dynamo.config.recompile_limit = 32
         vars(distill)["divergence"] = torch.compile(distill.divergence, dynamic=False)
-        vars(llama)["rotate"] = torch.compile(llama.rotate, dynamic=False)
     device = open_device("auto")
     source = open_checkpoint(options.model)
     teacher = make_trainable(source.spec, source_weights(source), device=device, frozen=True)

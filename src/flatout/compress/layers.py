@@ -161,7 +161,7 @@ class _Layer:
         theirs, wanted = self._wanted.pop(name)
         sizes = self._sizes() if name.endswith((".o", ".down")) else None
         if is_made(self._text.source, self._recipe, name):
-            ideal, hessian = self._ideal(name, inputs, theirs, sizes)
+            ideal, hessian = self._ideal(name, inputs, theirs, wanted, sizes)
             del theirs
             with exact_products():
                 self.rounded[name] = self._round(name, ideal, hessian)
@@ -173,13 +173,13 @@ class _Layer:
         return output
 
     def _ideal(
-        self, name: str, inputs: Tensor, theirs: Tensor, sizes: Tensor | None
+        self, name: str, inputs: Tensor, theirs: Tensor, wanted: Tensor, sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(weight, Hessian): the float weight that makes most nearly the original's output, which receives
-        `theirs`, of `inputs`; both (T, K), to be divided by `sizes`."""
+        """(weight, Hessian): the float weight that makes most nearly `wanted` (T, N), the original's output
+        of `theirs`, of `inputs`; both (T, K). Tokens are divided by `sizes`."""
         weight = self.floats[name]
         if sizes is not None:
-            inputs, theirs = inputs / sizes, theirs / sizes
+            inputs = inputs / sizes
         hessian = inputs.T @ inputs / len(inputs)
         if not bool(torch.isfinite(hessian.diagonal()).all()):
             raise ConfigError(
@@ -189,12 +189,17 @@ class _Layer:
             )
         if not self._strength:
             return weight, hessian
-        right = inputs.T @ (theirs - inputs) @ weight.T
-        if sizes is not None:
-            right = right + inputs.T @ (self._missing / sizes)
+        if sizes is None:
+            right = inputs.T @ (theirs - inputs) @ weight.T
+        else:  # the same product, narrow outputs first, with what the residual stream lacks
+            right = inputs.T @ ((wanted + self._missing) / sizes - inputs @ weight.T)
         damped = hessian.clone()
         damped.diagonal().add_(_DAMPING * hessian.diagonal().mean() + 1e-12)
-        added = torch.linalg.solve(damped, right / len(inputs)).T
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            added = torch.linalg.solve(damped, right / len(inputs)).T
+        else:
+            added = torch.cholesky_solve(right / len(inputs), lower).T
         return weight + self._strength * added, hessian
 
     def _sizes(self) -> Tensor:
