@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.inputs import Text, exact_products, fast_products
+from flatout.compress.inputs import Text, exact_products, fast_products, gram, product
 from flatout.compress.kept import Kept
 from flatout.compress.method import Data, check_weight, format_in, is_made
 from flatout.core.formats import Recipe
@@ -152,7 +152,7 @@ class _Layer:
         )
         check_weight(name, weight)
         self.floats[name] = as_tensor(weight).to(inputs.device)
-        output = inputs @ self.floats[name].T
+        output = product(inputs, self.floats[name].T)
         self._wanted[name] = inputs, output
         return output
 
@@ -180,7 +180,7 @@ class _Layer:
         weight = self.floats[name]
         if sizes is not None:
             inputs = inputs / sizes
-        hessian = inputs.T @ inputs / len(inputs)
+        hessian = gram(inputs).div_(len(inputs))
         if not bool(torch.isfinite(hessian.diagonal()).all()):
             raise ConfigError(
                 "activations must be finite",
@@ -190,9 +190,10 @@ class _Layer:
         if not self._strength:
             return weight, hessian
         if sizes is None:
-            right = inputs.T @ (theirs - inputs) @ weight.T
+            right = product(inputs.T, theirs - inputs) @ weight.T
         else:  # the same product, narrow outputs first, with what the residual stream lacks
-            right = inputs.T @ ((wanted + self._missing) / sizes - inputs @ weight.T)
+            lacks = (wanted + self._missing) / sizes - product(inputs, weight.T)
+            right = product(inputs.T, lacks)
         damped = hessian.clone()
         damped.diagonal().add_(_DAMPING * hessian.diagonal().mean() + 1e-12)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -209,8 +210,8 @@ class _Layer:
     def product(self, name: str, inputs: Tensor) -> Tensor:
         """As the rounded model multiplies."""
         if name not in self.rounded:
-            return inputs @ self.floats[name].T
-        return inputs @ dequantized(self.rounded[name], inputs.device).T
+            return product(inputs, self.floats[name].T)
+        return product(inputs, dequantized(self.rounded[name], inputs.device).T)
 
 
 def dequantized(weight: QuantizedTensor, device: torch.device) -> Tensor:
