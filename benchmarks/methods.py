@@ -75,7 +75,7 @@ ROWS = (
 )
 ENCODER_ROWS = (
     "bf16", "w8a8", "w8a16", "w8a8-g32", "w8a8/gptq",
-    *(f"{fmt}{method}" for fmt in ("w4a16-g32", "w4a16-g64-asym", "w4a16-g32-asym", "w3a16-g32-asym")
+    *(f"{fmt}{method}" for fmt in ("w4a16-g32", "w4a16-g64-asym", "w4a16-g32-asym")
       for method in ("", "/gptq")),
 )  # fmt: skip
 ENCODER_TEXTS = 64
@@ -214,7 +214,7 @@ def _recipe(name: str, source: Checkpoint) -> Recipe:
     return recipe if "kv=" in name else replace(recipe, kv_cache="bf16")
 
 
-def encoder_rows(model: str, names: Sequence[str], speed: int) -> list[dict[str, Any]]:
+def encoder_rows(model: str, names: Sequence[str], threads: int, speed: bool) -> list[dict[str, Any]]:
     """Each format beside the float32 original on pieces of the validation passages: cosine of their vectors,
     and the task of verify/vectors.py. Behind a slash the method; gptq calibrates on the shipped passages."""
     checkpoint = open_encoder(model)
@@ -229,18 +229,17 @@ def encoder_rows(model: str, names: Sequence[str], speed: int) -> list[dict[str,
             return gptq_encoder(checkpoint, fmt, calibrating)
         return compress_encoder(checkpoint, fmt)
 
-    def vectors(encoder: EncoderModel, exact: bool = False) -> np.ndarray:
-        runner = Bert(encoder, not exact)
-        return Encoder(runner, tokenizer, pooling=checkpoint.pooling, normalize=True).encode(
-            [text for _, text in pieces]
-        )
+    def vectors(encoder: Encoder) -> np.ndarray:
+        return encoder.encode([text for _, text in pieces])
 
-    original, found = vectors(made("fp32"), True), []
+    how = {"pooling": checkpoint.pooling, "normalize": True}
+    original, found = vectors(Encoder(Bert(made("fp32")), tokenizer, **how)), []
     for name in names:
         start, clock = time.process_time(), time.perf_counter()
         encoder = made(name)
         spent = {"cpu_seconds": time.process_time() - start, "seconds": time.perf_counter() - clock}
-        own = vectors(encoder)
+        fast = Encoder.of(encoder, tokenizer, threads=threads, **how)
+        own = vectors(fast)
         cosine = (own * original).sum(axis=1)
         _, before, after = compare(pieces, original, own)
         found.append({
@@ -249,7 +248,6 @@ def encoder_rows(model: str, names: Sequence[str], speed: int) -> list[dict[str,
             "accuracy": float(after.mean()), "accuracy_original": float(before.mean()), **spent,
         })  # fmt: skip
         if speed:
-            fast = Encoder.of(encoder, tokenizer, threads=speed, pooling=checkpoint.pooling, normalize=True)
             found[-1]["sentences_per_s"] = encoder_speed(fast, encoder.spec.vocab_size)
         print(found[-1], flush=True)
     return found
@@ -367,7 +365,7 @@ def main() -> int:
     short = Path(args.model).name
     if is_encoder(args.model):
         names = args.rows.split() if args.rows else ENCODER_ROWS
-        result: dict[str, Any] = {"rows": encoder_rows(args.model, names, args.threads * args.speed)}
+        result: dict[str, Any] = {"rows": encoder_rows(args.model, names, args.threads, args.speed)}
         result |= {"model": short, "judged": "pieces of the validation passages, float32 original"}
         print(write(f"methods_{short}", measured_here("torch") | result, command=command))
         return 0

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.inputs import Text, exact_products, fast_products, gram, product
+from flatout.compress.inputs import Text, exact_products, fast_products, gram, kept_memory, product
 from flatout.compress.kept import Kept
 from flatout.compress.method import Data, check_weight, format_in, is_made
 from flatout.core.formats import Recipe
@@ -46,6 +46,7 @@ original makes `target` of its own input."""
 
 
 @torch.no_grad()
+@kept_memory()
 def round_layers(
     source: Source,
     data: Data,

@@ -26,7 +26,7 @@ from flatout.core.quantized import QuantizedTensor
 from flatout.kernels.linear import as_tensor
 
 _BLOCK = 32  # columns whose changes are applied to the rest together
-_ROWS = 1024  # rows refined at a time by a processor, whose cache they fit; a GPU takes all
+_ROWS = 4096  # rows refined at a time by a processor, whose cache a block of them fits; a GPU takes all
 _RIDGE = 1e-3  # of the mean of A's diagonal, towards the scales there are
 
 
