@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tiny import tiny_checkpoint_folder, tiny_model, tiny_source, tiny_spec
 
+from flatout.compress import inputs as calibration
 from flatout.compress.apply import compress
-from flatout.compress.gptq import gptq, gptq_layers, search_on_device, triangle_of, upper_of
+from flatout.compress.gptq import (
+    _inverse_upper,
+    gptq,
+    gptq_layers,
+    search_on_device,
+    triangle_of,
+    upper_of,
+)
 from flatout.compress.method import data_of
 from flatout.compress.rtn import group_rows, round_to_nearest, search_grid
 from flatout.core.formats import Format, Recipe, parse_format, uniform
@@ -203,3 +211,30 @@ def test_the_search_of_a_device_finds_the_processors_grid(name: str) -> None:
     np.testing.assert_array_equal(found.scales, grid.scales)
     np.testing.assert_array_equal(found.zeros, grid.zeros)
     assert (found.low, found.high) == (grid.low, grid.high)
+
+
+@pytest.mark.parametrize("k", [1, 64, 300, 513])
+def test_an_inverse_by_halves_is_the_inverse(k: int) -> None:
+    draw = torch.Generator().manual_seed(k)
+    upper = torch.randn(k, k, generator=draw, dtype=torch.float64).triu(1) / k + torch.eye(k)
+    found = _inverse_upper(upper)
+    torch.testing.assert_close(found @ upper, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert not found.tril(-1).any()
+
+
+@pytest.mark.parametrize("k", [1, 65, 320])
+def test_second_moments_by_blocks_are_those_of_the_whole(k: int) -> None:
+    x = torch.randn(50, k, generator=torch.Generator().manual_seed(k))
+    found = calibration.gram(x)
+    torch.testing.assert_close(found, x.T @ x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, found.T)
+
+
+def test_products_are_narrow_only_where_calibration_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_multiplies_by_hand", lambda: True)
+    a, b = torch.full((1, 1), 1 + 2.0**-12), torch.ones(1, 1)
+    with calibration.fast_products(), calibration.kept_memory():
+        assert calibration.product(a, b).item() == 1.0
+        with calibration.exact_products():
+            assert calibration.product(a, b).item() == 1 + 2.0**-12
+    assert calibration.product(a, b).item() == 1 + 2.0**-12
