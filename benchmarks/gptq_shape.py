@@ -113,17 +113,23 @@ def kill_and_go_on(args: argparse.Namespace) -> None:
     kept = Path(f"{args.out}.kept")
     start = time.perf_counter()
     first = subprocess.Popen(command)
-    while first.poll() is None and len(list(kept.glob("*/layer-*.npz"))) < args.kill:
+    while first.poll() is None and _kept_layers(kept) < args.kill:
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     killed = time.perf_counter() - start
-    print(f"killed after {killed:.1f} s, {len(list(kept.glob('*/layer-*.npz')))} layers kept", flush=True)
+    print(f"killed after {killed:.1f} s, {_kept_layers(kept)} layers kept", flush=True)
     subprocess.run(command, check=True)
     result = json.loads(Path(args.out).read_text(encoding="utf-8"))
     result |= {"killed_after_s": killed, "whole_s": time.perf_counter() - start}
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"both processes {result['whole_s']:.1f} s, the second went on at layer {result['first_layer']}")
+
+
+def _kept_layers(folder: Path) -> int:
+    """Layers from which another process goes on: those written before the newest state."""
+    state = max((path.stat().st_mtime for path in folder.glob("*/state.npz")), default=0.0)
+    return sum(path.stat().st_mtime <= state for path in folder.glob("*/layer-*.npz"))
 
 
 def main() -> None:

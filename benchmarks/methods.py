@@ -13,8 +13,8 @@ weights: dequantised, on the bf16 engine, the same for all rows and for other pr
 --tools FOLDER where pip has installed auto-round and llmcompressor: benchmarks/quantizers.py); a cache format
 that the engine does not have is judged by the reference runner, the original too. Bits a weight count what a
 packed file needs: codes, scales, zeros. Every finished row is kept under build/methods, so that an
-interrupted run goes on, and a changed row alone is made again. --cost: minutes and peak memory of the rows
-alone, nothing judged or kept.
+interrupted run goes on, and a changed row alone is made again; --jobs makes several at a time. --cost:
+minutes and peak memory of the rows alone, nothing judged or kept.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import hashlib
 import io
 import json
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,10 @@ import torch
 
 from flatout.compress.apply import apply
 from flatout.compress.encoder import compress_encoder
+from flatout.compress.encoder_gptq import gptq_encoder
 from flatout.compress.method import data_of
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
+from flatout.core.encoder import EncoderModel
 from flatout.core.encoder_folder import is_encoder, open_encoder
 from flatout.core.files import write_bytes
 from flatout.core.formats import Recipe, parse_format
@@ -45,6 +49,7 @@ from flatout.core.fuse import assemble, float_recipe
 from flatout.core.model import Model, dense, expected_weights
 from flatout.data.passages import load_passages
 from flatout.engine.cpu import CpuRunner
+from flatout.engine.encoder import Encoder
 from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import Runner
 from flatout.engine.score import score_documents
@@ -52,6 +57,7 @@ from flatout.hardware.detect import detect
 from flatout.models.bert import Bert
 from flatout.search.recipes import recipe_from_name
 from flatout.verify.quality import Cluster, divergence
+from flatout.verify.vectors import compare, pieces_of
 from record import RESULTS, measured_here, write
 
 FOUR, THREE = "w4a16-g64-asym", "w3a16-g64-asym"
@@ -67,7 +73,12 @@ ROWS = (
     "bf16,kv=int8",
     "bf16,kv=int4",
 )
-ENCODER_ROWS = ("bf16", "w8a8", "w8a16", "w8a8-g32", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32-asym")
+ENCODER_ROWS = (
+    "bf16", "w8a8", "w8a16", "w8a8-g32", "w8a8/gptq",
+    *(f"{fmt}{method}" for fmt in ("w4a16-g32", "w4a16-g64-asym", "w4a16-g32-asym")
+      for method in ("", "/gptq")),
+)  # fmt: skip
+ENCODER_TEXTS = 64
 KEPT = Path(__file__).resolve().parent.parent / "build" / "methods"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 WINDOW, CALIBRATED = 1024, 512
@@ -203,37 +214,96 @@ def _recipe(name: str, source: Checkpoint) -> Recipe:
     return recipe if "kv=" in name else replace(recipe, kv_cache="bf16")
 
 
-def encoder_rows(model: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Cosine of each format's vectors with the float32 original's, over validation passages."""
+def encoder_rows(model: str, names: Sequence[str], threads: int, speed: bool) -> list[dict[str, Any]]:
+    """Each format beside the float32 original on pieces of the validation passages: cosine of their vectors,
+    and the task of verify/vectors.py. Behind a slash the method; gptq calibrates on the shipped passages."""
     checkpoint = open_encoder(model)
-    rows = checkpoint.tokenizer().encode_batch([p.text for p in load_passages("validation")][:64])
-    tokens = np.concatenate([np.asarray(row[:128]) for row in rows])
-    starts = np.cumsum([0, *(min(len(row), 128) for row in rows)])[:-1]
+    tokenizer = checkpoint.tokenizer()
+    pieces = pieces_of(load_passages("validation"))
+    texts = tokenizer.encode_batch([p.text for p in load_passages("calibration")])
+    calibrating = [text[: checkpoint.max_tokens] for text in texts][:ENCODER_TEXTS]
 
-    def vectors(name: str) -> np.ndarray:
-        return Bert(compress_encoder(checkpoint, name), name != "fp32").forward(tokens, starts, "mean", True)
+    def made(name: str) -> EncoderModel:
+        fmt, _, method = name.partition("/")
+        if method == "gptq":
+            return gptq_encoder(checkpoint, fmt, calibrating)
+        return compress_encoder(checkpoint, fmt)
 
-    exact, found = vectors("fp32"), []
+    def vectors(encoder: Encoder) -> np.ndarray:
+        return encoder.encode([text for _, text in pieces])
+
+    how = {"pooling": checkpoint.pooling, "normalize": True}
+    original, found = vectors(Encoder(Bert(made("fp32")), tokenizer, **how)), []
     for name in names:
-        start = time.perf_counter()
-        cosine = (vectors(name) * exact).sum(axis=1)
-        fmt = parse_format(name)
-        each = fmt.weight_bytes(1, 384) * 8 / 384
+        start, clock = time.process_time(), time.perf_counter()
+        encoder = made(name)
+        spent = {"cpu_seconds": time.process_time() - start, "seconds": time.perf_counter() - clock}
+        fast = Encoder.of(encoder, tokenizer, threads=threads, **how)
+        own = vectors(fast)
+        cosine = (own * original).sum(axis=1)
+        _, before, after = compare(pieces, original, own)
         found.append({
-            "row": name, "bits_per_weight": each, "cosine_mean": float(cosine.mean()),
-            "cosine_min": float(cosine.min()), "seconds": time.perf_counter() - start,
+            "row": name, "bits_per_weight": encoder.format.weight_bytes(1, 384) * 8 / 384,
+            "cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min()),
+            "accuracy": float(after.mean()), "accuracy_original": float(before.mean()), **spent,
         })  # fmt: skip
+        if speed:
+            found[-1]["sentences_per_s"] = encoder_speed(fast, encoder.spec.vocab_size)
         print(found[-1], flush=True)
     return found
+
+
+def encoder_speed(encoder: Encoder, vocabulary: int) -> float:
+    """Texts of 128 tokens a second, one at a time, the best of five tries."""
+    tokens = np.random.default_rng(0).integers(0, vocabulary, 128).astype(np.int32)
+    best = 0.0
+    for _ in range(6):  # the first one warms up
+        start = time.perf_counter()
+        for _ in range(64):
+            encoder.pooled(tokens, np.zeros(1, np.int64))
+        best = max(best, 64 / (time.perf_counter() - start))
+    return best
+
+
+def spread(names: Sequence[str], jobs: int, seconds: float | None) -> None:
+    """Make the rows `names`, the first one before all others, which need what it keeps, by `jobs` processes
+    of this command, until `seconds` have passed."""
+    own = [sys.executable, *sys.argv]
+    for option in ("--jobs", "--rows", "--seconds"):
+        if option in own:
+            del own[own.index(option) : own.index(option) + 2]
+    start = time.perf_counter()
+
+    def make(name: str) -> None:
+        left = None if seconds is None else max(0.1, seconds - (time.perf_counter() - start))
+        try:
+            done = subprocess.run(
+                [*own, "--rows", name, "--only-keep"],
+                timeout=left,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return
+        print(done.stdout.strip() if done.returncode == 0 else f"{name}: {done.stderr}", flush=True)
+
+    make(names[0])
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(make, names[1:]))
 
 
 def table(path: Path) -> str:
     """The rows of one results file as Markdown."""
     result = json.loads(path.read_text(encoding="utf-8"))["result"]
     if "cosine_mean" in result["rows"][0]:
-        head = "| format | bits a weight | cosine, mean | least |\n|---|--:|--:|--:|"
+        head = (
+            "| recipe | bits a weight | cosine, mean | least | placed | texts/s | minutes |\n"
+            "|---|--:|--:|--:|--:|--:|--:|"
+        )
         lines = [
-            f"| `{r['row']}` | {r['bits_per_weight']:.2f} | {r['cosine_mean']:.5f} | {r['cosine_min']:.5f} |"
+            f"| `{r['row']}` | {r['bits_per_weight']:.2f} | {r['cosine_mean']:.5f} | {r['cosine_min']:.5f} "
+            f"| {r['accuracy']:.2%} | {_rate(r, 'sentences_per_s')} | {r['cpu_seconds'] / 60:.1f} |"
             for r in result["rows"]
         ]
         return f"**{result['model']}**, {result['judged']}\n\n" + "\n".join([head, *lines])
@@ -243,13 +313,17 @@ def table(path: Path) -> str:
     )
     lines = []
     for r in result["rows"]:
-        speed = f"{r['decode_tokens_per_s']:.0f}" if "decode_tokens_per_s" in r else ""
+        speed = _rate(r, "decode_tokens_per_s")
         minutes = f"{r['cpu_seconds'] / 60:.1f}" if r.get("cpu_seconds") is not None else ""
         lines.append(
             f"| `{r['row']}` | {r['bits_per_weight']:.2f} | {r['perplexity']:.3f} | {r['loss']:+.2%} "
             f"± {r['loss_error']:.2%} | {r['kl']:.4f} | {r['flips']:.1%} | {speed} | {minutes} |"
         )
     return f"**{result['model']}**, {result['judged']}\n\n" + "\n".join([head, *lines])
+
+
+def _rate(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.0f}" if name in row else ""
 
 
 def fill_page() -> None:
@@ -275,6 +349,10 @@ def main() -> int:
     parser.add_argument("--tools", type=Path, help="folder of pip install --target with public quantisers")
     parser.add_argument("--tool-rows", default="", help="of them, such as gptq-4 autoround-3; default: all")
     parser.add_argument("--device", default="cpu", help="cpu or cuda: where gptq and tune compute")
+    parser.add_argument("--jobs", type=int, default=0, help="rows at a time, each in a process of its own")
+    parser.add_argument("--seconds", type=float, help="with --jobs: what is not done by then is left out")
+    parser.add_argument("--only-keep", action="store_true", help="write no results file")
+    parser.add_argument("--finished", action="store_true", help="only the rows that are kept already")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--table", action="store_true")
@@ -286,8 +364,9 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     short = Path(args.model).name
     if is_encoder(args.model):
-        result: dict[str, Any] = {"rows": encoder_rows(args.model, ENCODER_ROWS), "model": short}
-        result["judged"] = "64 validation passages of up to 128 tokens, float32 original"
+        names = args.rows.split() if args.rows else ENCODER_ROWS
+        result: dict[str, Any] = {"rows": encoder_rows(args.model, names, args.threads, args.speed)}
+        result |= {"model": short, "judged": "pieces of the validation passages, float32 original"}
         print(write(f"methods_{short}", measured_here("torch") | result, command=command))
         return 0
     source = open_checkpoint(args.model)
@@ -296,6 +375,9 @@ def main() -> int:
         for path, split in ((args.text, "validation"), (args.calibration, "calibration"))
     )
     calibrating = windows(calibration, args.calibrated, CALIBRATED)
+    names = args.rows.split() if args.rows else ROWS
+    if args.jobs:
+        spread(names, args.jobs, args.seconds)
     judges: dict[bool, Judge] = {}
 
     def judge(model: Model, reference: bool = False) -> dict[str, float]:
@@ -304,7 +386,7 @@ def main() -> int:
         return judges[reference].row(model)
 
     rows = []
-    for name in args.rows.split() if args.rows else ROWS:
+    for name in names:
         if args.cost:
             print(decoder_row(name, source, calibrating, 0, args.device)[0], flush=True)
             continue
@@ -312,6 +394,9 @@ def main() -> int:
             [source.sha256, name, args.windows, calibrating, windows(text, args.windows, WINDOW)]
         )
         kept = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        if not kept.exists() and (args.jobs or args.finished):
+            print(f"{name} is missing", flush=True)
+            continue
         if not kept.exists():
             speed = args.threads * args.speed
             found, model = decoder_row(name, source, calibrating, speed, args.device)
@@ -320,7 +405,7 @@ def main() -> int:
             kept.write_text(json.dumps(found), encoding="utf-8")
         rows.append(json.loads(kept.read_text(encoding="utf-8")))
         print(rows[-1], flush=True)
-    if args.cost:
+    if args.cost or args.only_keep:
         return 0
     if args.others or args.tools:
         from quantizers import other_rows, tool_rows

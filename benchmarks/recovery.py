@@ -18,20 +18,8 @@ from pathlib import Path
 from benchmarks.record import measured_here
 
 from flatout.cli.output import Progress, log
-from flatout.core.checkpoint import open_checkpoint
-from flatout.core.model import Model
-from flatout.core.types import to_json
-from flatout.engine.cpu import CpuRunner
-from flatout.engine.reference import ReferenceRunner
 from flatout.errors import FlatoutError
-from flatout.hardware.detect import available_cores
-from flatout.search.recipes import recipe_from_name
-from flatout.search.recovery import RUNGS, climb
-from flatout.search.request import parse_max_loss
-from flatout.search.texts import read_texts
-from flatout.train.config import TrainConfig
-
-PAGES = 33  # two texts of 1,024 tokens and one page
+from flatout.search.recovery import RUNGS, recover
 
 
 def main() -> None:
@@ -42,43 +30,23 @@ def main() -> None:
     parser.add_argument("--max-loss", default="3%")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--rungs", default=",".join(RUNGS))
     options = parser.parse_args()
-    source = open_checkpoint(options.model)
-    threads = available_cores()
-
-    def serve(model: Model) -> CpuRunner:
-        return CpuRunner(model, threads=threads, num_pages=PAGES)
-
-    config = TrainConfig(
-        steps=options.steps, rows=4, length=256, learning_rate=options.rate, warmup=options.steps // 10,
-        weight_decay=0.0, precision="fp32", device="auto", log_every=10,
-    )  # fmt: skip
-    found = climb(
-        source,
-        recipe_from_name(options.recipe, source),
-        read_texts(source.tokenizer, source.tokenizer.sha256, source.spec),
+    result = measured_here("flatout", "torch", "numpy") | recover(
+        options.model,
         options.out / "model",
-        config,
-        original=ReferenceRunner(source, PAGES),
-        serve=serve,
-        margin=parse_max_loss(options.max_loss),
+        options.recipe,
+        max_loss=options.max_loss,
+        threads=options.threads,
+        steps=options.steps,
+        learning_rate=options.rate,
         rungs=options.rungs.split(","),
         ledger=options.out / "ledger",
         tell=lambda rung: log(str(rung)),
         progress=Progress(),
     )
-    certificate = found.certificate
-    result = {
-        **measured_here("flatout", "torch", "numpy"),
-        "model": options.model,
-        "recipe": options.recipe,
-        "margin": options.max_loss,
-        "config": config,
-        "rungs": found.rungs,
-        "certified": None if certificate is None else {"k": certificate.k, "upper": certificate.loss_upper},
-    }
-    print(json.dumps(to_json(result), indent=1))
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -38,14 +38,14 @@ METHODS |= {name: Format(name=name, bits=8, group=64) for name in ("2:4 magnitud
 REST = parse_format("w8a8-g64")
 HOPELESS = 0.1  # a row that surely loses more than this on half the passages is left at that
 PASSAGES, CALIBRATION = 16, 24  # that judge, and that calibrate as in a search
-_make_grid, _gptq = rtn.make_grid, gptq.gptq
+_grid_between, _gptq = rtn.grid_between, gptq.gptq
 
 
-def make_grid(grouped: np.ndarray, fmt: Format, clip: float = 1.0) -> rtn.Grid:
-    """As `rtn.make_grid`; symmetric 3-bit codes are kept as asymmetric ones whose zero is always 4."""
+def grid_between(minimum: np.ndarray, maximum: np.ndarray, fmt: Format, clip: float = 1.0) -> rtn.Grid:
+    """As in compress/rtn.py; symmetric 3-bit codes are kept as asymmetric ones whose zero is always 4."""
     if fmt.bits != 3 or "asym" in fmt.name:
-        return _make_grid(grouped, fmt, clip)
-    scales = rtn.storable(np.abs(grouped).max(axis=2) * np.float32(clip / 3.5))
+        return _grid_between(minimum, maximum, fmt, clip)
+    scales = rtn.storable(np.maximum(-minimum, maximum) * np.float32(clip / 3.5))
     return rtn.Grid(scales=scales, zeros=np.full_like(scales, 4), low=0, high=7)
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append", help="linears that change; default: each")
     parser.add_argument("--method", choices=METHODS, action="append", help="default: each")
     args = parser.parse_args()
-    vars(rtn)["make_grid"], vars(gptq)["gptq"] = make_grid, change
+    vars(rtn)["grid_between"], vars(gptq)["gptq"] = grid_between, change
     source = open_checkpoint(args.model)
     texts = read_texts(source.tokenizer, source.tokenizer.sha256, source.spec)
     clusters = texts.validation[:PASSAGES]

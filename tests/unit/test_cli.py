@@ -23,7 +23,7 @@ FLAGS = {
     "profile": {"--batch", "--prompt", "--output", "--threads", "--tune", "--json"},
     "optimize": {
         "--out", "--max-loss", "--recipe", "--objective", "--workload", "--text", "--trace", "--portable",
-        "--max-memory", "--dollars-per-hour", "--threads", "--fresh", "--resume", "--json",
+        "--max-memory", "--dollars-per-hour", "--threads", "--recover", "--fresh", "--resume", "--json",
     },
     "verify": {
         "--against", "--margin", "--text", "--task", "--task-margin", "--limit", "--speed-seconds", "--rerun",
@@ -234,6 +234,29 @@ def test_optimize_json_is_one_object_on_stdout(
     assert main(["optimize", "m", "--out", "o", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["speedup"]["decode"] == 18.2
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 3)])
+def test_recovering_climbs_with_the_recipe(
+    passed: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def recover(model: str, out: Path, recipe: str, **options: Any) -> dict[str, Any]:
+        seen.update(model=model, out=out, recipe=recipe, **options)
+        return {"passed": passed, "verdict": "gptq is certified", "artifact": str(out)}
+
+    monkeypatch.setattr("flatout.search.recovery.recover", recover)
+    arguments = ["optimize", "m", "--out", "o", "--recover", "--recipe", "w4a8-g64", "--max-loss", "3%"]
+    assert main(arguments) == code
+    assert (seen["model"], seen["out"], seen["recipe"]) == ("m", Path("o"), "w4a8-g64")
+    assert seen["max_loss"] == "3%"
+    assert capsys.readouterr().out == "gptq is certified\nnext: flatout run o\n"
+
+
+def test_recovering_needs_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["optimize", "m", "--out", "o", "--recover"]) == 2
+    assert "--recipe w4a8-g64" in capsys.readouterr().err
 
 
 def test_a_budget_that_is_not_met_is_exit_code_3(

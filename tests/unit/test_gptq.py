@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tiny import tiny_checkpoint_folder, tiny_model, tiny_source, tiny_spec
 
+from flatout.compress import inputs as calibration
 from flatout.compress.apply import compress
-from flatout.compress.gptq import gptq, gptq_layers, triangle_of, upper_of
+from flatout.compress.gptq import (
+    _inverse_upper,
+    gptq,
+    gptq_layers,
+    search_on_device,
+    triangle_of,
+    upper_of,
+)
 from flatout.compress.method import data_of
 from flatout.compress.rtn import group_rows, round_to_nearest, search_grid
 from flatout.core.formats import Format, Recipe, parse_format, uniform
@@ -130,12 +137,13 @@ def test_hessians_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.
             theirs(torch.from_numpy(document)[None])
     hessians = []
 
-    def unrounded(weight: torch.Tensor, hessian: torch.Tensor, fmt: Format) -> SimpleNamespace:
+    def unrounded(weight: torch.Tensor, hessian: torch.Tensor, fmt: Format) -> torch.Tensor:
         hessians.append(hessian.numpy())
-        return SimpleNamespace(dequantize=weight.numpy)
+        return weight
 
     monkeypatch.setattr("flatout.compress.gptq.gptq", unrounded)
     steps: list[int] = []
+    monkeypatch.setattr("flatout.compress.layers.dequantized", lambda weight, device: weight)
     monkeypatch.setattr("flatout.compress.layers.fast_products", nullcontext)
     data = data_of(documents, lambda _, done, total: steps.append(done))
     gptq_layers(tiny_source(spec), data, uniform("w8a8"))
@@ -191,3 +199,42 @@ def test_a_triangle_is_half_of_the_square(k: int) -> None:
     triangle = triangle_of(square)
     assert triangle.shape == (k * (k + 1) // 2,)
     assert np.array_equal(upper_of(triangle, k), square)
+
+
+@pytest.mark.parametrize("name", ["w3a16-g64-asym", "w4a16-g32", "w8a16"])
+def test_the_search_of_a_device_finds_the_processors_grid(name: str) -> None:
+    fmt, rng = parse_format(name), np.random.default_rng(5)
+    weight, importance = rng.standard_normal((40, 192), np.float32), rng.random(192, np.float32)
+    grouped = group_rows(weight, fmt)
+    grid = search_grid(grouped, fmt, importance.reshape(grouped.shape[1:]))
+    found = search_on_device(torch.from_numpy(weight), fmt, torch.from_numpy(importance))
+    np.testing.assert_array_equal(found.scales, grid.scales)
+    np.testing.assert_array_equal(found.zeros, grid.zeros)
+    assert (found.low, found.high) == (grid.low, grid.high)
+
+
+@pytest.mark.parametrize("k", [1, 64, 300, 513])
+def test_an_inverse_by_halves_is_the_inverse(k: int) -> None:
+    draw = torch.Generator().manual_seed(k)
+    upper = torch.randn(k, k, generator=draw, dtype=torch.float64).triu(1) / k + torch.eye(k)
+    found = _inverse_upper(upper)
+    torch.testing.assert_close(found @ upper, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert not found.tril(-1).any()
+
+
+@pytest.mark.parametrize("k", [1, 65, 320])
+def test_second_moments_by_blocks_are_those_of_the_whole(k: int) -> None:
+    x = torch.randn(50, k, generator=torch.Generator().manual_seed(k))
+    found = calibration.gram(x)
+    torch.testing.assert_close(found, x.T @ x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, found.T)
+
+
+def test_products_are_narrow_only_where_calibration_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_multiplies_by_hand", lambda: True)
+    a, b = torch.full((1, 1), 1 + 2.0**-12), torch.ones(1, 1)
+    with calibration.fast_products(), calibration.kept_memory():
+        assert calibration.product(a, b).item() == 1.0
+        with calibration.exact_products():
+            assert calibration.product(a, b).item() == 1 + 2.0**-12
+    assert calibration.product(a, b).item() == 1 + 2.0**-12

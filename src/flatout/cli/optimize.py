@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flatout.cli.output import aligned, log, print_json
+from flatout.cli.output import Progress, aligned, log, print_json
+from flatout.errors import ConfigError
 from flatout.search.stages import Listener, Status
 from flatout.search.units import megabytes, percent, rate, seconds, times
 
@@ -51,6 +52,13 @@ def optimize(
         float | None, typer.Option(help="What this machine costs; the objective money needs it.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover",
+            help="Fill --recipe by ever dearer methods, rounding to distillation, until one is certified.",
+        ),
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh/--resume", help="Ignore finished trials of earlier runs, or reuse them.")
     ] = False,
@@ -58,8 +66,11 @@ def optimize(
 ) -> int:
     """Make MODEL as fast as this machine allows inside a quality budget, prove it, and write it to --out.
 
-    Exit code 0: done. 3: what was asked for cannot be certified; the folder then holds the original.
+    Exit code 0: done. 3: what was asked for cannot be certified; the folder then holds the original, or
+    with --recover the best model, without a certificate.
     """
+    if recover:
+        return _recover(model, out, recipe, max_loss, text, threads, as_json)
     from flatout.report.optimize import optimize as run
 
     with _progress() as (listen, note):
@@ -86,6 +97,37 @@ def optimize(
         print(summary(result))
     if not result["passed"]:
         log(f"flatout: the budget cannot be met: {result['verdict']}")
+    return 0 if result["passed"] else 3
+
+
+def _recover(
+    model: str,
+    out: Path,
+    recipe: str | None,
+    max_loss: str,
+    text: Path | None,
+    threads: int | None,
+    as_json: bool,
+) -> int:
+    """The recovery ladder, a line for each rung."""
+    from flatout.search.recovery import recover
+
+    if recipe is None:
+        raise ConfigError("--recover fills a recipe that is named", "none", "--recipe w4a8-g64")
+    result = recover(
+        model,
+        out,
+        recipe,
+        max_loss=max_loss,
+        text=text,
+        threads=threads,
+        tell=lambda rung: log(str(rung)),
+        progress=Progress(),
+    )
+    if as_json:
+        print_json(result)
+    else:
+        print(f"{result['verdict']}\nnext: flatout run {result['artifact']}")
     return 0 if result["passed"] else 3
 
 

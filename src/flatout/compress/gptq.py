@@ -19,7 +19,7 @@ Products and sweeps run where the weight and Hessian lie, on a GPU too. Legend: 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,7 +28,16 @@ from torch import Tensor
 from flatout.compress.layers import Improve, round_layers
 from flatout.compress.method import Data, Report, format_in
 from flatout.compress.refine import refine
-from flatout.compress.rtn import Grid, check_roundable, group_rows, pack, search_grid
+from flatout.compress.rtn import (
+    CLIP_RATIOS,
+    Grid,
+    check_groups,
+    check_roundable,
+    grid_between,
+    group_rows,
+    pack,
+    search_grid,
+)
 from flatout.core.formats import Format, Recipe
 from flatout.core.fuse import Source
 from flatout.core.quantized import QuantizedTensor
@@ -43,6 +52,7 @@ DAMPING = 0.05
 """Part of the mean of H's diagonal that is added to it. On text that was not calibrated with, 3 bits lost 1
 to 7 % less with 0.1 than with 0.01, except in qkv, whose inputs lie in few directions (docs/log.md)."""
 STRENGTH = 0.25  # of aiming at the original's outputs
+_SMALL = 256  # width of a triangular matrix that is inverted at once
 _BLOCK = 32  # columns whose updates are applied to the rest of the matrix together
 _DAMPINGS = (1.0, 10.0, 100.0)  # tried in turn when H is too close to singular
 
@@ -119,12 +129,40 @@ def _spread(
     weight: Tensor, columns: Tensor, upper: Tensor, importance: Tensor, fmt: Format
 ) -> QuantizedTensor:
     """Scales by search, codes by the sweep; all tensors on one device."""
-    grouped = group_rows(weight.cpu().numpy(), fmt)
-    grid = search_grid(grouped, fmt, importance.cpu().numpy().reshape(grouped.shape[1:]))
-    groups = (columns // grouped.shape[2]).tolist()
+    if weight.device.type == "cpu":
+        grouped = group_rows(weight.numpy(), fmt)
+        grid = search_grid(grouped, fmt, importance.numpy().reshape(grouped.shape[1:]))
+    else:
+        grid = search_on_device(weight, fmt, importance)
+    groups = (columns // (weight.shape[1] // grid.scales.shape[1])).tolist()
     codes = torch.empty(weight.shape, dtype=torch.int8 if grid.low < 0 else torch.uint8, device=weight.device)
     codes[:, columns] = _round_columns(weight.T[columns].contiguous(), upper, grid, groups).T.to(codes.dtype)
     return pack(codes.cpu().numpy(), grid, fmt)
+
+
+def search_on_device(weight: Tensor, fmt: Format, importance: Tensor) -> Grid:
+    """As `search_grid`, of `weight` (N, K) and `importance` (K,), computed where they lie: whole weights at
+    a time, which a GPU's memory is fast enough for and a processor's cache too small."""
+    check_groups(weight.shape[1], fmt)
+    n, groups, device = len(weight), fmt.groups(weight.shape[1]), weight.device
+    grouped, counts = weight.reshape(n, groups, -1), importance.reshape(groups, -1)
+    least, largest = (part.cpu().numpy() for part in grouped.aminmax(dim=2))
+    grids = [grid_between(least, largest, fmt, clip) for clip in CLIP_RATIOS]
+    error = torch.full((n, groups), torch.inf, device=device)
+    best = torch.zeros((n, groups), dtype=torch.int64, device=device)
+    for which, grid in enumerate(grids):
+        step, zero = (torch.from_numpy(part).to(device)[:, :, None] for part in (grid.scales, grid.zeros))
+        levels = (grouped / step).round_().clamp_(grid.low - zero, grid.high - zero)
+        found = levels.mul_(step).sub_(grouped).square_().mul_(counts).sum(dim=2)
+        best = torch.where(found < error, which, best)
+        error = torch.minimum(found, error)
+    chosen = best.cpu().numpy()[None]
+    scales, zeros = (np.stack([getattr(grid, part) for grid in grids]) for part in ("scales", "zeros"))
+    return replace(
+        grids[0],
+        scales=np.take_along_axis(scales, chosen, axis=0)[0],
+        zeros=np.take_along_axis(zeros, chosen, axis=0)[0],
+    )
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -143,30 +181,47 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # a width of 14,336 takes 1.6 GB
         if not int(failed):
-            unit = torch.eye(len(h), dtype=torch.float64, device=h.device)
-            upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
-            return upper.float().contiguous()
+            return _inverse_upper(lower.flip(0, 1)).float().contiguous()
     raise ConfigError("the Hessian must be positive definite", "a singular one", "more calibration text")
+
+
+def _inverse_upper(r: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix (K, K), by halves: of [[A, B], [0, C]] it is [[A', -A' B C'],
+    [0, C']], and products are faster than solving for a unit matrix whose zeros are not seen."""
+    k = len(r)
+    if k <= _SMALL:
+        unit = torch.eye(k, dtype=r.dtype, device=r.device)
+        inverse: Tensor = torch.linalg.solve_triangular(r, unit, upper=True)
+        return inverse
+    half = k // 2
+    found = torch.zeros_like(r)
+    a, c = _inverse_upper(r[:half, :half]), _inverse_upper(r[half:, half:])
+    found[:half, :half], found[half:, half:] = a, c
+    found[:half, half:] = -(a @ (r[:half, half:] @ c))
+    return found
 
 
 def _round_columns(w: Tensor, factor: Tensor, grid: Grid, groups: list[int]) -> Tensor:
     """Codes (K, N) of the transposed weight w (K, N), where a column is contiguous; w is used up. groups[j]
-    is the group whose scale column j uses."""
-    scales, zeros = (torch.from_numpy(part.T.copy()).to(w.device) for part in (grid.scales, grid.zeros))
-    codes = torch.empty_like(w)
+    is the group whose scale column j uses. Few operations a column: each takes longer to start than to run.
+    """
+    zeros = torch.from_numpy(grid.zeros.T.copy()).to(w.device)
+    scales = torch.from_numpy(grid.scales.T.copy()).to(w.device).unbind()
+    lowest, highest = (grid.low - zeros).unbind(), (grid.high - zeros).unbind()
+    spread = factor / factor.diagonal()[:, None]
+    levels = torch.empty_like(w)
+    columns, chosen = w.unbind(), levels.unbind()
     k = len(w)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
         errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
-            scale, zero = scales[groups[j]], zeros[groups[j]]
-            code = (w[j] / scale).round_().add_(zero).clamp_(grid.low, grid.high)
-            codes[j] = code
-            error = (w[j] - code.sub_(zero).mul_(scale)).div_(factor[j, j])
-            w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-            errors[j - start] = error
-        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return codes
+        for j, error in zip(range(start, stop), errors.unbind(), strict=True):
+            g = groups[j]
+            torch.clamp((columns[j] / scales[g]).round_(), lowest[g], highest[g], out=chosen[j])
+            torch.addcmul(columns[j], chosen[j], scales[g], value=-1, out=error)
+            w[j + 1 : stop].addr_(spread[j, j + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
+    return levels.add_(zeros[groups])
 
 
 def round_linear(weight: Matrix, hessian: Matrix, fmt: Format, passes: int = PASSES) -> QuantizedTensor:

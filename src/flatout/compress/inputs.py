@@ -6,6 +6,8 @@ tokens x (3 x intermediate size + hidden size).
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +19,12 @@ from torch import Tensor
 from flatout.compress.method import check_weight
 from flatout.core.fuse import Source, float_weight
 from flatout.errors import EvidenceError
+from flatout.hardware.detect import detect
 from flatout.kernels.linear import as_tensor
 from flatout.models.llama import Cache, Linear, Llama, attention, decoder_layer, rms_norm, rope_turns
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_FEWEST_COLUMNS = 64  # of a block
 _CHECKED_TOKENS = 128  # of the first document, whose probability says whether the text suits the model
 _WORSE_THAN_GUESSING = 1.0  # nats a token above a uniform guess
 
@@ -68,6 +73,51 @@ def _precision(name: str) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let the C library hand freed memory out again instead of returning it: activations are large,
+    short-lived and of few sizes, and clearing fresh pages took 6 % of GPTQ's time. Nothing without glibc."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
+        yield
+        return
+    for setting in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        libc.mallopt(setting, 1 << 30)
+    try:
+        yield
+    finally:
+        for setting in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            libc.mallopt(setting, 128 << 10)  # glibc's own
+        libc.malloc_trim(0)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32. Within `fast_products`, on processors that multiply bfloat16 but to which PyTorch
+    gives no float32 that way (AVX-512 without tiles), of bfloat16 numbers, rounded once more at the end."""
+    fast = a.device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    return (a.bfloat16() @ b.bfloat16()).float() if fast and _multiplies_by_hand() else a @ b
+
+
+@functools.cache
+def _multiplies_by_hand() -> bool:
+    features = detect().features
+    return "avx512_bf16" in features and "amx_bf16" not in features
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x of (T, K). Blocks below the diagonal are those above it."""
+    k = x.shape[1]
+    size = max(_FEWEST_COLUMNS, -(-k // 256) * 64)
+    found = torch.empty(k, k, device=x.device)
+    columns = [slice(a, min(a + size, k)) for a in range(0, k, size)]
+    for i, left in enumerate(columns):
+        for right in columns[i:]:
+            torch.mm(x[:, left].T, x[:, right], out=found[left, right])
+            if left != right:
+                found[right, left] = found[left, right].T
+    return found
 
 
 class Documents(Cache):

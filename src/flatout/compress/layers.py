@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.inputs import Text, exact_products, fast_products
+from flatout.compress.inputs import Text, exact_products, fast_products, gram, kept_memory, product
 from flatout.compress.kept import Kept
 from flatout.compress.method import Data, check_weight, format_in, is_made
 from flatout.core.formats import Recipe
@@ -46,6 +46,7 @@ original makes `target` of its own input."""
 
 
 @torch.no_grad()
+@kept_memory()
 def round_layers(
     source: Source,
     data: Data,
@@ -152,7 +153,7 @@ class _Layer:
         )
         check_weight(name, weight)
         self.floats[name] = as_tensor(weight).to(inputs.device)
-        output = inputs @ self.floats[name].T
+        output = product(inputs, self.floats[name].T)
         self._wanted[name] = inputs, output
         return output
 
@@ -161,7 +162,7 @@ class _Layer:
         theirs, wanted = self._wanted.pop(name)
         sizes = self._sizes() if name.endswith((".o", ".down")) else None
         if is_made(self._text.source, self._recipe, name):
-            ideal, hessian = self._ideal(name, inputs, theirs, sizes)
+            ideal, hessian = self._ideal(name, inputs, theirs, wanted, sizes)
             del theirs
             with exact_products():
                 self.rounded[name] = self._round(name, ideal, hessian)
@@ -173,14 +174,14 @@ class _Layer:
         return output
 
     def _ideal(
-        self, name: str, inputs: Tensor, theirs: Tensor, sizes: Tensor | None
+        self, name: str, inputs: Tensor, theirs: Tensor, wanted: Tensor, sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(weight, Hessian): the float weight that makes most nearly the original's output, which receives
-        `theirs`, of `inputs`; both (T, K), to be divided by `sizes`."""
+        """(weight, Hessian): the float weight that makes most nearly `wanted` (T, N), the original's output
+        of `theirs`, of `inputs`; both (T, K). Tokens are divided by `sizes`."""
         weight = self.floats[name]
         if sizes is not None:
-            inputs, theirs = inputs / sizes, theirs / sizes
-        hessian = inputs.T @ inputs / len(inputs)
+            inputs = inputs / sizes
+        hessian = gram(inputs).div_(len(inputs))
         if not bool(torch.isfinite(hessian.diagonal()).all()):
             raise ConfigError(
                 "activations must be finite",
@@ -189,12 +190,18 @@ class _Layer:
             )
         if not self._strength:
             return weight, hessian
-        right = inputs.T @ (theirs - inputs) @ weight.T
-        if sizes is not None:
-            right = right + inputs.T @ (self._missing / sizes)
+        if sizes is None:
+            right = product(inputs.T, theirs - inputs) @ weight.T
+        else:  # the same product, narrow outputs first, with what the residual stream lacks
+            lacks = (wanted + self._missing) / sizes - product(inputs, weight.T)
+            right = product(inputs.T, lacks)
         damped = hessian.clone()
         damped.diagonal().add_(_DAMPING * hessian.diagonal().mean() + 1e-12)
-        added = torch.linalg.solve(damped, right / len(inputs)).T
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            added = torch.linalg.solve(damped, right / len(inputs)).T
+        else:
+            added = torch.cholesky_solve(right / len(inputs), lower).T
         return weight + self._strength * added, hessian
 
     def _sizes(self) -> Tensor:
@@ -204,8 +211,19 @@ class _Layer:
     def product(self, name: str, inputs: Tensor) -> Tensor:
         """As the rounded model multiplies."""
         if name not in self.rounded:
-            return inputs @ self.floats[name].T
-        return inputs @ as_tensor(self.rounded[name].dequantize()).to(inputs.device).T
+            return product(inputs, self.floats[name].T)
+        return product(inputs, dequantized(self.rounded[name], inputs.device).T)
+
+
+def dequantized(weight: QuantizedTensor, device: torch.device) -> Tensor:
+    """The rounded `weight` as float32 (N, K) on `device`, to which its codes travel."""
+    n, k = weight.shape
+    codes = as_tensor(weight.codes).to(device).float().reshape(n, weight.format.groups(k), -1)
+    scales = torch.from_numpy(weight.scales.astype(np.float32)).to(device)[:, :, None]
+    if weight.zeros is None:
+        return codes.sub_(weight.integer_zero).mul_(scales).reshape(n, k)
+    zeros = torch.from_numpy(weight.zeros.astype(np.float32)).to(device)[:, :, None]
+    return codes.sub_(zeros).mul_(scales).reshape(n, k)
 
 
 def _part_wrong(wanted: Tensor, found: Tensor, sizes: Tensor | None) -> float:

@@ -26,7 +26,7 @@ from flatout.core.quantized import QuantizedTensor
 from flatout.kernels.linear import as_tensor
 
 _BLOCK = 32  # columns whose changes are applied to the rest together
-_ROWS = 1024  # rows refined at a time by a processor, whose cache they fit; a GPU takes all
+_ROWS = 4096  # rows refined at a time by a processor, whose cache a block of them fits; a GPU takes all
 _RIDGE = 1e-3  # of the mean of A's diagonal, towards the scales there are
 
 
@@ -109,19 +109,20 @@ def _descend(weight: Tensor, h: Tensor, levels: Tensor, scales: Tensor, low: Ten
     weight, where a column is contiguous."""
     k = weight.shape[1]
     width = k // scales.shape[1]
-    steps, lowest, highest = (part.T.contiguous() for part in (scales, low, high))
+    steps, lowest, highest = (part.T.contiguous().unbind() for part in (scales, low, high))
     c = levels.T.contiguous()
-    q = c * steps.repeat_interleave(width, dim=0)
+    q = c * scales.T.repeat_interleave(width, dim=0)
     slope = h @ (q - weight.T)  # (K, N): half the error's gradient
+    inverse = (1 / h.diagonal()).tolist()
+    here, slopes, chosen = q.unbind(), slope.unbind(), c.unbind()
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
-        moved = torch.empty_like(c[start:stop])
-        for j in range(start, stop):
+        moved = torch.empty_like(c[start:stop])  # backwards: q - (new q)
+        for j, back in zip(range(start, stop), moved.unbind(), strict=True):
             g = j // width
-            best = (q[j] - slope[j] / h[j, j]).div_(steps[g]).round_().clamp_(lowest[g], highest[g])
-            c[j] = best
-            change = best.mul_(steps[g]).sub_(q[j])
-            moved[j - start] = change
-            slope[j + 1 : stop].addr_(h[j + 1 : stop, j], change)
-        slope[stop:].addmm_(h[stop:, start:stop], moved)
+            best = torch.add(here[j], slopes[j], alpha=-inverse[j]).div_(steps[g]).round_()
+            torch.clamp(best, lowest[g], highest[g], out=chosen[j])
+            torch.addcmul(here[j], chosen[j], steps[g], value=-1, out=back)
+            slope[j + 1 : stop].addr_(h[j + 1 : stop, j], back, alpha=-1)
+        slope[stop:].addmm_(h[stop:, start:stop], moved, alpha=-1)
     return c.T.contiguous()

@@ -24,7 +24,7 @@ from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.hardware.detect import available_cores
 
-_CLIP_RATIOS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
+CLIP_RATIOS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 _SEARCHED_TOGETHER = 1 << 16  # weights
 _SEARCHERS = 4  # threads; more of them mostly wait for the interpreter
 _SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
@@ -72,20 +72,31 @@ def storable(scales: np.ndarray) -> np.ndarray:
     return np.where(scales < _SMALLEST_NORMAL, rounded_up, scales.astype(np.float16).astype(np.float32))
 
 
-def make_grid(grouped: np.ndarray, fmt: Format, clip: float = 1.0) -> Grid:
-    """The grid of `grouped` float32 (N, groups, width) whose range is its own times `clip`."""
+def extremes(grouped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least and largest of each group of (N, groups, width), both (N, groups)."""
+    return grouped.min(axis=2), grouped.max(axis=2)
+
+
+def grid_between(minimum: np.ndarray, maximum: np.ndarray, fmt: Format, clip: float = 1.0) -> Grid:
+    """The grid of groups between `minimum` and `maximum` float32 (N, groups), whose range is that times
+    `clip`."""
     if fmt.zero == "symmetric":
-        amax = np.abs(grouped).max(axis=2) * np.float32(clip)
+        amax = np.maximum(-minimum, maximum) * np.float32(clip)
         zero, low, high = (0, -127, 127) if fmt.bits == 8 else (1 << (fmt.bits - 1), 0, (1 << fmt.bits) - 1)
         half_range = (high - low) / 2
         scales = storable(amax / np.float32(half_range))
         return Grid(scales=scales, zeros=np.full_like(scales, zero), low=low, high=high)
     top = (1 << fmt.bits) - 1
-    minimum = np.minimum(grouped.min(axis=2), 0) * np.float32(clip)
-    maximum = np.maximum(grouped.max(axis=2), 0) * np.float32(clip)
+    minimum = np.minimum(minimum, 0) * np.float32(clip)
+    maximum = np.maximum(maximum, 0) * np.float32(clip)
     scales = storable((maximum - minimum) / np.float32(top))
     zeros = np.clip(np.rint(-minimum / scales), 0, top)
     return Grid(scales=scales, zeros=zeros, low=0, high=top)
+
+
+def make_grid(grouped: np.ndarray, fmt: Format, clip: float = 1.0) -> Grid:
+    """The grid of `grouped` float32 (N, groups, width) whose range is its own times `clip`."""
+    return grid_between(*extremes(grouped), fmt, clip)
 
 
 def search_grid(grouped: np.ndarray, fmt: Format, importance: np.ndarray | None = None) -> Grid:
@@ -108,11 +119,12 @@ def search_grid(grouped: np.ndarray, fmt: Format, importance: np.ndarray | None 
 
 
 def _search_rows(grouped: np.ndarray, fmt: Format, importance: np.ndarray | None) -> Grid:
-    best = make_grid(grouped, fmt)
+    between = extremes(grouped)
+    best = grid_between(*between, fmt)
     least = np.full(best.scales.shape, np.inf, dtype=np.float32)
     scratch = np.empty_like(grouped)
-    for clip in _CLIP_RATIOS:
-        grid = make_grid(grouped, fmt, clip)
+    for clip in CLIP_RATIOS:
+        grid = grid_between(*between, fmt, clip)
         scales, zeros = grid.scales[:, :, None], grid.zeros[:, :, None]
         np.divide(grouped, scales, out=scratch)
         np.rint(scratch, out=scratch)
@@ -155,12 +167,17 @@ def with_scales(rounded: QuantizedTensor, scales: np.ndarray) -> QuantizedTensor
     return replace(rounded, scales=_narrowed(storable(scales)))
 
 
+def check_groups(k: int, fmt: Format) -> None:
+    """Raise ConfigError when the groups of `fmt` do not divide the width `k`."""
+    if fmt.group and k % fmt.group:
+        raise ConfigError("groups must divide the width", f"{fmt.name} on width {k}", "a group of 32 or 64")
+
+
 def group_rows(weight: np.ndarray, fmt: Format) -> np.ndarray:
     """float32 (N, K) as (N, groups, width). Raises ConfigError when the group does not divide K or values
     are not finite."""
     n, k = weight.shape
-    if fmt.group and k % fmt.group:
-        raise ConfigError("groups must divide the width", f"{fmt.name} on width {k}", "a group of 32 or 64")
+    check_groups(k, fmt)
     if not np.isfinite(weight).all():
         raise ConfigError("weights must be finite", "infinity or NaN", "another checkpoint")
     return np.asarray(weight, dtype=np.float32).reshape(n, fmt.groups(k), -1)

@@ -7,6 +7,8 @@ tokens, D hidden size, H heads, E head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,17 +52,22 @@ class Bert:
         weight, bias = self._vector(name), self._vector(f"{name}_bias")
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, self.spec.layer_norm_eps)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """States (T, D) after the last norm of one sequence's token ids (T,)."""
+    def hidden(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """States (T, D) after the last norm of token ids (T,): of one sequence, or of several of `lengths`
+        that lie one behind the other."""
+        sizes = [len(tokens)] if lengths is None else list(lengths)
         words = self._vector("embedding")[tokens]
         if self._as_served and self._model.format.name != "fp32":
             words = words.bfloat16().float()
-        x = self._norm("embedding_norm", words + self._vector("positions")[: len(tokens)])
+        places = torch.cat([torch.arange(size) for size in sizes])
+        x = self._norm("embedding_norm", words + self._vector("positions")[places])
         for i in range(self.spec.num_layers):
             p = f"layers.{i}."
             qkv = self._linear(p + "qkv", x).reshape(len(tokens), 3, self.spec.num_heads, -1)
             k, v = (round_keys_or_values(qkv[:, j], self._kv_cache) for j in (1, 2))
-            x = self._norm(p + "attention_norm", x + self._linear(p + "o", attention(qkv[:, 0], k, v)))
+            each = zip(*(torch.split(part, sizes) for part in (qkv[:, 0], k, v)), strict=True)
+            read = torch.cat([attention(*one) for one in each])
+            x = self._norm(p + "attention_norm", x + self._linear(p + "o", read))
             up = torch.nn.functional.gelu(self._linear(p + "up", x))
             x = self._norm(p + "output_norm", x + self._linear(p + "down", up))
         return x

@@ -20,22 +20,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flatout.compress.apply import compress
 from flatout.core.artifact import save_artifact, update_manifest
-from flatout.core.checkpoint import Checkpoint
+from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
 from flatout.core.fuse import float_weight
 from flatout.core.model import Model, Weight, dense
 from flatout.core.quantized import QuantizedTensor
+from flatout.core.types import to_json
+from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import Runner
 from flatout.errors import ConfigError
+from flatout.hardware.detect import available_cores
 from flatout.kernels.linear import as_tensor
+from flatout.search.preflight import check_output
+from flatout.search.recipes import recipe_from_name
+from flatout.search.request import parse_max_loss
 from flatout.search.rows import Loss, loss_of
-from flatout.search.texts import Texts
+from flatout.search.texts import Texts, read_texts
 from flatout.train.config import TrainConfig
 from flatout.train.constraints import Constraint, Mask, has_levels, inside, levels_of
 from flatout.train.data import pack
@@ -48,6 +55,7 @@ from flatout.verify.quality import pair_scores, score_model
 
 RUNGS = ("rtn", "gptq", "tune", "lora-kd", "full-kd")
 _RANK = 16
+_PAGES = 33  # two texts of 1,024 tokens and one page
 _LIKELY = 0.5  # chance to pass that an opening takes
 
 
@@ -144,6 +152,66 @@ def climb(
     if passed is not None:
         update_manifest(out, {"certificate": certificate_to_json(passed)})
     return Recovery(rungs=tuple(climbed), model=best, certificate=passed)
+
+
+def recover(
+    model: str | Path,
+    out: str | Path,
+    recipe: str,
+    *,
+    max_loss: str | float = "1%",
+    text: Path | None = None,
+    threads: int | None = None,
+    steps: int = 200,
+    learning_rate: float = 1e-4,
+    rungs: Sequence[str] = RUNGS,
+    ledger: Path | None = None,
+    tell: Callable[[Rung], None] = lambda rung: None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`climb` with a model, a recipe and a text by name, on the CPU engine; returns a JSON object.
+
+    steps, learning_rate: of each distillation. Raises ConfigError for what does not fit, before any work.
+    """
+    from flatout.engine.cpu import CpuRunner
+
+    margin, cores = parse_max_loss(max_loss), threads or available_cores()
+    check_output(Path(out), Path(model))
+    source = open_checkpoint(model)
+    config = TrainConfig(
+        steps=steps, rows=4, length=256, learning_rate=learning_rate, warmup=steps // 10,
+        weight_decay=0.0, precision="fp32", device="auto", log_every=10,
+    )  # fmt: skip
+    found = climb(
+        source,
+        recipe_from_name(recipe, source),
+        read_texts(source.tokenizer, source.tokenizer.sha256, source.spec, text),
+        Path(out),
+        config,
+        original=ReferenceRunner(source, _PAGES),
+        serve=lambda made: CpuRunner(made, threads=cores, num_pages=_PAGES),
+        margin=margin,
+        rungs=rungs,
+        ledger=ledger,
+        tell=tell,
+        progress=progress,
+    )
+    certificate = found.certificate
+    rung = min(found.rungs, key=lambda rung: rung.loss.value) if certificate is None else found.rungs[-1]
+    return {
+        "command": "optimize",
+        "kind": "recovery",
+        "model": str(model),
+        "recipe": found.model.recipe.name,
+        "margin": margin,
+        "config": to_json(config),
+        "rungs": [to_json(one) for one in found.rungs],
+        "delivered": rung.name,
+        "certified": None if certificate is None else {"k": certificate.k, "upper": certificate.loss_upper},
+        "passed": certificate is not None,
+        "verdict": f"{rung.name} is certified" if certificate is not None else "no rung is certified",
+        "artifact": str(out),
+    }
 
 
 def _certify(
