@@ -89,7 +89,6 @@ def continuations(
     length: int,
     prompt: int,
     rows: int,
-    seed: int = 0,
 ) -> Packed:
     """Rows of `length` + 1 tokens that begin with `prompt` tokens from random places of `text`, int (N,), in
     rounds of `rows` until `seconds` are over."""

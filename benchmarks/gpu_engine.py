@@ -514,7 +514,7 @@ def main() -> int:
     begin = time.perf_counter()
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *(a if not a.startswith("/") else Path(a).name for a in sys.argv)]),
+        "command": " ".join(["python", *sys.argv]),
         "hardware": {"name": torch.cuda.get_device_name(device), "kind": "gpu", "cores": 1},
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
         "weights": "random, shapes of Llama-3.1-8B, Llama-3.2-1B and Llama-3.1-70B",

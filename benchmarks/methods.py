@@ -116,8 +116,7 @@ class Judge:
         self._source, self._threads, self._reference = source, threads, reference
         self._windows = windows(text, count, WINDOW)
         self._original = self.runner(assemble(source, float_recipe("bf16")))
-        key = json.dumps([source.sha256, reference, self._windows])
-        kept = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        kept = kept_file(".npy", source.sha256, reference, self._windows)
         if not kept.exists():
             scores = np.concatenate(score_documents(self._original, self._windows))
             KEPT.mkdir(parents=True, exist_ok=True)
@@ -148,6 +147,11 @@ class Judge:
             "flips": differs.flip_rate,
             "tokens": len(scores),
         }
+
+
+def kept_file(suffix: str, *made_from: Any) -> Path:
+    """Where what was `made_from` these is kept."""
+    return KEPT / f"{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]}{suffix}"
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -390,10 +394,8 @@ def main() -> int:
         if args.cost:
             print(decoder_row(name, source, calibrating, 0, args.device)[0], flush=True)
             continue
-        key = json.dumps(
-            [source.sha256, name, args.windows, calibrating, windows(text, args.windows, WINDOW)]
-        )
-        kept = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        judged = windows(text, args.windows, WINDOW)
+        kept = kept_file(".json", source.sha256, name, args.windows, calibrating, judged)
         if not kept.exists() and (args.jobs or args.finished):
             print(f"{name} is missing", flush=True)
             continue

@@ -45,7 +45,7 @@ def make_record(result: Mapping[str, Any], command: str | None, commit: str) -> 
     if command is None and known is None:
         raise ValueError("this result does not say which command made it: give --command")
     return {
-        "command": command or known,
+        "command": _cut(command or known or ""),
         "commit": result.get("commit") or commit,
         "date": date[:10],
         "hardware": f"{hardware['name']}, {hardware['cores']} cores",
@@ -97,9 +97,16 @@ def commit_of(folder: Path) -> str:
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
+def _cut(command: str) -> str:
+    return " ".join(Path(word).name if word.startswith("/") else word for word in command.split(" "))
+
+
 def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
+        return {
+            key: _cut(item) if key == "command" and isinstance(item, str) else _without_folders(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
     if isinstance(value, str) and value.startswith("/") and "\n" not in value:

@@ -263,6 +263,8 @@ def test_a_record_needs_the_command_line() -> None:
         record.make_record(result(), None, "a")
     whole = result() | {"command": "flatout bench x --against y"}
     assert record.make_record(whole, None, "a")["command"] == "flatout bench x --against y"
+    far = record.make_record(result() | {"command": "flatout bench /home/someone/x --out a/b"}, None, "a")
+    assert far["command"] == far["result"]["command"] == "flatout bench x --out a/b"
 
 
 def test_results_files_say_how_they_were_made() -> None:

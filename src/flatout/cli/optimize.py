@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from flatout.cli.output import Progress, aligned, log, print_json
+from flatout.core.portable import TO_GGUF
 from flatout.errors import ConfigError
 from flatout.search.stages import Listener, Status
 from flatout.search.units import megabytes, percent, rate, seconds, times
@@ -173,7 +174,7 @@ def summary(result: Mapping[str, Any]) -> str:
         f"next: flatout run {result['artifact']}",
     ]
     if result["request"].get("portable") == "llama.cpp":
-        lines.append(f"for llama.cpp: flatout export {result['artifact']} --to gguf --out FILE.gguf")
+        lines.append(f"for llama.cpp: {TO_GGUF.replace('FOLDER', result['artifact'])}")
     return "\n".join(lines)
 
 

@@ -68,7 +68,7 @@ def gptq(
     Raises ConfigError for shapes that do not fit and for a Hessian that is not finite.
     """
     check_roundable(fmt)
-    w, h = tensor_of(weight), tensor_of(hessian)
+    w, h = as_tensor(weight), as_tensor(hessian)
     k = w.shape[1]
     if h.shape != (k, k) or not bool(torch.isfinite(h).all()):
         raise ConfigError(
@@ -78,10 +78,6 @@ def gptq(
     diagonal = h.diagonal()
     importance = (diagonal + damping * diagonal.mean() + 1e-12).float()
     return _spread(w, columns, upper, importance, fmt)
-
-
-def tensor_of(matrix: Matrix) -> Tensor:
-    return matrix if isinstance(matrix, Tensor) else as_tensor(matrix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -234,7 +230,7 @@ def round_linear(weight: Matrix, hessian: Matrix, fmt: Format, passes: int = PAS
 
 def damped(hessian: Matrix, damping: float = DAMPING) -> Tensor:
     """`hessian` with `damping` of its diagonal's mean added to the diagonal, float32 and never singular."""
-    found = tensor_of(hessian).to(torch.float32, copy=True)
+    found = as_tensor(hessian).to(torch.float32, copy=True)
     found.diagonal().add_(damping * float(found.diagonal().mean()) + 1e-12)
     return found
 

@@ -41,8 +41,7 @@ def refine(
     rows = _ROWS if hessian.device.type == "cpu" else len(weight)
     parts = []
     for a in range(0, len(weight), rows):
-        part = weight[a : a + rows]
-        own = (part if isinstance(part, Tensor) else as_tensor(part)).to(hessian.device)
+        own = as_tensor(weight[a : a + rows]).to(hessian.device)
         parts.append(_refine_rows(own, hessian, rounded.rows(a, a + rows), passes))
     return QuantizedTensor(
         format=rounded.format,

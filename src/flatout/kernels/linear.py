@@ -34,8 +34,10 @@ NIBBLE, BYTE, FIFTEEN_BITS = 7, 127, 127 * 128
 _EXACT_FLOAT32_WIDTH = 512  # 512 * 127 * 255 < 2**24: float32 holds every partial sum of a group exactly
 
 
-def as_tensor(array: np.ndarray) -> Tensor:
+def as_tensor(array: np.ndarray | Tensor) -> Tensor:
     """`array` as a tensor, shared where it is writable and copied where it is not (memory-mapped files)."""
+    if isinstance(array, Tensor):
+        return array
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 

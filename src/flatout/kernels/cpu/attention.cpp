@@ -59,6 +59,14 @@ constexpr int kTogether = 4;
 constexpr int kTogether = 2;
 #endif
 
+// f<count>() for 1 <= count <= MOST.
+template <int MOST, class F>
+static inline __attribute__((always_inline)) void with_rows(int count, F f) {
+  if constexpr (MOST > 1)
+    if (count < MOST) return with_rows<MOST - 1>(count, f);
+  f.template operator()<MOST>();
+}
+
 // What is multiplied: `steps` steps of lines, a line 64 bytes, those of a step one after another.
 struct Lines {
   const uint8_t* at;
@@ -105,15 +113,7 @@ static inline void multiply_block(Lines lines, const uint8_t* rows, size_t row_s
     for (int v = 0; v < V; ++v) done(r, v, acc[r][v]);
 }
 
-// f<count>() for 1 <= count <= MOST.
-template <int MOST, class F>
-static inline __attribute__((always_inline)) void with_rows(int count, F f) {
-  if constexpr (MOST > 1)
-    if (count < MOST) return with_rows<MOST - 1>(count, f);
-  f.template operator()<MOST>();
-}
-
-// The same for up to kTogether rows and lines.
+// The same for up to kTogether rows and lines, not known to the compiler.
 template <bool SIGNED_LINES, class Done>
 static inline void multiply_some(Lines lines, int count_lines, const uint8_t* rows, size_t row_stride, const int32_t* start,
                                  int count, Fetch& next, Done done) {
@@ -168,9 +168,9 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
   }
 }
 
-// Scores of R queries and V vectors of a bf16 page's keys, from the first: fp32 arithmetic, value after value.
+// scores[r][v] of R queries and V vectors of a bf16 page's keys, from the first: fp32 arithmetic, value after value.
 template <int R, int V>
-static void score_bf16(const Attention& a, const float* q, const uint8_t* keys, f32x16* scores) {
+static void score_bf16(const Attention& a, const float* q, const uint8_t* keys, f32x16 (*scores)[kPage / kLanes]) {
   f32x16 acc[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -193,7 +193,7 @@ static void score_bf16(const Attention& a, const float* q, const uint8_t* keys, 
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) scores[r * kTogether + v] = acc[r][v];
+    for (int v = 0; v < V; ++v) scores[r][v] = acc[r][v];
 }
 
 // out[v][r] += keys begin .. end of R rows' weights times V vectors of a bf16 page's values.
@@ -224,8 +224,7 @@ static void weigh_bf16(const uint8_t* values, int E, const float (*weights)[kPag
     for (int v = 0; v < V; ++v) store(out[v][r], acc[r][v]);
 }
 
-// The same for vectors d and on of some rows, of which row i sees keys begin[i] .. end[i] only: what lies in other slots may
-// not be a number.
+// The same for some rows, of which row i sees keys begin[i] .. end[i] only: what lies in other slots may not be a number.
 template <int V>
 static void weigh_rows(const uint8_t* values, int E, const float (*weights)[kPage], const int* begin, const int* end,
                        int count, float (*out)[kTileRows][kLanes]) {
@@ -239,11 +238,11 @@ static void weigh_rows(const uint8_t* values, int E, const float (*weights)[kPag
   for (int r = 0; r < count; ++r) alone(r, std::max(last, begin[r]), end[r]);
 }
 
-// The same against a bf16 cache: fp32 arithmetic on the widened values.
+// Against a bf16 cache.
 static void attend_bf16(const Attention& a, SoftmaxBlock& block) {
   const int E = a.head_dim_padded, rows = a.rows;
   alignas(64) float scores[kTileRows][kPage];
-  f32x16 sums[kTogether * kTogether], products[kTogether][kPage / kLanes];
+  f32x16 products[kTogether][kPage / kLanes];
   uint64_t visible[kTileRows];
   for (int r = 0; r < rows; ++r) block.slope[r] = a.scale * kLog2E;
   const PageRange range = visible_pages(a);
@@ -251,14 +250,11 @@ static void attend_bf16(const Attention& a, SoftmaxBlock& block) {
     const bool whole = see_page(a, p, visible);
     const Page page = page_at(a, p);
     const auto score = [&](int r, int i) {
-      if (r % kTogether == 0 && i == 0)
-        for (int v = 0; v < kPage / kLanes; v += kTogether) {
-          const int count = std::min(kTogether, rows - r);
-          with_rows<kTogether>(count, [&]<int R>() {
-            score_bf16<R, kTogether>(a, a.q + (size_t)r * a.q_stride, page.keys + 64 * v, sums);
-          });
-          for (int j = 0; j < count * kTogether; ++j) products[j / kTogether][v + j % kTogether] = sums[j];
-        }
+      for (int v = 0; r % kTogether == 0 && i == 0 && v < kPage / kLanes; v += kTogether)
+        with_rows<kTogether>(std::min(kTogether, rows - r), [&]<int R>() {
+          score_bf16<R, kTogether>(a, a.q + (size_t)r * a.q_stride, page.keys + 64 * v,
+                                   (f32x16 (*)[kPage / kLanes]) & products[0][v]);
+        });
       return products[r % kTogether][i];
     };
     advance(block, whole, visible, rows, score, scores, nullptr, nullptr);
