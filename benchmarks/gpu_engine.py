@@ -147,22 +147,22 @@ def check(
     against the reference runner, which multiplies as the formats are written. Raises SystemExit beyond the
     bound."""
     spec, device = model.spec, open_device()
-    reference = ReferenceRunner(model, num_pages=8, page_size=16, as_served=False)
+    reference = ReferenceRunner(model, num_pages=15, page_size=16, as_served=False)
     if runner is None:
-        runner = CudaRunner(spec, load_weights(model, device), 8, 16, kv_cache, max_batch=4)
+        runner = CudaRunner(spec, load_weights(model, device), 15, 16, kv_cache, max_batch=8)
     draws = np.random.default_rng(0)
-    pages = [[3, 1, 4], [0, 5, 2]]
+    pages = [[3, 1, 4], [0, 5, 2], [7, 6, 8], [10, 9, 11], [14, 12, 13]]
     batches = [
-        (step(draws.integers(3, spec.vocab_size, 20), [0, 0], [13, 7], pages), "all"),
-        (step(draws.integers(3, spec.vocab_size, 6), [13, 7], [1, 5], pages), "last"),
-        (step(draws.integers(3, spec.vocab_size, 2), [14, 12], [1, 1], pages), "last"),
+        (step(draws.integers(3, spec.vocab_size, 20), [0, 0], [13, 7], pages[:2]), "all"),
+        (step(draws.integers(3, spec.vocab_size, 6), [13, 7], [1, 5], pages[:2]), "last"),
+        (step(draws.integers(3, spec.vocab_size, 2), [14, 12], [1, 1], pages[:2]), "last"),
     ]
     errors = []
     for batch, rows in batches:
         errors.append(relative(runner.forward(batch, rows), reference.forward(batch, rows)))  # type: ignore[arg-type]
     gaps = []
-    for count in (2, 1):
-        current, starts = draws.integers(3, spec.vocab_size, count), np.array([15, 13][:count])
+    for count in (5, 2, 1):
+        current, starts = draws.integers(3, spec.vocab_size, count), np.array([15, 13, 0, 0, 0][:count])
         greedy = (np.zeros(count, np.float32), np.zeros(count, np.int32), np.ones(count, np.float32))
         for _ in range(12):
             batch = step(current, starts, [1] * count, pages[:count])

@@ -10,7 +10,6 @@ and a half the process says where it stands and ends.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import faulthandler
 import gc
@@ -18,7 +17,6 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +36,11 @@ from flatout.engine.cuda_ranks import Group, Rank
 from flatout.engine.cuda_weights import load_weights, random_weights
 from flatout.engine.engine import Engine
 from flatout.engine.scheduler import MAX_DRAFTED_ROWS
-from flatout.kernels import gpu, gpu_linear
+from flatout.kernels import gpu, gpu_attention, gpu_linear
 from flatout.kernels.gpu import Exchange
-from flatout.perf.gpu_routes import Setting, few_settings, tune
+from flatout.perf.gpu_routes import Setting, attention_settings, few_settings, tune
 from gpu_engine import LLAMA_8B, RECIPES, Bench, Wordless, ceilings, check, median_ms, save, table
 
-FUSED = True
 SILENCE_S = 90
 _begin = time.perf_counter()
 
@@ -80,9 +77,9 @@ def shared(model: Model, gpus: int, kv_cache: str) -> ParallelRunner:
     def make(rank: int, group: Group) -> CudaRunner:
         whole = load_weights(model_of_rank(model, rank, gpus), devices[rank])
         weights = head_of_rank(whole, rank, gpus)
-        return CudaRunner(share, weights, 8, 16, kv_cache, max_batch=4, rank=Rank(group, rank, FUSED))
+        return CudaRunner(share, weights, 15, 16, kv_cache, max_batch=8, rank=Rank(group, rank))
 
-    return ParallelRunner(model.spec, devices, make, max_batch=4)
+    return ParallelRunner(model.spec, devices, make, max_batch=8)
 
 
 def random_shares(
@@ -94,9 +91,7 @@ def random_shares(
 
     def make(rank: int, group: Group) -> CudaRunner:
         weights = head_of_rank(random_weights(share, recipe, devices[rank]), rank, gpus)
-        return CudaRunner(
-            share, weights, pages, 64, kv_cache, max_batch=sequences, rank=Rank(group, rank, FUSED)
-        )  # fmt: skip
+        return CudaRunner(share, weights, pages, 64, kv_cache, max_batch=sequences, rank=Rank(group, rank))
 
     return ParallelRunner(spec, devices, make, max_batch=sequences)
 
@@ -152,12 +147,11 @@ def step_us(runner: ParallelRunner, context: int, steps: int = 12) -> float:
         return max(runner._all(replay))
 
 
-def precompile(runner: ParallelRunner, settings: dict[str, list[Setting]]) -> None:
+def precompile(runner: ParallelRunner, recipe: Recipe, settings: dict[str, list[Setting]]) -> None:
     """Fill Triton's cache with all of them, but for the head's."""
     one = runner._ranks[0]
     card = dataclasses.replace(one.card, dry=True)
     share = dataclasses.replace(one.spec, num_layers=1)
-    recipe = Recipe(name="share", layers=one.weights.layers[0].linears[0].format)
     weights = random_weights(share, recipe, torch.device("meta"))
     named = dict(zip(settings, weights.layers[0].linears, strict=False))
 
@@ -175,7 +169,7 @@ def precompile(runner: ParallelRunner, settings: dict[str, list[Setting]]) -> No
                     if name == "gate_up":
                         out = empty(1, weight.n // 2, dtype=torch.bfloat16)
                         how[0]["epilogue"] = gpu_linear.SILU
-                elif FUSED:
+                else:
                     rooms, state = empty(2, dtype=torch.int64), empty(2, dtype=torch.int32)
                     more = {"residual": out, "out_bf16": empty(1, weight.n, dtype=torch.bfloat16)}
                     capacity = MAX_DRAFTED_ROWS * one.spec.hidden_size
@@ -194,9 +188,12 @@ def tune_shares(recipe: Recipe, gpus: int, context: int) -> dict[str, list[int]]
     named["head"] = one.weights.head
     keys = {name: f"{w.format} {w.n}x{w.k} 1" for name, w in named.items()}
     settings = {name: few_settings(w.format, w.n, w.k, name) for name, w in named.items()}
-    precompile(runner, settings)
+    precompile(runner, recipe, settings)
+    plan = gpu_attention.attention_plan(one.card, one.spec, 1, one.device)
+    keys["attention"] = gpu_attention.route_key(one.caches[0].keys.element_size(), plan.splits)
+    settings["attention"] = attention_settings()
     lowest = step_us(runner, context)
-    say(f"8 layers, fused {FUSED}: {lowest:.0f} us to begin with")
+    say(f"8 layers: {lowest:.0f} us to begin with")
     kept = settings
     for again in (False, True):
         for name, key in keys.items():
@@ -234,20 +231,12 @@ def measured(
         for kind in kinds:
             found = bench.prefill(4096) if kind == "prefill" else bench.decode(1, 1024)
             shown = {"kind": kind, "shape": "8B", "recipe": bench.recipe.name, "sequences": 1}
-            shown |= {"fused": FUSED, "prompt": 4096 if kind == "prefill" else 1024}
+            shown["prompt"] = 4096 if kind == "prefill" else 1024
             result["rows"].append({"gpus": count, **shown, **found})
-            say(f"{count} GPUs, fused {FUSED}: " + table(result["rows"][-1:]).splitlines()[-1])
+            say(f"{count} GPUs: " + table(result["rows"][-1:]).splitlines()[-1])
             save(result, path)
             gc.collect()
             torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def without_fusion() -> Iterator[None]:
-    global FUSED
-    FUSED = False
-    yield
-    FUSED = True
 
 
 def main() -> int:
@@ -277,17 +266,12 @@ def main() -> int:
     from tests.tiny import tiny_model, tiny_spec
 
     small = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-    cases: list[tuple[str, str, float, Callable[[], Any]]] = [
-        ("bf16", "bf16", 3e-2, without_fusion), ("w4a16-g32", "w8a16", 3e-2, contextlib.nullcontext),
-    ]  # fmt: skip
-    for layers, head, bound, how in cases:
+    for layers, head in (("bf16", "bf16"), ("w4a16-g32", "w8a16")):
         recipe = Recipe(name="check", layers=layers, embedding="bf16", head=head)
         model = tiny_model(tiny_spec("llama", **small), recipe)
-        with how():
-            runner = shared(model, gpus, "bf16")
-            say(f"a runner on {gpus} GPUs, fused {FUSED}")
-            row = check(f"{gpus} GPUs, tiny llama {layers}, fused {FUSED}", model, "bf16", bound, runner)
-        result["checks"].append(row)
+        runner = shared(model, gpus, "bf16")
+        say(f"a runner on {gpus} GPUs")
+        result["checks"].append(check(f"{gpus} GPUs, tiny llama {layers}", model, "bf16", 3e-2, runner))
         save(result, options.out)
         say("checked")
     result["ceilings"] = ceilings(device)
@@ -303,13 +287,11 @@ def main() -> int:
             tuned |= tune_whole(recipe, 1088)
             say("tuned on one")
         measured(one * 2, ["decode-1"], result, options.out)
-        for how in (without_fusion, contextlib.nullcontext):
-            with how():
-                if options.tune:
-                    tuned[f"fused {FUSED}"] = tune_shares(recipe, gpus, 1088)
-                gc.collect()
-                torch.cuda.empty_cache()
-                measured(both * 2, ["decode-1"], result, options.out)
+        if options.tune:
+            tuned["shares"] = tune_shares(recipe, gpus, 1088)
+            gc.collect()
+            torch.cuda.empty_cache()
+        measured(both * 2, ["decode-1"], result, options.out)
         if recipe_name == "bf16":
             measured(one + both, ["prefill"], result, options.out)
         rates = [

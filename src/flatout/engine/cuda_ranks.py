@@ -51,8 +51,7 @@ class Group:
 class Rank:
     """One GPU's side."""
 
-    def __init__(self, group: Group, index: int, fused: bool = True) -> None:
-        self._fused = fused
+    def __init__(self, group: Group, index: int) -> None:
         self._group, self.index, self.count = group, index, len(group.devices)
         self._device = group.devices[index]
         self._card = gpu.card(self._device)
@@ -109,7 +108,7 @@ class Rank:
     def exchange(self) -> Exchange | None:
         """For a product that adds up with those of the other ranks by itself. None where a library that loads
         a kernel may stand between."""
-        if self._device.type != "cuda" or not self._fused:
+        if self._device.type != "cuda":
             return None
         return self._ticket(only_load=not torch.cuda.is_current_stream_capturing())
 
