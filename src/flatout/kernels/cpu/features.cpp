@@ -89,8 +89,10 @@ const Ops* ops_for(const std::string& isa) {
 #if defined(__x86_64__)
   FLATOUT_TABLE(amx_ops, "amx", avx512, avx512::prepare_panel, avx512::begin_linear, avx512::end_linear,
                 avx512::linear_panels_amx, avx512::attend_amx);
-  FLATOUT_TABLE(avx512_ops, "avx512", avx512, nullptr, nullptr, nullptr, avx512::linear_panels, avx512::attend);
-  FLATOUT_TABLE(avx512_bf16_ops, "avx512", avx512, nullptr, nullptr, nullptr, avx512::linear_panels_bf16, avx512::attend);
+  FLATOUT_TABLE(avx512_ops, "avx512", avx512, avx512::unpack_panel, nullptr, nullptr, avx512::linear_panels,
+                avx512::attend);
+  FLATOUT_TABLE(avx512_bf16_ops, "avx512", avx512, avx512::unpack_panel, nullptr, nullptr, avx512::linear_panels_bf16,
+                avx512::attend);
   FLATOUT_TABLE(avxvnni_ops, "avxvnni", avx2, nullptr, nullptr, nullptr, avxvnni::linear_panels, avxvnni::attend);
   FLATOUT_TABLE(avx2_ops, "avx2", avx2, nullptr, nullptr, nullptr, avx2::linear_panels, avx2::attend);
   if (isa == "amx") return &amx_ops;

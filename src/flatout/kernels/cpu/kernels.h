@@ -19,6 +19,7 @@ void collect_panel(const Linear&, const uint8_t* codes, const uint8_t* scales, c
 void begin_linear(const Linear&, int tokens);
 void end_linear();
 void prepare_panel(const Linear&, const uint8_t* panel, int8_t* scratch);
+void unpack_panel(const Linear&, const uint8_t* panel, int8_t* scratch);
 void rms_norm(const float* x, const float* weight, float eps, int d, float* out);
 void quantize(const Linear&, const float* x, const Activations& row);
 void round_bf16(const float* x, int k, int k_padded, uint16_t* out);

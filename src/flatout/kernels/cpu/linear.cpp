@@ -31,9 +31,10 @@ static inline int32_t four(const int8_t* p) {
 
 // MB tokens times PANELS panels at once: more sums in flight than one dot product's latency, each line of weights is loaded
 // once for all tokens and each activation once for all panels. LINES is the number of 64-byte lines of codes a group, or 0 for any.
+// packed: where the codes lie, in the panels themselves or unpacked to BITS = 8.
 template <int BITS, int PLANES, int MB, int PANELS, int LINES>
-static void integer_block(const Linear& w, const uint8_t* const* panel, const Activations& a, int first,
-                          float* const* out) {
+static void integer_block(const Linear& w, const uint8_t* const* panel, const uint8_t* const* packed, const Activations& a,
+                          int first, float* const* out) {
   constexpr bool kChunks = BITS == 5 || BITS == 6;
   constexpr int kStep = kChunks ? chunk_lines(BITS) : 1;  // lines that are multiplied together
   constexpr int kColumns = kChunks ? chunk_columns(BITS) : 32 / BITS;
@@ -41,14 +42,15 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
   const int lines = LINES ? LINES : w.group * BITS / 32;
   const size_t values = group_index(first, 0, w.groups);  // all MB tokens lie in one tile
   // What the next panels hold, side by side as these are read: from main memory two streams are faster than one.
-  const size_t distance = std::min(PANELS * w.panel_bytes, kFarthest);
-  const size_t group_extra = (w.panel_bytes - w.scales_offset) / w.groups;
+  const bool fetch = packed[0] == panel[0];
+  const size_t distance = fetch ? std::min(PANELS * w.panel_bytes, kFarthest) : 0;
+  const size_t group_extra = fetch ? (w.panel_bytes - w.scales_offset) / w.groups : 0;
   f32x16 acc[PANELS][MB];
   const uint8_t *line[PANELS], *ahead[PANELS];
   const int8_t* codes[PLANES][MB];
 #pragma GCC unroll 16
   for (int p = 0; p < PANELS; ++p) {
-    line[p] = panel[p], ahead[p] = panel[p] + distance;
+    line[p] = packed[p], ahead[p] = packed[p] + distance;
     for (int m = 0; m < MB; ++m) acc[p][m] = splat(0.0f);
   }
 #pragma GCC unroll 16
@@ -140,17 +142,17 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const Ac
 }
 
 template <int BITS, int PLANES, int MB, int PANELS>
-static void integer_lines(const Linear& w, const uint8_t* const* panel, const Activations& a, int first,
-                          float* const* out) {
+static void integer_lines(const Linear& w, const uint8_t* const* panel, const uint8_t* const* packed, const Activations& a,
+                          int first, float* const* out) {
 #if defined(__AVX512F__)
   if constexpr (BITS == 4 || BITS == 8) {
     const int lines = w.group * BITS / 32;
-    if (lines == 4) return integer_block<BITS, PLANES, MB, PANELS, 4>(w, panel, a, first, out);
-    if (lines == 8) return integer_block<BITS, PLANES, MB, PANELS, 8>(w, panel, a, first, out);
-    if (lines == 16) return integer_block<BITS, PLANES, MB, PANELS, 16>(w, panel, a, first, out);
+    if (lines == 4) return integer_block<BITS, PLANES, MB, PANELS, 4>(w, panel, packed, a, first, out);
+    if (lines == 8) return integer_block<BITS, PLANES, MB, PANELS, 8>(w, panel, packed, a, first, out);
+    if (lines == 16) return integer_block<BITS, PLANES, MB, PANELS, 16>(w, panel, packed, a, first, out);
   }
 #endif
-  return integer_block<BITS, PLANES, MB, PANELS, 0>(w, panel, a, first, out);
+  return integer_block<BITS, PLANES, MB, PANELS, 0>(w, panel, packed, a, first, out);
 }
 
 template <int MB>
@@ -193,9 +195,10 @@ static void bf16_block(const Linear& w, const uint8_t* panel, const Activations&
   for (int m = 0; m < MB; ++m) store(out + (size_t)m * kLanes, acc[m]);
 }
 
-// MB tokens of one or two panels.
+// MB tokens of one or two panels, and their codes as bytes, if they were unpacked.
 template <int MB, int PANELS>
-static void block(const Linear& w, const uint8_t* const* panel, const Activations& a, int first, float* const* out) {
+static void block(const Linear& w, const uint8_t* const* panel, const uint8_t* const* unpacked, const Activations& a, int first,
+                  float* const* out) {
   if (w.kind != WeightKind::kInteger) {
     for (int p = 0; p < PANELS; ++p)
       w.kind == WeightKind::kFloat32 ? float_block<MB>(w, panel[p], a, first, out[p])
@@ -203,17 +206,33 @@ static void block(const Linear& w, const uint8_t* const* panel, const Activation
     return;
   }
   const auto run = [&]<int BITS>() {
-    return w.planes == 1 ? integer_lines<BITS, 1, MB, PANELS>(w, panel, a, first, out)
-                         : integer_lines<BITS, 2, MB, PANELS>(w, panel, a, first, out);
+    const uint8_t* const* packed = unpacked ? unpacked : panel;
+    return w.planes == 1 ? integer_lines<BITS, 1, MB, PANELS>(w, panel, packed, a, first, out)
+                         : integer_lines<BITS, 2, MB, PANELS>(w, panel, packed, a, first, out);
   };
-  w.bits == 8   ? run.template operator()<8>()
+  unpacked || w.bits == 8 ? run.template operator()<8>()
   : w.bits == 6 ? run.template operator()<6>()
   : w.bits == 5 ? run.template operator()<5>()
                 : run.template operator()<4>();
 }
 
-void linear_panels(const Linear& w, const uint8_t* const* panel, int panels, const int8_t* const*,
-                   const Activations& a, int first, int count, float* const* out) {
+#if defined(__AVX512F__)
+// Chunks take as long to unpack as to multiply with 4 tokens; nibbles are cheaper unpacked anew.
+static bool in_chunks(const Linear& w) { return w.kind == WeightKind::kInteger && (w.bits == 5 || w.bits == 6); }
+
+void unpack_panel(const Linear& w, const uint8_t* panel, int8_t* scratch) {
+  if (in_chunks(w)) unpack_codes(w, panel, u8x64{}, (uint8_t*)scratch);
+}
+#endif
+
+void linear_panels(const Linear& w, const uint8_t* const* panel, int panels,
+                   [[maybe_unused]] const int8_t* const* scratch, const Activations& a, int first, int count,
+                   float* const* out) {
+  const uint8_t* bytes[2] = {};
+#if defined(__AVX512F__)
+  // Where tiles multiply, what they prepare is another thing, but only fewer tokens come here.
+  if (in_chunks(w) && count >= kTileMinimum) bytes[0] = (const uint8_t*)scratch[0], bytes[1] = (const uint8_t*)scratch[1];
+#endif
   const bool wide = w.kind != WeightKind::kInteger || (w.groups == 1 && w.planes == 1);
   for (int m = 0; m < count;) {
     const int rest = count - m, size = wide && rest >= kMost ? kMost : rest >= kSome ? kSome : 1;
@@ -221,7 +240,9 @@ void linear_panels(const Linear& w, const uint8_t* const* panel, int panels, con
       float* to[2];
       for (int i = 0; i < 2; ++i) to[i] = out[std::min(p + i, panels - 1)] + (size_t)m * kLanes;
       const auto run = [&]<int MB>() {
-        panels - p == 1 ? block<MB, 1>(w, panel + p, a, first + m, to) : block<MB, 2>(w, panel + p, a, first + m, to);
+        const uint8_t* const* codes = bytes[0] ? bytes + p : nullptr;
+        panels - p == 1 ? block<MB, 1>(w, panel + p, codes, a, first + m, to)
+                        : block<MB, 2>(w, panel + p, codes, a, first + m, to);
       };
       size == kMost   ? run.template operator()<kMost>()
       : size == kSome ? run.template operator()<kSome>()

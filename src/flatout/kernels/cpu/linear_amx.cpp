@@ -35,17 +35,6 @@ static bool whole_row(const Linear& w) {
   return w.kind == WeightKind::kInteger && w.groups == 1 && w.zero == Zero::kSymmetric;
 }
 
-template <int BITS>
-static void unpack_chunks(const Linear& w, const uint8_t* panel, u8x64 offset, int8_t* scratch) {
-  constexpr int kQuads = chunk_columns(BITS) / 4;
-  for (int k = 0; k < w.k_padded; k += 4 * kQuads, panel += 64 * chunk_lines(BITS)) {
-    const u8x64 rest = load<u8x64>(panel + 64 * (kQuads / 2));
-#pragma GCC unroll 8
-    for (int q = 0; q < kQuads; ++q, scratch += 64)
-      store(scratch, chunk_codes<BITS>(load<u8x64>(panel + 64 * (q / 2)), rest, q) - offset);
-  }
-}
-
 // Codes as signed bytes around their zero where that fits (fewer than 8 bits, 8-bit symmetric); 8-bit asymmetric codes are
 // moved by 128 and corrected by their zero afterwards.
 void prepare_panel(const Linear& w, const uint8_t* panel, int8_t* scratch) {
@@ -55,18 +44,8 @@ void prepare_panel(const Linear& w, const uint8_t* panel, int8_t* scratch) {
                    : w.bits == 8                ? 128
                                                 : 0;
   const u8x64 offset = u8x64{} + (uint8_t)zero;  // unsigned: moving 8-bit codes by 128 wraps
-  if (w.bits == 6) return unpack_chunks<6>(w, panel, offset, scratch);
-  if (w.bits == 5) return unpack_chunks<5>(w, panel, offset, scratch);
-  const size_t lines = (size_t)w.k_padded * w.bits / 32;
-  for (size_t i = 0; i < lines; ++i) {
-    const u8x64 v = load<u8x64>(panel + 64 * i);
-    if (w.bits == 8) {
-      store(scratch + 64 * i, v - offset);
-    } else {
-      store(scratch + 128 * i, low_nibbles(v) - offset);
-      store(scratch + 128 * i + 64, high_nibbles(v) - offset);
-    }
-  }
+  if (w.bits < 8) return unpack_codes(w, panel, offset, (uint8_t*)scratch);
+  for (size_t i = 0; i < (size_t)w.k_padded * kLanes; i += 64) store(scratch + i, load<u8x64>(panel + i) - offset);
 }
 
 // Tile product `sum_tile` = activations x weights over group `g`. A macro: the intrinsics take literal tile numbers.
