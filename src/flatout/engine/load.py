@@ -12,6 +12,7 @@ from flatout.core.costs import kv_bytes_per_token, weight_bytes
 from flatout.core.files import shown
 from flatout.core.formats import Recipe
 from flatout.core.fuse import assemble, native_recipe
+from flatout.core.later import Later
 from flatout.core.model import Model, expected_weights
 from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
@@ -86,14 +87,14 @@ def load(
     if draft is not None:
         taken = _resident(loaded.spec, loaded.recipe, tokens)
         guessing, words, _ = _open(draft, None, tokens, taken)
-        check_vocabulary(loaded.spec, tokenizer, guessing.spec, words)
+        check_vocabulary(loaded.spec, tokenizer.get(), guessing.spec, words.get())
     judge = _runner(loaded, runner, threads, pages)
     speculator = None
     if guessing is not None:
         speculator = Speculator(NgramProposer(), DraftProposer(_runner(guessing, runner, threads, pages)))
     elif speculate == "ngram" or (speculate == "auto" and exact):
         speculator = Speculator(NgramProposer())
-    return Engine(judge, tokenizer, max_batch=max_batch, speculator=speculator)
+    return Engine(judge, tokenizer.get(), max_batch=max_batch, speculator=speculator)
 
 
 def _load_cuda(
@@ -125,7 +126,7 @@ def _load_cuda(
     else:
         runner = open_runner(loaded, *arguments)
     speculator = Speculator(NgramProposer()) if speculate == "ngram" else None
-    return Engine(runner, tokenizer, max_batch=max_batch, speculator=speculator)
+    return Engine(runner, tokenizer.get(), max_batch=max_batch, speculator=speculator)
 
 
 def check_vocabulary(spec: ModelSpec, tokenizer: Tokenizer, draft: ModelSpec, words: Tokenizer) -> None:
@@ -181,26 +182,26 @@ def _open(
     max_tokens: int | None,
     taken: float = 0,
     cached: bool = True,
-) -> tuple[Model, Tokenizer, int]:
+) -> tuple[Model, Later[Tokenizer], int]:
     """The model, its tokenizer, and how many tokens its KV cache holds: in this machine's memory, if
-    `cached`."""
+    `cached`. A checkpoint's tokenizer is built while the runner packs the weights."""
     if is_artifact(model):
         if recipe is not None:
             raise ConfigError("an artifact runs under its own recipe", recipe.name, "no recipe")
         loaded, tokenizer, _ = load_artifact(model)
         tokens = max_tokens or cache_tokens(loaded.spec, loaded.recipe.kv_cache)
         check_memory(loaded.spec, loaded.recipe, tokens if cached else 0, read=True, taken=taken)
-        return loaded, tokenizer, tokens
+        return loaded, Later(lambda: tokenizer), tokens
     checkpoint = open_checkpoint(model)
     if recipe is None:
         recipe = native_recipe(checkpoint, kv_cache="bf16")
         for note in checkpoint.notes:
             print(f"flatout: {note}", file=sys.stderr)
     tokens = max_tokens or cache_tokens(checkpoint.spec, recipe.kv_cache)
-    tokenizer = checkpoint.tokenizer  # read first: it is small, and a model without one cannot be served
     if cached:  # a GPU gets weights one after another
         check_memory(checkpoint.spec, recipe, tokens, read=False, taken=taken)
-    return assemble(checkpoint, recipe, True, checkpoint.forget), tokenizer, tokens
+    words = Later(lambda: checkpoint.tokenizer)
+    return assemble(checkpoint, recipe, True, checkpoint.forget), words, tokens
 
 
 def choose_runner(runner: str) -> str:
