@@ -137,7 +137,9 @@ def test_hessians_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.
             theirs(torch.from_numpy(document)[None])
     hessians = []
 
-    def unrounded(weight: torch.Tensor, hessian: torch.Tensor, fmt: Format) -> torch.Tensor:
+    def unrounded(
+        weight: torch.Tensor, hessian: torch.Tensor, fmt: Format, factor: object = None
+    ) -> torch.Tensor:
         hessians.append(hessian.numpy())
         return weight
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,17 @@ from flatout.perf.profile import phase_parts
 from flatout.perf.roofline import step_floor
 from flatout.search.joint import (
     METHOD,
-    PRIOR,
     Joint,
-    Observation,
     Space,
     conflicts,
     formats_of,
-    loss_scale,
     recipe_of,
     space_of,
     stand_ins,
 )
 from flatout.search.loop import optimize
 from flatout.search.recipes import ORIGINAL
+from flatout.search.scale import width_of
 from flatout.search.texts import Texts, read_texts
 
 FLOAT, BLOCKS = space_of(FakeSource(native=False)), space_of(FakeSource())
@@ -79,13 +78,58 @@ def test_what_cannot_be_smoothed_is_not_asked_for() -> None:
     assert conflicts(FLOAT) == []
 
 
-def test_the_loss_scale_by_hand() -> None:
-    assert loss_scale([]) == (1.0, pytest.approx(PRIOR))
-    exact = [Observation(expected=0.01, measured=0.02, error=1e-9)]
-    assert loss_scale(exact)[0] == pytest.approx(2.0)
-    # as uncertain as the prior: half way
-    even = [Observation(expected=0.01, measured=0.02, error=PRIOR * 0.01)]
-    assert loss_scale(even) == (pytest.approx(1.5), pytest.approx(PRIOR / math.sqrt(2)))
+class TrueLoss:
+    """A model of six layers whose places lose what is expected of them, times a factor for their width and
+    an error of their own."""
+
+    spec = ModelSpec(**{**to_json(SPEC), "num_layers": 6, "rope_scaling": None, "eos_token_ids": ()})
+
+    def __init__(self, factors: tuple[float, ...], seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        self.space = space_of(FakeSource(native=False, spec=self.spec))
+        self.losses: dict[tuple[str, str], float] = {}
+        self.true: dict[tuple[str, str], float] = {}
+        for place, formats in self.space.choices().items():
+            sensitivity = 3e-6 * math.exp(draw.normal(0, 1))
+            for name in formats:
+                bits = parse_format(name).bits if place.startswith("layers") else 10
+                loss = sensitivity * 4.0 ** (8 - bits) * (1.0 if "a16" in name else 1.3)
+                self.losses[place, name] = loss
+                own = math.exp(draw.normal(0, 0.2))
+                self.true[place, name] = loss * factors[width_of(place, name)] * own
+
+    def joint(self) -> Joint:
+        from fake_bench import HARDWARE
+
+        from flatout.core.types import Workload
+
+        return Joint(self.space, self.losses, self.losses, HARDWARE, Workload(prompt=16, output=64), 2)
+
+    def loss(self, recipe: Recipe) -> float:
+        return sum(self.true[choice] for choice in formats_of(recipe, self.spec).items())
+
+
+@pytest.mark.parametrize(
+    ("five", "four", "seed"), [(1.6, 1.0, 0), (2.0, 1.0, 1), (2.0, 2.0, 2), (2.5, 1.5, 3)]
+)
+def test_the_third_proposal_is_inside_a_budget_whose_cheap_places_were_underestimated(
+    five: float, four: float, seed: int
+) -> None:
+    """5 bits cost up to 2.5 times what is expected; divergence and loss are measured some per cent off."""
+    from flatout.perf.predict import Calibration
+
+    model, budget = TrueLoss((1.0, 1.0, five, four), seed), 0.008
+    joint, known = model.joint(), Calibration(fractions={}, interactions={})
+    draw = np.random.default_rng(seed)
+    losses = []
+    for _ in range(3):
+        recipe = joint.propose(budget, known, ORIGINAL)
+        assert recipe is not None
+        losses.append(model.loss(recipe))
+        joint.observe(recipe, losses[-1] * math.exp(draw.normal(0, 0.05)))
+        joint.observe(recipe, losses[-1] * math.exp(draw.normal(0, 0.1)), 0.1 * losses[-1])
+    assert losses[2] <= budget
+    assert losses[2] > 0.5 * budget  # and spends it
 
 
 def losses_of(space: Space) -> dict[tuple[str, str], float]:
@@ -112,9 +156,10 @@ def test_the_budget_goes_where_it_buys_most() -> None:
     assert recipe is not None
     bits = [recipe.format_of(layer, "gate_up").bits for layer in range(3)]
     assert bits == [8, 4, 4]
-    assert joint.expected(recipe) == pytest.approx(
-        sum(losses[choice] for choice in formats_of(recipe, SPEC).items())
-    )
+    expected = joint.expected(recipe)
+    assert expected is not None
+    assert sum(expected) == pytest.approx(sum(losses[c] for c in formats_of(recipe, SPEC).items()))
+    assert expected[width_of("layers.1.gate_up", "w4a8-g32")] > 0
     assert joint.propose(1e-9, known, ORIGINAL) is None
     points = joint.trade_off(known, ORIGINAL)
     assert [p.seconds for p in points] == sorted((p.seconds for p in points), reverse=True)
@@ -136,12 +181,19 @@ class JointBench(FakeBench):
         super().build(recipe, calibration, step)
         self.recipes[recipe.name] = recipe
 
+    def _loss(self, recipe: Recipe) -> float:
+        three = 1 if recipe.method in (METHOD, "gptq") else 3
+        total = sum(self.by_place.get(choice, 0.5) for choice in formats_of(recipe, SPEC).items())
+        return self.scale * three * total
+
+    def divergence(self, recipe: Recipe, clusters: Any) -> Any:
+        self._call(f"divergence {recipe.name}")
+        return replace(super().divergence(recipe, clusters), mean_kl=self._loss(recipe))
+
     def _scores(self, name: str, clusters: Any) -> Any:
         recipe = self.recipes.get(name)
         if recipe is not None and recipe != ORIGINAL:
-            three = 1 if recipe.method in (METHOD, "gptq") else 3
-            total = sum(self.by_place.get(choice, 0.5) for choice in formats_of(recipe, SPEC).items())
-            self.losses = {**self.losses, name: self.scale * three * total}
+            self.losses = {**self.losses, name: self._loss(recipe)}
         return super()._scores(name, clusters)
 
     def _seconds(self, name: str) -> dict[str, float]:
@@ -199,13 +251,17 @@ def test_a_found_recipe_is_delivered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [2.5, 3.0])
 def test_measured_losses_correct_the_next_choice(tmp_path: Path, scale: float) -> None:
-    """The model loses more than was expected of it: the first proposal misses the budget, a later one keeps
-    it."""
-    result = run(JointBench(scale=scale), tmp_path / "out")
+    """The model loses more than was expected: the first proposal misses the budget, which its divergence
+    says before it is timed or scored, and a later one keeps it."""
+    bench = JointBench(scale=scale)
+    result = run(bench, tmp_path / "out")
     found = [row for name, row in rows(result).items() if name.startswith("joint-")]
-    assert 2 <= len([row for row in found if row["measured"]]) <= 4
+    assert 2 <= len(found) <= 6
     assert result["optimized"]["recipe"] != found[0]["name"]
-    assert found[0]["status"] in ("failed", "rejected")
+    assert (found[0]["status"], found[0]["measured"]) == ("rejected", None)
+    assert "by its divergence" in found[0]["reason"]
+    assert "divergence joint-1" in bench.calls
+    assert not any(call.startswith(("profile joint-1", "score joint-1")) for call in bench.calls)
     assert result["passed"]
     assert result["optimized"]["recipe"] == found[-1]["name"]
 
@@ -267,20 +323,22 @@ def test_a_uniform_recipe_of_the_same_calibration_joins_when_it_may_keep_the_bud
 
 
 def test_a_proposal_keeps_away_from_the_edge_until_losses_are_known() -> None:
-    losses = losses_of(FLOAT)
-    from fake_bench import HARDWARE
-
-    from flatout.core.types import Workload
     from flatout.perf.predict import Calibration
 
-    joint = Joint(FLOAT, losses, losses, HARDWARE, Workload(prompt=1, output=16), 2)
-    known = Calibration(fractions={}, interactions={})
-    edge = joint.propose(0.0045, known, ORIGINAL)
+    model, known, budget = (
+        TrueLoss((1.0, 1.0, 1.0, 1.0), 0),
+        Calibration(fractions={}, interactions={}),
+        0.008,
+    )
+    joint = model.joint()
+    edge = joint.propose(budget, known, ORIGINAL)
     assert edge is not None
-    joint.seen.append(Observation(expected=0.004, measured=0.004, error=1e-9))
-    certain = joint.propose(0.0045, known, ORIGINAL)
-    assert certain is not None
-    before, after = joint.expected(edge), joint.expected(certain)
+    before = joint.expected(edge)
     assert before is not None
+    for _ in range(100):
+        joint.observe(edge, sum(before))
+    certain = joint.propose(budget, known, ORIGINAL)
+    assert certain is not None
+    after = joint.expected(certain)
     assert after is not None
-    assert before < after < 0.0045
+    assert sum(before) < sum(after) < budget

@@ -60,12 +60,18 @@ Matrix = np.ndarray | Tensor
 
 
 def gptq(
-    weight: Matrix, hessian: Matrix, fmt: Format, damping: float = DAMPING, order: bool = True
+    weight: Matrix,
+    hessian: Matrix,
+    fmt: Format,
+    damping: float = DAMPING,
+    order: bool = True,
+    factor: Factor | None = None,
 ) -> QuantizedTensor:
     """`weight` float32 (N, K) in `fmt`, rounded to suit inputs with second moments `hessian` (K, K).
 
     damping: part of the mean of H's diagonal that is added to it. order: take columns by decreasing H[j, j].
-    Raises ConfigError for shapes that do not fit and for a Hessian that is not finite.
+    factor: what `factorise` makes of the same arguments, where it is at hand. Raises ConfigError for shapes
+    that do not fit and for a Hessian that is not finite.
     """
     check_roundable(fmt)
     w, h = as_tensor(weight), as_tensor(hessian)
@@ -74,7 +80,10 @@ def gptq(
         raise ConfigError(
             f"the Hessian is finite and {(k, k)}", str(tuple(h.shape)), "other calibration text"
         )
-    columns, upper = _ordered_factor(h, damping, order)
+    if factor is None:
+        columns, upper = _ordered_factor(h, damping, order)
+    else:
+        columns, upper = torch.from_numpy(factor.columns), torch.from_numpy(factor.upper)
     diagonal = h.diagonal()
     importance = (diagonal + damping * diagonal.mean() + 1e-12).float()
     return _spread(w, columns, upper, importance, fmt)
@@ -220,9 +229,12 @@ def _round_columns(w: Tensor, factor: Tensor, grid: Grid, groups: list[int]) -> 
     return levels.add_(zeros[groups])
 
 
-def round_linear(weight: Matrix, hessian: Matrix, fmt: Format, passes: int = PASSES) -> QuantizedTensor:
-    """`weight` float32 (N, K) in `fmt` by GPTQ, coarse ones refined in `passes` (compress/refine.py)."""
-    rounded = gptq(weight, hessian, fmt)
+def round_linear(
+    weight: Matrix, hessian: Matrix, fmt: Format, passes: int = PASSES, factor: Factor | None = None
+) -> QuantizedTensor:
+    """`weight` float32 (N, K) in `fmt` by GPTQ, coarse ones refined in `passes` (compress/refine.py). factor:
+    that of the Hessian, where it is at hand."""
+    rounded = gptq(weight, hessian, fmt, factor=factor)
     if fmt.bits > REFINED:
         return rounded
     return refine(weight, damped(hessian), rounded, passes)

@@ -50,6 +50,7 @@ class Library:
         self._rounded: dict[tuple[str, str, bool], QuantizedTensor] = {}
         total = source.spec.num_layers * len(source.spec.linears()) + 1
         self._smoothing: dict[str, np.ndarray] = {}
+        self._latest: tuple[str, bool, Factor] | None = None
 
         def see(name: str, inputs: Tensor, hidden: Tensor, weight: np.ndarray) -> None:
             if progress is not None:
@@ -76,9 +77,12 @@ class Library:
         return moments
 
     def factor(self, name: str, smoothed: bool) -> Factor:
-        """The Hessian of linear `name`, of its smoothed inputs if asked for, ready for rounding; made anew
-        each time, in a hundredth of a second."""
-        return factorise(self.moments(name, smoothed), DAMPING)
+        """The Hessian of linear `name`, of its smoothed inputs if asked for, ready for rounding. The latest
+        is kept: one of 1,536 columns takes as long to make as rounding its linear does, and there are
+        hundreds."""
+        if self._latest is None or self._latest[:2] != (name, smoothed):
+            self._latest = (name, smoothed, factorise(self.moments(name, smoothed), DAMPING))
+        return self._latest[2]
 
     def rounded(self, name: str, smoothed: bool, fmt: Format) -> QuantizedTensor:
         """Linear `name` spread and, where it is coarse, refined: what method gptq does to one linear, for the
@@ -88,7 +92,8 @@ class Library:
             weight = float_weight(self.source, name)
             if smoothed:
                 weight = weight * self.smoothing(name)
-            self._rounded[key] = round_linear(weight, self.moments(name, smoothed), fmt, _PASSES)
+            factor = self.factor(name, smoothed)
+            self._rounded[key] = round_linear(weight, self.moments(name, smoothed), fmt, _PASSES, factor)
         return self._rounded[key]
 
     def model(self, recipe: Recipe, progress: Progress | None = None) -> Model:

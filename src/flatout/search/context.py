@@ -191,6 +191,17 @@ class Context:
 
         return self._scores(recipe.name, self.inputs(recipe), clusters, compute)
 
+    def divergence(self, recipe: Recipe, clusters: Sequence[Cluster]) -> float:
+        """KL(original || recipe) in nats a token on these clusters, computed once and kept."""
+
+        def compute() -> dict[str, Any]:
+            self.build(recipe)
+            return {"kl": self.bench.divergence(recipe, clusters).mean_kl}
+
+        key = {"model": self.bench.sha256, "code": self.bench.code, "clusters": tokens_sha256(clusters)}
+        found = self.store.result("divergence", recipe.name, key | self.inputs(recipe), compute)
+        return float(found["kl"])
+
     def inputs(self, recipe: Recipe) -> dict[str, Any]:
         """What the weights of a recipe depend on besides the model."""
         inputs: dict[str, Any] = {"recipe": recipe}

@@ -4,21 +4,21 @@
     losses      sensitivities of this model (search/sensitivity.py), scaled by what real candidates lose
     choice      the fastest recipe inside the budget (search/solve.py), and the whole trade-off
 
-A proposal is built, timed and scored like any other candidate. What it really takes and loses corrects the
-scale of both, and the choice is made again, until the best proposal is one that was measured.
+A proposal is built and compared with the original's predictions; one that diverges by more than the budget
+makes room for another before it costs more. What is left is timed and scored like any other candidate. What
+it really takes and loses corrects both (search/scale.py), and the choice is made again, until the best
+proposal is one that was measured.
 
-The loss scale a has the prior N(1, PRIOR^2); a candidate whose expected loss is p and whose measured one is m
-with standard error s adds the observation m / p of variance (s / p)^2. Validation text is small, so one
-candidate moves a only as far as its own error allows. Listed recipes are made by other methods, which miss
-their expectations by other factors: SPREAD is added to the error of theirs, however exactly their loss is
-known.
+Validation text is small, so one candidate's loss moves the scale only as far as its own error allows. What a
+recipe loses on some text also differs from its divergence (`_SPREAD`), since the text was not drawn from the
+model; listed recipes are made by other methods, which miss their expectations by more.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flatout.core.costs import kv_bytes_per_token
@@ -28,14 +28,20 @@ from flatout.core.spec import ModelSpec
 from flatout.core.types import Hardware, Workload
 from flatout.perf.predict import Calibration, marginal_seconds
 from flatout.search.context import Losses
+from flatout.search.scale import Observation, by_width, loss_scale, width_of
 from flatout.search.solve import Choice, Conflict, Solution, frontier, solve
 
 METHOD = "smooth-gptq"
-PRIOR = 0.3
-SPREAD = 0.2
+_SPREAD = {"divergence": 0.08, "loss": 0.15, "listed": 0.25}
+"""Of a candidate's expected loss, besides the scale and the error of measuring: standard deviation of its
+divergence, of its loss, and of the loss of a recipe made by another method."""
+
 _CARE = 0.5
-"""Standard deviations of the loss scale by which a proposal stays inside the budget: one on the edge of it
+"""Standard deviations of its expected loss by which a proposal stays inside the budget: one on the edge of it
 would fail half of its certificates, and the last tenth of a budget buys a per cent or two of time."""
+
+_TIGHTER = 5  # solutions, each with the budget that the doubt of the one before leaves
+_NEAR = 1.01  # of the budget is inside
 
 _LAYERS = ("w8a8", "w8a16", "w6a8", "w6a16", "w5a8", "w5a16", "w4a8-g32")
 _HEADS = ("w8a16", "w8a8-g64", "w8a8-g32")
@@ -151,27 +157,6 @@ def place_bytes(spec: ModelSpec, workload: Workload, place: str, name: str) -> f
     return float(parse_format(name).weight_bytes(*spec.linears()[place.rpartition(".")[2]]))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
-    """A candidate of this search: expected loss, measured loss and the error of that as an observation of the
-    scale, nats a token."""
-
-    expected: float
-    measured: float
-    error: float
-
-
-def loss_scale(seen: Sequence[Observation]) -> tuple[float, float]:
-    """Posterior mean and standard deviation of measured over expected loss; the mean is at least 0.2."""
-    weight, total = 1 / PRIOR**2, 1 / PRIOR**2
-    for one in seen:
-        if one.expected > 0 and one.error > 0:
-            precision = (one.expected / one.error) ** 2
-            weight += precision
-            total += precision * one.measured / one.expected
-    return max(total / weight, 0.2), math.sqrt(1 / weight)
-
-
 class Joint:
     """The choice of one search. losses, nearest: expected nats a token of every choice of the space, under
     smooth-gptq and rounded to nearest."""
@@ -189,26 +174,40 @@ class Joint:
         self.space, self.losses, self._nearest = space, losses, nearest
         self._hardware, self._workload, self._threads = hardware, workload, threads
         self._memory_bytes = memory_bytes
-        self.seen: list[Observation] = []
+        self._seen: list[Observation] = []
         self.proposed = 0
 
-    def expected(self, recipe: Recipe) -> float | None:
-        """Expected loss of a recipe, unscaled; None for one that this space does not know."""
+    def expected(self, recipe: Recipe) -> tuple[float, ...] | None:
+        """Expected loss of a recipe by width, unscaled; None for one that this space does not know."""
         formats = formats_of(recipe, self.space.spec)
         smoothed = any(parse_format(f).scales_tokens for p, f in formats.items() if p.startswith("layers."))
         losses = self.losses if recipe.method in ("gptq", METHOD) else self._nearest
-        if smoothed and recipe.method not in ("smooth", METHOD):
+        if (smoothed and recipe.method not in ("smooth", METHOD)) or not formats.items() <= losses.keys():
             return None
-        found = [losses.get(choice) for choice in formats.items()]
-        return None if None in found else sum(loss for loss in found if loss is not None)
+        return by_width({choice: losses[choice] for choice in formats.items()})
 
-    def interval(self, expected: float) -> tuple[float, float, float]:
-        """90 % interval and middle of the loss that an expected one stands for, nats a token."""
-        mean, deviation = loss_scale(self.seen)
-        return tuple(max(mean + z * deviation, 0.0) * expected for z in (-1.645, 0.0, 1.645))  # type: ignore[return-value]
+    def observe(self, recipe: Recipe, measured: float, error: float | None = None) -> None:
+        """Let what a recipe loses, with its standard error, correct what is expected; nats a token. Without
+        an error it is a divergence from the original's predictions, which is known well."""
+        expected = self.expected(recipe)
+        if expected is None:
+            return
+        kind = "listed" if recipe.method != METHOD else "divergence" if error is None else "loss"
+        doubt = math.hypot(error or 0.0, _SPREAD[kind] * sum(expected))
+        self._seen.append(Observation(expected=expected, measured=measured, error=doubt))
+
+    def interval(self, recipe: Recipe) -> tuple[float, float, float] | None:
+        """90 % interval and middle of what a recipe loses, nats a token; None for one that this space does
+        not know."""
+        expected = self.expected(recipe)
+        if expected is None:
+            return None
+        mean, deviation = loss_scale(self._seen).of(expected)
+        low, mid, high = (max(mean + z * deviation, 0.0) for z in (-1.645, 0.0, 1.645))
+        return low, mid, high
 
     def _places(self, calibration: Calibration | None, reference: Recipe) -> list[list[Choice]]:
-        spec, scale = self.space.spec, loss_scale(self.seen)[0]
+        spec, scale = self.space.spec, loss_scale(self._seen).mean
         kinds = {**self.space.linears, "head": self.space.heads, "kv_cache": self.space.caches}
         seconds = {
             (kind, name): marginal_seconds(
@@ -230,7 +229,7 @@ class Joint:
                     place=place,
                     format=name,
                     seconds=seconds[place.rpartition(".")[2], name],
-                    loss=scale * self.losses[place, name],
+                    loss=float(scale[width_of(place, name)]) * self.losses[place, name],
                     bytes=place_bytes(spec, self._workload, place, name),
                 )
                 for name in names
@@ -251,10 +250,16 @@ class Joint:
         objective = "bytes" if self._workload.objective == "memory" else "seconds"
         places = self._places(calibration, reference)
         limits = {"memory_bytes": self._memory_bytes, "conflicts": conflicts(self.space)}
-        mean, deviation = loss_scale(self.seen)
-        careful = budget * mean / (mean + _CARE * deviation)
-        found = solve(places, careful, objective=objective, **limits)  # type: ignore[arg-type]
-        if found is None:
-            return None
+        scale, careful = loss_scale(self._seen), budget
+        for _ in range(_TIGHTER):
+            found = solve(places, careful, objective=objective, **limits)  # type: ignore[arg-type]
+            if found is None:
+                return None
+            chosen = found.formats()
+            mean, deviation = scale.of(by_width({c: self.losses[c] for c in chosen.items()}))
+            at_most = mean + _CARE * math.hypot(deviation, _SPREAD["divergence"] * mean)
+            if at_most <= _NEAR * budget:
+                break
+            careful = min(careful, mean) * budget / at_most
         self.proposed += 1
-        return recipe_of(found.formats(), self.space.spec, f"joint-{self.proposed}")
+        return recipe_of(chosen, self.space.spec, f"joint-{self.proposed}")

@@ -20,8 +20,10 @@ import math
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
 from flatout.errors import EvidenceError, UnsupportedModelError
 from flatout.perf.predict import (
@@ -37,9 +39,7 @@ from flatout.perf.tables import add_residuals, residuals
 from flatout.search.context import Context
 from flatout.search.joint import (
     METHOD,
-    SPREAD,
     Joint,
-    Observation,
     formats_of,
     place_bytes,
     space_of,
@@ -64,6 +64,9 @@ NEAR = 1.10
 guess: they are scored, and those that suit most other workloads are preferred (`by_suitability`)."""
 
 _PROPOSALS = 3  # recipes found, built and measured at most
+_DRAFTS = 6  # recipes found and built at most, of which those that diverge too far are not measured
+_COMPARED, _COMPARED_TOKENS = 5, 128  # validation passages that divergences are taken on, and their tokens
+_SLACK = 1.05  # of the budget that a found recipe may be expected to lose once its divergence is known
 _GAIN = 0.96  # a further one must be predicted to take less than this part of the best time
 _SHY = 0.85  # of the loss of a found recipe that failed its certificate, the next one may lose this part
 _HALVINGS = 7
@@ -92,7 +95,7 @@ class Screen:
         self._rooms: dict[str, float] = {}  # nats a token that a candidate could lose and still be certified
         self._timed_again: set[str] = set()
         self.first_usable_s: float | None = None  # when the first candidate was likely to be certified
-        self._proposals = _PROPOSALS  # that may still be made
+        self._proposals, self._drafts = _PROPOSALS, _DRAFTS  # that may still be made
         self._undecided: set[str] = set()  # failed on the text of a plan, but not beyond its doubt
         self._refuse_too_large()
 
@@ -112,7 +115,7 @@ class Screen:
                 self._set(row.name, status="waiting", reason="")
             elif row.status == "failed" and row.name in tried and row.loss is not None:
                 self._rooms[row.name] = min(_SHY * math.log1p(row.loss.value), self._rooms[row.name])
-        self._proposals = max(self._proposals, 1)
+        self._proposals, self._drafts = max(self._proposals, 1), max(self._drafts, 2)
         self.predict()
         self._find()
         return [row for row in self._finalists() if row.name not in tried]
@@ -144,28 +147,57 @@ class Screen:
         if not self._prepared:
             self._prepared = True
             self._prepare()
-        if self.joint is None or self._table is None or not self._proposals:
+        if self.joint is None or self._table is None:
             return
         if any(row.status == "waiting" and row.recipe.method == METHOD for row in self.rows):
             return
         calibration = self._calibration()
         passed = [row for row in self.rows if row.status == "passed"]
         reference = min(passed, key=self.cost, default=self.row(ORIGINAL.name)).recipe
-        recipe = self.joint.propose(self._budget(), calibration, reference)
-        self.frontier = self.joint.trade_off(calibration, reference)
-        spec = self.context.bench.source.spec
-        known = [formats_of(row.recipe, spec) for row in self.rows if row.loss is not None]
-        if recipe is None or formats_of(recipe, spec) in known:
-            return
-        self._proposals -= 1
-        candidate = Candidate(recipe=recipe, why="found: least predicted time within the budget")
-        row = Row(candidate=candidate, memory_bytes=memory_bytes(self.context, recipe))
-        self.rows.append(row)
+        least = min((self._predicted(row.recipe, calibration) for row in passed), default=math.inf)
+        while self._proposals and self._drafts:
+            recipe = self.joint.propose(self._budget(), calibration, reference)
+            if recipe is None or self._is_known(recipe):
+                break
+            if self._predicted(recipe, calibration) > _GAIN * least:
+                self._proposals = 0  # it would not pay for being built
+                break
+            self._drafts -= 1
+            candidate = Candidate(recipe=recipe, why="found: least predicted time within the budget")
+            self.rows.append(Row(candidate=candidate, memory_bytes=memory_bytes(self.context, recipe)))
+            if self._stays_near(recipe):
+                self._proposals -= 1
+                break
         self.predict()
-        least = min((self._predicted(r.recipe, calibration) for r in passed), default=math.inf)
-        if self._predicted(recipe, calibration) > _GAIN * least:
-            self.rows.pop()  # it would not pay for being built
-            self._proposals = 0
+        self.frontier = self.joint.trade_off(calibration, reference)
+
+    def _is_known(self, recipe: Recipe) -> bool:
+        """Whether a candidate that was looked at is this one."""
+        spec = self.context.bench.source.spec
+        seen = [row for row in self.rows if row.loss is not None or row.status == "rejected"]
+        return formats_of(recipe, spec) in [formats_of(row.recipe, spec) for row in seen]
+
+    def _stays_near(self, recipe: Recipe) -> bool:
+        """Whether a found recipe may keep the budget as far as its divergence from the original says, which
+        corrects the expected losses of the next."""
+        joint, texts = self.joint, self.context.texts
+        assert joint is not None
+        clusters = [
+            replace(cluster, tokens=cluster.tokens[:_COMPARED_TOKENS])
+            for cluster in texts.validation[:_COMPARED]
+        ]
+        try:
+            found = self.context.divergence(recipe, clusters)
+        except (EvidenceError, UnsupportedModelError) as error:  # broken logits, or no kernel for a format
+            self._set(recipe.name, status="rejected", reason=str(error))
+            return False
+        joint.observe(recipe, found)
+        expected = joint.interval(recipe)
+        if expected is not None and expected[1] > _SLACK * self._budget():
+            reason = f"expected to lose {math.expm1(expected[1]):.1%} by its divergence of {found:.3f} nats"
+            self._set(recipe.name, status="rejected", reason=reason)
+            return False
+        return True
 
     def _budget(self) -> float:
         """What a found recipe may lose, nats a token: the room that others of its method had, whose losses
@@ -213,6 +245,7 @@ class Screen:
         key = {
             "model": context.bench.sha256,
             "code": context.bench.code,
+            "method": sha256_of([Path(__file__).with_name("sensitivity.py")]),
             "choices": choices,
             "calibration": tokens_sha256(calibration),
         }
@@ -274,13 +307,10 @@ class Screen:
 
     def _observe(self, row: Row) -> None:
         """Let a measured loss correct the expected ones."""
-        expected = None if self.joint is None else self.joint.expected(row.recipe)
-        if self.joint is None or expected is None or row.loss is None or row.recipe == ORIGINAL:
+        if self.joint is None or row.loss is None or row.recipe == ORIGINAL:
             return
         measured, high = math.log1p(row.loss.value), math.log1p(row.loss.high)
-        other = 0.0 if row.recipe.method == METHOD else SPREAD * expected
-        error = math.hypot((high - measured) / 2, other)
-        self.joint.seen.append(Observation(expected=expected, measured=measured, error=error))
+        self.joint.observe(row.recipe, measured, (high - measured) / 2)
 
     def ranked(self, rows: list[Row]) -> list[Row]:
         """Rows by cost; those near the best by how well they suit other workloads. With memory as the
@@ -358,9 +388,9 @@ class Screen:
 
     def _expected_loss(self, row: Row) -> tuple[float, float, float] | None:
         """What a recipe may lose, from the measured or else the expected loss of its relative."""
-        known_here = None if self.joint is None else self.joint.expected(row.recipe)
-        if self.joint is not None and known_here is not None:
-            low, mid, high = (math.expm1(x) for x in self.joint.interval(known_here))
+        known_here = None if self.joint is None else self.joint.interval(row.recipe)
+        if known_here is not None:
+            low, mid, high = (math.expm1(x) for x in known_here)
             return low, mid, high
         relative = self._relative(row)
         if relative is None:

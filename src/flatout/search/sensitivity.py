@@ -20,7 +20,8 @@ becomes e_i U[i, :] / U[i, i] of the row, so that with G for every document
 
 On text that U has not seen this also counts how well U generalises; the diagonal of U alone would promise two
 to three times less loss than 8-bit weights have. In a smoothed linear the weight is W s and its input x / s.
-All places come from the same pass; nothing is rounded for it.
+Layers with massive activations are left one part in thirty, their neighbours half, so U is taken from every
+layer. All places come from the same pass.
 
 Limits: errors are small and do not interact. `divergences` measures a few choices as they are, each alone in
 an otherwise exact model, and the search corrects the sum by what whole candidates lose.
@@ -47,7 +48,7 @@ from flatout.compress.rtn import group_rows, make_grid, round_to_nearest, search
 from flatout.core.formats import Format, parse_format
 from flatout.core.fuse import Source, float_weight, native_format
 from flatout.kernels.linear import BYTE, FIFTEEN_BITS, as_tensor, quantize_activations
-from flatout.models.llama import Llama, decoder_layer, rms_norm, rope_turns, round_keys_or_values
+from flatout.models.llama import decoder_layer, rms_norm, round_keys_or_values
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,15 +61,14 @@ Left = dict[tuple[str, bool], float]
 _GROUP = 32  # columns whose F is kept as one sum: the narrowest group of any format
 _SEED = 0
 _EVERY = 4  # rows of a layer's weight whose F is computed: one in four stands for the others
-_STRIDE = 3  # one layer in three says what GPTQ leaves, for its neighbours too
 _PASSAGES, _PASSAGE = 4, 256  # passages that pass forward and back, and their tokens
 _PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
-_MEASURED = 20  # choices whose divergence is measured
-_SPREAD = (
-    "w6a16",
-    "w6a8",
-)  # in which what GPTQ leaves is measured: weights decide, and they are often chosen
+_MEASURED = 12  # choices whose divergence is measured
+_SPREAD = ("w5a16", "w5a8", "w4a8-g32")
+"""Formats in which what GPTQ leaves is measured, each in every second layer: weights decide there, and
+coarser ones lose more than finer ones say."""
 _LEAST, _MOST = 2e-4, 0.02  # expected nats a token of a choice, in all layers, that is worth measuring
+_BY_ACTIVATIONS = 0.1  # part of it that activations must have: a measurement corrects nothing else
 
 
 def rounded_inputs(x: Tensor, fmt: Format) -> Tensor:
@@ -153,21 +153,25 @@ class _Place:
         self.activations = dict.fromkeys([f.name for f in self.formats], 0.0)
         self.fisher: Tensor | float = 0.0  # (N / every, K / _GROUP)
         self.smoothed: Tensor | float = 0.0  # (N / every, 1): that of W s
-        # smoothed or not -> its factor, and sums of G^2 (2, N / every) as GPTQ leaves it and as it is
-        self.factors = {
-            smoothed: library.factor(name, smoothed)
-            for smoothed in {f.scales_tokens for f in self.formats if _is_spread(library, name, f)}
-            if int(name.split(".")[1]) % _STRIDE == 0
-        }
-        self.left: dict[bool, Tensor | float] = dict.fromkeys(self.factors, 0.0)
+        self.spread = [f for f in self.formats if _is_spread(library, name, f)]
+        # smoothed or not -> sums of G^2 (2, N / every) as GPTQ leaves it and as it is
+        self.left: dict[bool, Tensor] = {}
 
-    def see(self, x: Tensor, gradient: Tensor, back: Tensor) -> None:
-        of_weight = gradient[:, :: self.every].T @ x
-        for smoothed, factor in self.factors.items():
+    def see(
+        self, library: Library, lengths: Sequence[int], x: Tensor, gradient: Tensor, back: Tensor
+    ) -> None:
+        """Inputs x (T, K) of documents of these lengths, dL / dy (T, N) and dL / dx (T, K)."""
+        pieces = zip(x.split(lengths), gradient[:, :: self.every].split(lengths), strict=True)  # type: ignore[no-untyped-call]
+        of_weight = torch.cat([of_outputs.T @ inputs for inputs, of_outputs in pieces])
+        for smoothed in sorted({f.scales_tokens for f in self.spread}):
             own = of_weight / self.smoothing if smoothed and self.smoothing is not None else of_weight
-            sums = [one.square().sum(dim=1) for one in (by_rounding(own, factor), own)]
-            self.left[smoothed] = self.left[smoothed] + torch.stack(sums)
-        squares = of_weight.square_()
+            both = (by_rounding(own, library.factor(self.name, smoothed)), own)
+            sums = [one.square().sum(dim=1).view(len(lengths), -1).sum(dim=0) for one in both]
+            self.left[smoothed] = torch.stack(sums)
+            for fmt in self.spread:
+                if fmt.scales_tokens == smoothed and _measures(self.name, fmt.name):
+                    library.rounded(self.name, smoothed, fmt)  # while its factor is at hand
+        squares = of_weight.square_().view(len(lengths), -1, of_weight.shape[1]).sum(dim=0)
         n, k = squares.shape
         self.fisher = self.fisher + squares.view(n, -1, _GROUP if k % _GROUP == 0 else k).sum(dim=2)
         if self.smoothing is not None:
@@ -209,10 +213,17 @@ class _Place:
 
 
 def _float_weights(source: Source) -> Callable[[str], Tensor]:
-    """name -> the weight (N, K) as float32, each read once; a tied head is the embedding."""
-    read = functools.cache(lambda name: as_tensor(float_weight(source, name)))
+    """name -> the weight (N, K) as float32, read each time but for the vocabulary's; a tied head is the
+    embedding."""
     tied = source.spec.tie_embeddings
-    return lambda name: read("embedding" if tied and name == "head" else name)
+    vocabulary = functools.cache(lambda name: as_tensor(float_weight(source, name)))
+
+    def weight(name: str) -> Tensor:
+        if name in ("head", "embedding"):
+            return vocabulary("embedding" if tied else name)
+        return as_tensor(float_weight(source, name))
+
+    return weight
 
 
 def _table_error(source: Source, rows: Tensor, name: str) -> Tensor:
@@ -248,19 +259,23 @@ def expected_losses(
     progress: Progress | None = None,
 ) -> tuple[Losses, Losses]:
     """(smooth-gptq, rounded to nearest): expected nats a token of every choice. Of the 8-bit formats, those
-    of all layers together that matter most are corrected by their measured divergence, and others as the
-    8-bit one with the same activations; what GPTQ leaves of weights as was measured in the formats `_SPREAD`.
+    whose activations matter in all layers together are corrected by their measured divergence, and others as
+    the 8-bit one with the same activations; what GPTQ leaves of weights as was measured in the format of
+    `_SPREAD` with the nearest bits.
 
     documents: calibration token ids, of which a few thousand tokens are used.
     """
     passages = [document[:_PASSAGE] for document in documents[:_PASSAGES]]
     weights, activations, left = sensitivities(library, passages, choices, progress)
     sums: dict[tuple[str, str], float] = {}
+    inputs: dict[tuple[str, str], float] = {}  # what activations have in them
     for (place, name), loss in activations.items():
         key = (place.rpartition(".")[2], name)
         if name == _eight_bit(name):
             sums[key] = sums.get(key, 0.0) + weights.get((place, name), 0.0) + loss
-    worth = sorted((key for key in sums if _LEAST < sums[key] < _MOST), key=lambda key: -sums[key])
+            inputs[key] = inputs.get(key, 0.0) + loss
+    worth = [key for key in sums if _LEAST < sums[key] < _MOST and inputs[key] >= _BY_ACTIVATIONS * sums[key]]
+    worth.sort(key=lambda key: -sums[key])
     probes = [document[:_PROBE] for document in documents[-_PROBES:]]
     measured = divergences(library, probes, worth[:_MEASURED], progress)
     ratios = {key: min(max(found / sums[key], 0.5), 5.0) for key, found in measured.items()}
@@ -277,9 +292,9 @@ def expected_losses(
     by_gptq = _spread_ratios(library, probes, own, rest, progress)
     by_spreading = dict(rest)
     for (place, name), loss in own.items():
-        known = (place.rpartition(".")[2], parse_format(name).scales_tokens)
-        rounded = _is_spread(library, place, parse_format(name))
-        by_spreading[place, name] += loss * (by_gptq.get(known, 1.0) if rounded else 1.0)
+        fmt = parse_format(name)
+        rounded = _is_spread(library, place, fmt)
+        by_spreading[place, name] += loss * (_nearest_bits(by_gptq, place, fmt) if rounded else 1.0)
     return by_spreading, nearest
 
 
@@ -289,21 +304,37 @@ def _spread_ratios(
     own: Losses,
     rest: Losses,
     progress: Progress | None,
-) -> dict[tuple[str, bool], float]:
-    """(kind of linear, smoothed or not) -> measured over expected loss of weights as GPTQ rounds them, in the
-    formats `_SPREAD` where the space has them. rest: what activations lose."""
+) -> dict[tuple[str, str], float]:
+    """(kind of linear, format) -> measured over expected loss of weights as GPTQ rounds them, in the formats
+    `_SPREAD` where the space has them. rest: what activations lose."""
     sums: dict[tuple[str, str], list[float]] = {}
     for (place, name), loss in own.items():
-        if name in _SPREAD and place != "head":
+        if place != "head" and _measures(place, name):
             both = sums.setdefault((place.rpartition(".")[2], name), [0.0, 0.0])
             both[0] += loss
             both[1] += rest[place, name]
     found = divergences(library, probes, list(sums), progress, by_gptq=True)
     return {
-        (kind, parse_format(name).scales_tokens): min(max((found[kind, name] - other) / loss, 0.25), 4.0)
-        for (kind, name), (loss, other) in sums.items()
+        key: min(max((found[key] - other) / loss, 0.25), 4.0)
+        for key, (loss, other) in sums.items()
         if loss > 0
     }
+
+
+def _measures(place: str, name: str) -> bool:
+    """Whether what GPTQ leaves in this format is measured in the layer of `place`: the formats take turns."""
+    return name in _SPREAD and int(place.split(".")[1]) % 2 == _SPREAD.index(name) % 2
+
+
+def _nearest_bits(ratios: Mapping[tuple[str, str], float], place: str, fmt: Format) -> float:
+    """The ratio of the measured format with the nearest bits, smoothed as this one is; 1 if there is none."""
+    kind = place.rpartition(".")[2]
+    alike = [
+        (abs(parse_format(name).bits - fmt.bits), ratio)
+        for (its_kind, name), ratio in ratios.items()
+        if its_kind == kind and parse_format(name).scales_tokens == fmt.scales_tokens
+    ]
+    return min(alike)[1] if alike else 1.0
 
 
 def _eight_bit(name: str) -> str:
@@ -318,12 +349,11 @@ def _is_spread(library: Library, name: str, fmt: Format) -> bool:
 
 
 def _kept(library: Library, left: Left, place: str, name: str) -> float:
-    """The part of a weight's loss that GPTQ leaves, by the nearest layer of which it is known."""
-    if place == "kv_cache" or not _is_spread(library, place, parse_format(name)):
+    """The part of a weight's loss that GPTQ leaves."""
+    fmt = parse_format(name)
+    if place == "kv_cache" or not _is_spread(library, place, fmt):
         return 1.0
-    _, layer, linear = place.split(".")
-    near = min((library.source.spec.num_layers - 1) // _STRIDE, round(int(layer) / _STRIDE)) * _STRIDE
-    return left[f"layers.{near}.{linear}", parse_format(name).scales_tokens]
+    return left[place, fmt.scales_tokens]
 
 
 def sensitivities(
@@ -336,15 +366,19 @@ def sensitivities(
     the former that GPTQ leaves.
 
     choices: place -> formats; those of kv_cache are KV formats, and those of the head stand for the embedding
-    too, whose rounding counts as an activation's. documents: calibration token ids, each passed
-    forward and back by itself. Memory: about 70 bytes x tokens of a document x layers x hidden size.
+    too, whose rounding counts as an activation's. documents: calibration token ids. Layer by layer, from
+    the states before each: memory is a layer's activations, the states of all, and the logits of a document.
     """
     source = library.source
     spec = source.spec
+    lengths = [len(document) for document in documents]
+    text = Text(source, [np.asarray(document, dtype=np.int64) for document in documents])
     weight = _float_weights(source)
-    places = {name: _Place(library, name, f) for name, f in choices.items() if name != "kv_cache"}
-    tables = dict.fromkeys(choices.get("head", ()), 0.0)
     cache_losses = dict.fromkeys(choices.get("kv_cache", ()), 0.0)
+    by_weights: Losses = {}
+    by_activations: Losses = {}
+    left: Left = {}
+    places: dict[str, _Place] = {}  # of the layer that is looked at
 
     def see_cache(x: Tensor, gradient: Tensor, _: Tensor) -> None:
         for name in cache_losses:
@@ -352,42 +386,62 @@ def sensitivities(
             cache_losses[name] += 0.5 * float((gradient * error).square().sum())
 
     def linear(name: str, x: Tensor) -> Tensor:
-        return _probed(x, weight(name), places[name].see)
+        if not x.requires_grad:
+            return x @ weight(name).T
+        its = [len(x)] if name == "head" else lengths
+        return _probed(x, weight(name), functools.partial(places[name].see, library, its))
 
-    draw = torch.Generator().manual_seed(_SEED)
-    tokens = 0
-    for done, document in enumerate(documents):
-        if progress is not None:
-            progress("sensitivity", done, len(documents))
-        ids = torch.tensor(np.asarray(document, dtype=np.int64))
-        positions = torch.arange(len(ids))
-        turns = rope_turns(spec, positions)
-        x = embedded = Llama(source).embed(ids).requires_grad_()
-        cache = _ProbedCache([len(ids)], see_cache)
+    def look_at(*names: str) -> None:
+        places.update({name: _Place(library, name, choices[name]) for name in names})
+
+    def settle() -> None:
+        """Turn the sums of `places` into losses, and forget them."""
+        for name, place in places.items():
+            own = weight(name).numpy()
+            for fmt in place.formats:
+                by_weights[name, fmt.name] = place.weights(source, library, own, fmt) / sum(lengths)
+                by_activations[name, fmt.name] = place.activations[fmt.name] / sum(lengths)
+            for smoothed, part in place.left_of(library, own):
+                left[name, smoothed] = part
+        places.clear()
+
+    def run(layer: int, x: Tensor) -> Tensor:
+        cache = _ProbedCache(lengths, see_cache) if x.requires_grad else Documents(lengths)
+        return decoder_layer(
+            spec, layer, x, text.positions, text.turns, linear=linear, vector=weight, cache=cache
+        )
+
+    states = [text.embed()]
+    with torch.no_grad():
         for layer in range(spec.num_layers):
-            x = decoder_layer(spec, layer, x, positions, turns, linear=linear, vector=weight, cache=cache)
+            states.append(run(layer, states[-1]))
+    draw = torch.Generator().manual_seed(_SEED)
+    look_at("head")
+    gradients = []
+    for final in states.pop().split(lengths):  # type: ignore[no-untyped-call]
+        x = final.clone().requires_grad_()
         logits = linear("head", rms_norm(x, weight("norm"), spec.rms_norm_eps, spec.norm_offset))
         gradient = torch.softmax(logits.detach(), dim=1)
         drawn = torch.multinomial(gradient, 1, generator=draw)
-        logits.backward(gradient.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0)))  # type: ignore[no-untyped-call]
-        assert embedded.grad is not None
-        for name in tables:
-            error = spec.embedding_scale * _table_error(source, weight("embedding")[ids], name)
-            tables[name] += 0.5 * float((embedded.grad * error).square_().sum())
-        tokens += len(ids)
-    by_weights: Losses = {}
-    by_activations: Losses = {("kv_cache", name): loss / tokens for name, loss in cache_losses.items()}
-    for name, place in places.items():
-        for fmt in place.formats:
-            by_weights[name, fmt.name] = place.weights(source, library, weight(name).numpy(), fmt) / tokens
-            by_activations[name, fmt.name] = place.activations[fmt.name] / tokens
-    for name, loss in tables.items():
-        by_activations["head", name] += loss / tokens
-    left = {
-        (name, smoothed): part
-        for name, place in places.items()
-        for smoothed, part in place.left_of(library, weight(name).numpy())
-    }
+        torch.autograd.backward(logits, gradient.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0)))
+        gradients.append(x.grad)
+        del logits, gradient
+    settle()
+    back = torch.cat(gradients)
+    for layer in reversed(range(spec.num_layers)):
+        if progress is not None:
+            progress("sensitivity", spec.num_layers - 1 - layer, spec.num_layers)
+        look_at(*(f"layers.{layer}.{kind}" for kind in spec.linears()))
+        x = states.pop().requires_grad_()
+        torch.autograd.backward(run(layer, x), back)
+        assert x.grad is not None
+        back = x.grad
+        settle()
+    ids = torch.from_numpy(np.concatenate(text.documents))
+    for name in choices.get("head", ()):
+        error = spec.embedding_scale * _table_error(source, weight("embedding")[ids], name)
+        by_activations["head", name] += 0.5 * float((back * error).square_().sum()) / sum(lengths)
+    by_activations |= {("kv_cache", name): loss / sum(lengths) for name, loss in cache_losses.items()}
     return by_weights, by_activations, left
 
 
@@ -401,20 +455,17 @@ def divergences(
 ) -> dict[tuple[str, str], float]:
     """Measured KL(original || rounded) in nats a token of each (kind, format): a linear rounded to nearest in
     all layers at once, the head, or the cache, everything else exact. kind: qkv, o, gate_up, down, head or
-    kv_cache. by_gptq: round linears as smooth-gptq does."""
+    kv_cache. by_gptq: round linears as smooth-gptq does, in the layers that `_measures` this format."""
     source = library.source
     spec = source.spec
     lengths = [len(document) for document in documents]
     text = Text(source, [np.asarray(document, dtype=np.int64) for document in documents])
-    embedded = text.embed()
     weight = _float_weights(source)
 
-    def log_probabilities(kind: str, format_name: str) -> Tensor:
-        cache = _RoundedCache(lengths, format_name) if kind == "kv_cache" else Documents(lengths)
-
-        def linear(name: str, x: Tensor) -> Tensor:
+    def linear(kind: str, format_name: str) -> Callable[[str, Tensor], Tensor]:
+        def multiply(name: str, x: Tensor) -> Tensor:
             w = weight(name)
-            if name.rpartition(".")[2] != kind:
+            if name.rpartition(".")[2] != kind or (by_gptq and not _measures(name, format_name)):
                 return x @ w.T
             fmt = parse_format(format_name)
             if fmt.scales_tokens:
@@ -423,7 +474,7 @@ def divergences(
             if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
                 rounded = (
                     library.rounded(name, fmt.scales_tokens, fmt)
-                    if by_gptq and name != "head"
+                    if by_gptq
                     else round_to_nearest(w.numpy(), fmt)
                 )
                 w = as_tensor(rounded.dequantize())
@@ -431,20 +482,32 @@ def divergences(
                 w = w.bfloat16().float()
             return rounded_inputs(x, fmt) @ w.T
 
-        x = embedded
-        for layer in range(spec.num_layers):
-            x = decoder_layer(
-                spec, layer, x, text.positions, text.turns, linear=linear, vector=weight, cache=cache
-            )
-        normed = rms_norm(x, weight("norm"), spec.rms_norm_eps, spec.norm_offset)
-        return torch.log_softmax(linear("head", normed), dim=1)
+        return multiply
 
-    exact = log_probabilities("", "")
-    likely = exact.exp()
-    found = {}
-    for done, (kind, name) in enumerate(kinds):
+    def log_probabilities(state: Tensor, kind: str, name: str) -> Tensor:
+        normed = rms_norm(state, weight("norm"), spec.rms_norm_eps, spec.norm_offset)
+        return torch.log_softmax(linear(kind, name)("head", normed), dim=1)
+
+    variants = [("", ""), *kinds]
+    states = [text.embed()] * len(variants)
+    for layer in range(spec.num_layers):
         if progress is not None:
-            progress(f"measuring {kind} in {name}", done, len(kinds))
-        rounded = log_probabilities(kind, name)
-        found[kind, name] = float((likely * (exact - rounded)).sum() / sum(lengths))
-    return found
+            progress("divergence", layer, spec.num_layers)
+        for i, (kind, name) in enumerate(variants):
+            cache = _RoundedCache(lengths, name) if kind == "kv_cache" else Documents(lengths)
+            states[i] = decoder_layer(
+                spec,
+                layer,
+                states[i],
+                text.positions,
+                text.turns,
+                linear=linear(kind, name),
+                vector=weight,
+                cache=cache,
+            )
+    exact = log_probabilities(states[0], "", "")
+    likely = exact.exp()
+    return {
+        (kind, name): float((likely * (exact - log_probabilities(state, kind, name))).sum() / sum(lengths))
+        for (kind, name), state in zip(kinds, states[1:], strict=True)
+    }
