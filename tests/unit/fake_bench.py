@@ -265,6 +265,14 @@ class FakeBench:
             found[phase] = _result(a, b)
         return found
 
+    def turns(
+        self, first: Recipe, second: Recipe, workload: Workload, max_seconds: float
+    ) -> dict[str, float]:
+        assert {first, second} <= self.built
+        self._call(f"turns {first.name} {second.name}")
+        a, b = self._seconds(first.name), self._seconds(second.name)
+        return {phase: a[phase] / b[phase] for phase in a}
+
     def rehearse(self, recipe: Recipe, near: Path) -> None:
         self._call(f"rehearse {recipe.name}")
 

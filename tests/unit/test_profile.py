@@ -13,7 +13,7 @@ from flatout.core.formats import uniform
 from flatout.core.types import Hardware, Workload
 from flatout.engine.runner import StepInput
 from flatout.errors import BackendError, ConfigError, ResourceError
-from flatout.perf.profile import Profile, profile_model
+from flatout.perf.profile import Profile, profile_model, rescaled
 
 RECIPE = uniform("w8a8")
 
@@ -50,6 +50,21 @@ def test_seconds_shares_and_fractions(clock: list[float]) -> None:
     assert decode.fraction == pytest.approx(decode.floor.floor_s / decode.measured.median)
     assert decode.read_bytes_per_s == pytest.approx(decode.floor.bytes / decode.measured.median)
     assert profile.warnings == ()
+
+
+def test_a_profile_in_a_slower_minute(clock: list[float]) -> None:
+    profile = profile_model(
+        TimedRunner(clock, linear_in_tokens), RECIPE, machine(), Workload(prompt=10, output=5)
+    )
+    slower = rescaled(profile, {"decode": 2.0})
+    assert slower.phase("prefill") == profile.phase("prefill")
+    before, after = profile.phase("decode"), slower.phase("decode")
+    assert after.measured.median == 2 * before.measured.median
+    assert after.fraction == pytest.approx(after.floor.floor_s / after.measured.median)
+    assert after.read_bytes_per_s == pytest.approx(after.floor.bytes / after.measured.median)
+    (seconds, fraction), (was, of) = op(slower, "decode", "gate_up"), op(profile, "decode", "gate_up")
+    assert (seconds, fraction) == (2 * was, pytest.approx((of or 0.0) / 2))
+    assert [o.share for o in slower.ops] == [o.share for o in profile.ops]
 
 
 def test_floors_follow_the_chunks_and_the_middle_of_the_output(clock: list[float]) -> None:

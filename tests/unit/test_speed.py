@@ -20,7 +20,7 @@ from flatout.verify import speed
 from flatout.verify.drivers import RunnerDriver, tokens_per_second, workload_prompts
 from flatout.verify.foreign_load import Ticks, foreign_load, parse_stat, read_ticks, until_quiet
 from flatout.verify.race import decode_window, race_workload
-from flatout.verify.speed import SpeedResult, ab_test
+from flatout.verify.speed import SpeedResult, ab_test, turns
 
 
 @pytest.fixture
@@ -95,6 +95,29 @@ def test_noise_takes_more_pairs_until_the_time_is_spent(clock: Callable[[float],
     assert not result.faster
     longer, _ = race(clock, noisy, noisy, max_seconds=1000)
     assert longer.high - longer.low < result.high - result.low
+
+
+def test_turns_are_few_and_cancel_a_slow_minute(clock: Callable[[float], None]) -> None:
+    """The machine becomes three times slower between two pairs; B is 1.5 times faster at every moment."""
+    log: list[str] = []
+    pace = itertools.chain([1.0] * 4, itertools.repeat(3.0))
+    a, b = itertools.tee(pace)
+    run_a, run_b = side("A", (1.5 * x for x in a), log, clock), side("B", b, log, clock)
+    assert turns(run_a, run_b, max_seconds=4.0) == pytest.approx(1.5)
+    assert "".join(log) in ("ABBA", "BAAB")
+    log.clear()
+    assert turns(run_a, run_b, max_seconds=30.0) == pytest.approx(1.5)
+    assert len(log) == 12
+
+
+def test_turns_leave_out_pairs_under_foreign_load(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads(monkeypatch, itertools.chain([0.0, 0.0, 1.5, 0.0], itertools.repeat(0.0)))
+    log: list[str] = []
+    run_a = side("A", itertools.repeat(2.0), log, clock)
+    disturbed = side("B", itertools.chain([1.0, 9.0], itertools.repeat(1.0)), log, clock)
+    assert turns(run_a, disturbed, max_seconds=1.0, cores=2) == pytest.approx(2.0)
 
 
 def test_slow_runs_still_get_nine_pairs(clock: Callable[[float], None]) -> None:

@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,34 @@ class Profile:
     def seconds(self) -> tuple[float, float]:
         """Medians of a prefill of all prompts and of one decode step."""
         return self.phase("prefill").measured.median, self.phase("decode").measured.median
+
+
+def rescaled(profile: Profile, factors: Mapping[str, float]) -> Profile:
+    """The profile with the seconds of each phase times its factor: as it would have been in another minute of
+    a shared machine."""
+
+    def phase(one: PhaseTime) -> PhaseTime:
+        factor, seconds = factors.get(one.phase, 1.0), one.measured
+        return replace(
+            one,
+            measured=replace(
+                seconds,
+                median=seconds.median * factor,
+                p20=seconds.p20 * factor,
+                p80=seconds.p80 * factor,
+            ),
+            fraction=one.fraction / factor,
+            tokens_per_s=one.tokens_per_s / factor,
+            read_bytes_per_s=one.read_bytes_per_s / factor,
+        )
+
+    def op(one: OpTime) -> OpTime:
+        factor = factors.get(one.phase, 1.0)
+        fraction = None if one.fraction is None else one.fraction / factor
+        return replace(one, seconds=one.seconds * factor, fraction=fraction)
+
+    phases = tuple(phase(one) for one in profile.phases)
+    return replace(profile, phases=phases, ops=tuple(op(one) for one in profile.ops))
 
 
 def profile(

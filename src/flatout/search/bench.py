@@ -49,7 +49,7 @@ from flatout.verify.baseline import TransformersBaseline
 from flatout.verify.drivers import Driver, RunnerDriver
 from flatout.verify.foreign_load import until_quiet
 from flatout.verify.quality import BLOCK, Cluster, Divergence, check_scores, divergence, score_model
-from flatout.verify.race import race_energy, race_workload
+from flatout.verify.race import DECODE_SHARE, race_energy, race_workload, turns_workload
 from flatout.verify.speed import SpeedResult
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ _PROFILE_STEPS = 16  # decode steps of a profile, from the middle of the output
 _KEPT = 3  # built recipes that stay loaded
 _CALIBRATION = 24  # passages that calibrate, about 11,000 tokens
 _LIBRARY = 10  # passages that calibrate mixed recipes, about 4,500 tokens
-_RACE_SHARE = {"prefill": 0.3, "decode": 0.7}  # of a race's time
 _SCRATCH = ".flatout-work-"  # folders beside the output that are gone when the search ends
 
 
@@ -278,10 +277,17 @@ class CpuBench:
             self._driver(second),
             self.tokenizer,
             workload,
-            prefill_s=_RACE_SHARE["prefill"] * max_seconds,
-            decode_s=_RACE_SHARE["decode"] * max_seconds,
+            prefill_s=(1 - DECODE_SHARE) * max_seconds,
+            decode_s=DECODE_SHARE * max_seconds,
             min_pairs=min_pairs,
             progress=lambda phase, done, total: step(f"{phase}: {done} clean pairs", min(done, total), total),
+        )
+
+    def turns(
+        self, first: Recipe, second: Recipe, workload: Workload, max_seconds: float
+    ) -> dict[str, float]:
+        return turns_workload(
+            self._driver(first), self._driver(second), self.tokenizer, workload, max_seconds=max_seconds
         )
 
     def open_meter(self) -> None:

@@ -113,6 +113,12 @@ class Bench(Protocol):
         """Interleaved A/B of "prefill" and "decode"; `first` None is transformers in bf16."""
         ...
 
+    def turns(
+        self, first: Recipe, second: Recipe, workload: Workload, max_seconds: float
+    ) -> dict[str, float]:
+        """Seconds of `first` over those of `second`, "prefill" and "decode", timed in turns a few times."""
+        ...
+
     def rehearse(self, recipe: Recipe, near: Path) -> None:
         """Take a small part of the model under `recipe` through rounding, saving, loading and running; `near`
         is a folder whose disk it may use meanwhile. Raises what goes wrong on the way."""

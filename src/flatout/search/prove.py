@@ -1,8 +1,8 @@
 """Steps 4 and 5 of the loop: race the candidates that passed, open the hold-out for the fastest, prove it is
 not slower.
 
-Where two are about equally fast by the screening's timings, which were taken minutes apart, an A/B test says
-which one goes first. A candidate is delivered only if it beats the engine at original precision and
+Where two are about equally fast by the screening's timings, a few pairs in turns with a third, an A/B test
+says which one goes first. A candidate is delivered only if it beats the engine at original precision and
 transformers in interleaved A/B tests of the user's workload and its certificate passes. Otherwise the next
 one is tried, and when none is left the original comes back: a promise that cannot be kept is not made.
 """
@@ -35,7 +35,7 @@ class _Rules:
 _ORIGINAL, _BASELINE = _Rules(8.0, 6), _Rules(24.0, 9)
 """What nobody uses today is raced for the shorter time; six pairs give a 95 % interval, too."""
 
-_RIVAL = 1.3  # a candidate whose time is within this factor of the best one's may be as fast
+_RIVAL = 1.1  # a candidate whose time is within this factor of the best one's may be as fast
 _CERTAIN = 0.98  # lower bound of the time ratio that "not slower" needs where something else has to be won
 
 Race = dict[str, Any]

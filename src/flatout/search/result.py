@@ -90,7 +90,7 @@ def assemble(
         "recipe_map": layer_map(proof.row.recipe.child(bench.source.spec), proof.row.recipe),
         "candidates": [_candidate(row) for row in screen.rows],
         "frontier": [
-            {"workload_s": point.seconds, "loss": math.expm1(point.loss)} for point in screen.frontier
+            {"workload_s": point.seconds, "loss": math.expm1(point.loss)} for point in screen.frontier()
         ],
         "races": {
             "baseline": proof.against_baseline,

@@ -5,8 +5,7 @@ prediction is no faster than a candidate that already passed, or when its expect
 every measured candidate corrects the predictions of the rest. A loss is first looked at on a few passages,
 which is enough to see a failure of tens of per cent, then on as many as the power analysis of the hold-out
 needs. Where that leaves the candidate undecided that would be the best one, it is looked at on all of them.
-One that took longer than was predicted at most is timed a second time before the list is closed: a neighbour
-on a shared machine slows a candidate down for minutes.
+Times are taken in turns with the fastest so far (search/times.py), so they compare on a shared machine.
 
 Once a first candidate has been scored, so that something usable is known early, the machine's latency table
 and the model's sensitivities are measured. From then on listed candidates are judged by them before they
@@ -34,7 +33,7 @@ from flatout.perf.predict import (
     refit,
     workload_prediction,
 )
-from flatout.perf.profile import Profile, profile_from_json, profile_to_json
+from flatout.perf.profile import Profile
 from flatout.perf.tables import add_residuals, residuals
 from flatout.search.context import Context
 from flatout.search.joint import (
@@ -49,6 +48,7 @@ from flatout.search.portable import restrict_space
 from flatout.search.recipes import ORIGINAL, Candidate, calibrated_candidates
 from flatout.search.rows import Row, by_suitability, loss_of, memory_bytes, two_standard_errors
 from flatout.search.solve import Solution
+from flatout.search.times import Times
 from flatout.search.units import megabytes
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
@@ -58,7 +58,6 @@ from flatout.verify.statistics import FEWEST_CLUSTERS
 QUICK, VALIDATION = 8, FEWEST_CLUSTERS
 """Validation passages of the first look (about 3,600 tokens), and of the one that a plan is made from."""
 
-_PROFILE_S = 1.5
 NEAR = 1.10
 """Candidates within this factor of the best time are equally good for the stated workload, which is itself a
 guess: they are scored, and those that suit most other workloads are preferred (`by_suitability`)."""
@@ -85,15 +84,13 @@ class Screen:
     def __init__(self, context: Context, candidates: Sequence[Candidate]) -> None:
         self.context = context
         self.rows = [Row(candidate=c, memory_bytes=memory_bytes(context, c.recipe)) for c in candidates]
-        self.profiles: dict[str, Profile] = {}
+        self.times = Times(context)
         self.residuals: list[float] = []
         self.joint: Joint | None = None
-        self.frontier: list[Solution] = []  # the predicted trade-off, least loss first
         self._prepared = False
         self._table: Calibration | None = None
         self._earlier: list[float] = []  # residuals of earlier searches on this machine
         self._rooms: dict[str, float] = {}  # nats a token that a candidate could lose and still be certified
-        self._timed_again: set[str] = set()
         self.first_usable_s: float | None = None  # when the first candidate was likely to be certified
         self._proposals, self._drafts = _PROPOSALS, _DRAFTS  # that may still be made
         self._undecided: set[str] = set()  # failed on the text of a plan, but not beyond its doubt
@@ -122,7 +119,7 @@ class Screen:
 
     def _finalists(self) -> list[Row]:
         while True:
-            while (row := self._next() or self._second_look()) is not None:
+            while (row := self._next()) is not None:
                 self._try(row)
                 self.predict()
                 self._find()
@@ -169,7 +166,15 @@ class Screen:
                 self._proposals -= 1
                 break
         self.predict()
-        self.frontier = self.joint.trade_off(calibration, reference)
+
+    def frontier(self) -> list[Solution]:
+        """The predicted trade-off by all that was measured, least loss first; none where no recipes are
+        found."""
+        if self.joint is None or self._table is None:
+            return []
+        passed = [row for row in self.rows if row.status in ("passed", "chosen")]
+        reference = min(passed, key=self.cost, default=self.row(ORIGINAL.name)).recipe
+        return self.joint.trade_off(self._calibration(), reference)
 
     def _is_known(self, recipe: Recipe) -> bool:
         """Whether a candidate that was looked at is this one."""
@@ -300,9 +305,9 @@ class Screen:
 
     def _calibration(self) -> Calibration | None:
         """What has been measured, as predictions use it."""
-        profiles = self.profiles.values()
+        profiles = self.times.profiles()
         if self._table is None:
-            return calibrate(profiles, self.residuals) if self.profiles else None
+            return calibrate(profiles, self.residuals) if profiles else None
         return refit(self._table, profiles, [*self._earlier, *self.residuals])
 
     def _observe(self, row: Row) -> None:
@@ -362,21 +367,6 @@ class Screen:
         waiting = [row for row in self.rows if row.status == "waiting"]
         names = {row.name for row in waiting}
         return min((r for r in waiting if r.candidate.relative not in names), key=self.cost, default=None)
-
-    def _second_look(self) -> Row | None:
-        """A candidate that was passed over for a time longer than was predicted at most, waiting again; None
-        when there is no such one that is predicted to win. Once for each."""
-        if self.context.request.workload.objective == "memory":
-            return None
-        best = min((self.cost(row) for row in self.rows if row.status == "passed"), default=math.inf)
-        for row in self.rows:
-            if row.status != "slower" or row.times is None or row.workload is None:
-                continue
-            surprising = self.cost(row) > row.workload.high and row.workload.mid < best
-            if surprising and row.name not in self._timed_again:
-                self._timed_again.add(row.name)
-                return self._set(row.name, status="waiting", reason="")
-        return None
 
     def _optimistic(self, row: Row) -> float:
         if self.context.request.workload.objective == "memory" or row.workload is None:
@@ -476,16 +466,17 @@ class Screen:
         return pair_scores(clusters, original, self.context.scores(recipe, clusters))
 
     def _measure(self, row: Row) -> Row:
-        """Build and profile; the times correct later predictions."""
+        """Build, profile and time in turns with the fastest that passed, or the original; the times correct
+        later predictions."""
         context, known = self.context, self.context.store.hits
-        if row.name in self._timed_again:
-            self._profile_again(row.name)
-        prefill, decode = self.profile(row.name).seconds
-        times = {
-            "prefill_s": prefill,
-            "decode_s": decode,
-            "workload_s": context.request.workload.seconds(prefill, decode),
-        }
+        timed = [r for r in self.rows if r.status == "passed" and r.times is not None and r.name != row.name]
+        rival = min(timed, key=lambda r: r.times["workload_s"] if r.times else math.inf, default=None)
+        if rival is None and row.name != ORIGINAL.name:
+            rival = self.row(ORIGINAL.name)
+        if rival is None:
+            times = self.times.measure(row.recipe, None, None)
+        else:
+            times = self.times.measure(row.recipe, rival.recipe, rival.times)
         if row.times is None and row.workload is not None and row.workload.tier != "datasheet":
             residual = math.log(times["workload_s"] / row.workload.mid)
             self.residuals.append(residual)
@@ -494,31 +485,8 @@ class Screen:
         return self._set(row.name, times=times)
 
     def profile(self, name: str) -> Profile:
-        """Where the time of a candidate goes; measured once a run."""
-        if name not in self.profiles:
-            self.profiles[name] = self._profile(name)
-        return self.profiles[name]
-
-    def _profile_again(self, name: str) -> None:
-        """What disturbs a measurement adds to it: the shorter one counts."""
-        workload = self.context.request.workload
-        both = (self.profile(name), self._profile(name, again=True))
-        self.profiles[name] = min(both, key=lambda profile: workload.seconds(*profile.seconds))
-
-    def _profile(self, name: str, again: bool = False) -> Profile:
-        context, recipe = self.context, self.row(name).recipe
-        workload = context.request.workload
-        where = (context.hardware, workload)
-
-        def compute() -> dict[str, Any]:
-            context.build(recipe)
-            return profile_to_json(context.bench.profile(recipe, *where, _PROFILE_S))
-
-        inputs = {**context.inputs(recipe), "workload": workload, "code": context.bench.code}
-        inputs |= {"again": True} if again else {}
-        found = context.timed("profile", name, inputs, compute)
-        spec = recipe.child(context.bench.source.spec)
-        return profile_from_json(found, spec, recipe, *where, context.bench.threads)
+        """Where the time of a candidate goes."""
+        return self.times.profile(self.row(name).recipe)
 
     def row(self, name: str) -> Row:
         """The candidate called `name` as it is known now."""

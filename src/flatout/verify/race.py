@@ -13,10 +13,13 @@ from flatout.core.types import Workload
 from flatout.hardware.energy import EnergyMeter
 from flatout.verify.drivers import Driver, workload_prompts
 from flatout.verify.quality import Encoder
-from flatout.verify.speed import SpeedResult, ab_test
+from flatout.verify.speed import SpeedResult, ab_test, turns
 
 DECODE_STEPS = 24
 """Decode steps of a sample: tens of milliseconds at least, which clock and meter resolve."""
+
+DECODE_SHARE = 0.7
+"""Of the time of a comparison."""
 
 
 def decode_window(workload: Workload) -> tuple[int, int]:
@@ -46,6 +49,21 @@ def race_energy(
         max_seconds=max_seconds,
         progress=progress,
     )
+
+
+def turns_workload(
+    a: Driver, b: Driver, tokenizer: Encoder, workload: Workload, *, max_seconds: float
+) -> dict[str, float]:
+    """Seconds of A / seconds of B of "prefill" and "decode" by a few pairs, to choose by."""
+    before, steps = decode_window(workload)
+    longer = workload_prompts(tokenizer, replace(workload, prompt=before))
+    run_a, run_b = a.decoder(longer, steps), b.decoder(longer, steps)  # prompts warm both sides
+    decode = turns(run_a, run_b, max_seconds=DECODE_SHARE * max_seconds)
+    prompts = workload_prompts(tokenizer, workload)
+    prefill = turns(
+        lambda: a.prefill(prompts), lambda: b.prefill(prompts), max_seconds=(1 - DECODE_SHARE) * max_seconds
+    )
+    return {"prefill": prefill, "decode": decode}
 
 
 def race_workload(

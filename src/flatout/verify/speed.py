@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,6 +155,31 @@ def ab_test(
                     return _result(clean, pairs, _interval(clean, coverage), "the time is spent")
                 reason = "the time is spent, with too few pairs free of other load"
                 return _result(pairs, pairs, _interval(pairs, coverage), reason)
+
+
+def turns(
+    run_a: Timed,
+    run_b: Timed,
+    *,
+    max_seconds: float,
+    min_pairs: int = 2,
+    max_foreign: float = MAX_FOREIGN,
+    settle_s: float = SETTLE_S,
+    seed: int = 0,
+    cores: int | None = None,
+) -> float:
+    """Median of seconds of A / seconds of B over a few pairs in blocks of random order, without a warm-up;
+    pairs under foreign load are left out where others are left. To choose by: there is no interval, so
+    nothing is claimed from it."""
+    allowed, draw = max_foreign * (cores or available_cores()), random.Random(seed)
+    pairs: list[_Pair] = []
+    with without_garbage_collection():
+        started = time.perf_counter()
+        while len(pairs) < min_pairs or time.perf_counter() - started < max_seconds:
+            a_first = draw.random() < 0.5
+            pairs += [_time_pair(run_a, run_b, first, settle_s, allowed) for first in (a_first, not a_first)]
+    clean = [pair for pair in pairs if not pair.noisy] or pairs
+    return statistics.median(pair.a / pair.b for pair in clean)
 
 
 @contextmanager
