@@ -97,6 +97,10 @@ def test_repetitions_fill_the_time_given(clock: list[float]) -> None:
     # A repetition takes (1 + 4) * 0.1 s and a tenth more with timers: 1.05 s, so five fit.
     assert profile.phase("prefill").measured.samples == 5
     assert profile.phase("decode").measured.samples == 20
+    where = (RECIPE, machine(), Workload(batch=1, prompt=4, output=4))
+    for given, repeats in (({}, 3), ({"min_repeats": 1}, 1)):
+        least = profile_model(runner, *where, max_seconds=0.0, **given)
+        assert least.phase("prefill").measured.samples == repeats
 
 
 def test_medians_ignore_an_outlier(clock: list[float]) -> None:

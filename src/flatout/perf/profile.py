@@ -23,7 +23,7 @@ from flatout.engine.runner import Runner
 from flatout.errors import BackendError
 from flatout.hardware.ceilings import measure_ceilings
 from flatout.perf.roofline import IMPOSSIBLE, Floor, Part, op_floors, step_floor, step_parts
-from flatout.perf.timing import PhaseSamples, Progress, TimedRunner, chunks, run_workload
+from flatout.perf.timing import MIN_REPEATS, PhaseSamples, Progress, TimedRunner, chunks, run_workload
 
 _PAGE_TOKENS = 64
 _NOTABLE_SHARE = 0.05  # ops below this share of a step are too short to blame the ceilings
@@ -154,10 +154,11 @@ def profile_model(
     threads: int | None = None,
     max_seconds: float = 10.0,
     steps: int | None = None,
+    min_repeats: int = MIN_REPEATS,
     remeasure: Callable[[], Hardware] | None = None,
     progress: Progress | None = None,
 ) -> Profile:
-    """Run the workload for about max_seconds (at least 3 repetitions) and relate every op to its floor.
+    """Run the workload for about max_seconds (at least `min_repeats`) and relate every op to its floor.
 
     recipe and threads: those of the runner; threads default to all cores. steps: decode steps that are timed,
     from the middle of the output; all by default. remeasure: renews the ceilings
@@ -166,7 +167,8 @@ def profile_model(
     """
     if not isinstance(runner, TimedRunner):
         raise BackendError("a profile needs a runner that times its ops", runner.name, "the cpu runner")
-    samples = run_workload(runner, workload, max_seconds, progress or (lambda what, done, of: None), steps)
+    tell = progress or (lambda what, done, of: None)
+    samples = run_workload(runner, workload, max_seconds, tell, steps, min_repeats)
     threads = threads or hardware.cores
     result = _assess(runner, recipe, hardware, workload, threads, samples)
     if result.warnings and remeasure is not None:

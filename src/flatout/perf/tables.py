@@ -144,7 +144,14 @@ def profile_stand_in(
     stand_in = replace(spec, num_layers=stand_in_layers(spec, recipe))
     runner = random_runner(stand_in, replace(recipe, overrides=()), workload, threads)
     return profile_model(
-        runner, recipe, hardware, workload, threads=threads, max_seconds=_SECONDS, steps=_STEPS
+        runner,
+        recipe,
+        hardware,
+        workload,
+        threads=threads,
+        max_seconds=_SECONDS,
+        steps=_STEPS,
+        min_repeats=1,  # in every round
     )
 
 

@@ -22,7 +22,7 @@ from flatout.errors import ConfigError, ResourceError
 Progress = Callable[[str, int, int], None]
 
 PHASES = ("prefill", "decode")
-_MIN_REPEATS, _MAX_REPEATS = 3, 15
+MIN_REPEATS, _MAX_REPEATS = 3, 15
 
 
 @runtime_checkable
@@ -59,8 +59,9 @@ def run_workload(
     max_seconds: float,
     progress: Progress,
     steps: int | None = None,
+    min_repeats: int = MIN_REPEATS,
 ) -> dict[str, PhaseSamples]:
-    """Samples of "prefill" and "decode" for about max_seconds, at least 3 repetitions after a warm-up, one of
+    """Samples of "prefill" and "decode" for about max_seconds, at least `min_repeats` after a warm-up, one of
     them with timers. steps: of the decode steps only so many, from the middle of the output; all by default.
 
     Raises ConfigError for a workload longer than the model allows, ResourceError when its pages do not fit.
@@ -79,7 +80,7 @@ def run_workload(
             samples = {phase: PhaseSamples() for phase in PHASES}
             start = time.perf_counter()
         elapsed = time.perf_counter() - start
-        if repeat >= _MIN_REPEATS and elapsed * (repeat + 1) / repeat > max_seconds:
+        if repeat >= min_repeats and elapsed * (repeat + 1) / repeat > max_seconds:
             break
         progress("steps", max(0, repeat), _MAX_REPEATS)
         _repetition(runner, tokens, pages, workload.prompt, decoded, samples, timed=False)

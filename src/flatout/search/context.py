@@ -98,7 +98,8 @@ class Bench(Protocol):
         ...
 
     def profile(self, recipe: Recipe, hardware: Hardware, workload: Workload, max_seconds: float) -> Profile:
-        """Where the time of the built recipe goes, measured again if others were busy meanwhile."""
+        """Where the time of the built recipe goes; the original is measured again if others were busy
+        meanwhile."""
         ...
 
     def race(

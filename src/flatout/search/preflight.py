@@ -88,7 +88,7 @@ def peak_memory_bytes(spec: ModelSpec, workload: Workload) -> int:
     weights = spec.num_parameters() + (spec.vocab_size * spec.hidden_size if spec.tie_embeddings else 0)
     models = weights * (2 + 2 + 2 + 4)
     moments = moment_bytes(spec)
-    mixed = 3 * moments + 2 * weights if moments <= MOST_MOMENTS else 0  # factors of them, and kept codes
+    mixed = 2 * moments + 2 * weights if moments <= MOST_MOMENTS else 0  # one layer's factors, and kept codes
     logits = 4 * 2 * _SCORED_TOKENS * spec.vocab_size
     tokens = max(workload.batch * (workload.prompt + workload.output), 2 * _SCORED_TOKENS)
     caches = 3 * int(tokens * spec.num_layers * kv_bytes_per_token(spec, "bf16"))

@@ -25,6 +25,7 @@ from flatout.search.rows import Row, memory_bytes
 from flatout.search.screen import Screen
 from flatout.search.traffic import Speed, serve
 from flatout.search.units import percent, times
+from flatout.verify.certificate import Certificate
 from flatout.verify.quality import ClusterLoss, perplexities
 
 PHASES = ("prefill", "decode")
@@ -123,9 +124,9 @@ def _columns(
     return {
         "baseline": _column(context, "transformers bf16", ORIGINAL, final, "a")
         | {"memory_bytes": _transformers_bytes(context)}
-        | _quality_of(baseline),
+        | _quality_of(baseline, certificate),
         "engine_original": _column(context, "engine, original precision", ORIGINAL, own, side)
-        | _quality_of(original),
+        | _quality_of(original, certificate),
         "optimized": _column(context, "engine, optimised", proof.row.recipe, final, "b")
         | {
             "perplexity": certificate.perplexity_optimised,
@@ -135,9 +136,16 @@ def _columns(
     }
 
 
-def _quality_of(losses: Sequence[ClusterLoss]) -> Json:
+def _quality_of(losses: Sequence[ClusterLoss], certificate: Certificate) -> Json:
+    """Of a column that is only reported: its loss on the first `tokens` of the certificate's text, and the
+    perplexity that the original's becomes by it."""
     before, after = perplexities(losses)
-    return {"perplexity": after, "loss": after / before - 1, "loss_upper_bound": None}
+    return {
+        "perplexity": certificate.perplexity_original * after / before,
+        "loss": after / before - 1,
+        "loss_upper_bound": None,
+        "tokens": sum(one.tokens for one in losses),
+    }
 
 
 def _column(context: Context, name: str, recipe: Recipe, race: Race, side: str) -> Json:

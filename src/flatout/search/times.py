@@ -15,8 +15,8 @@ from flatout.core.formats import Recipe
 from flatout.perf.profile import Profile, profile_from_json, profile_to_json, rescaled
 from flatout.search.context import Context
 
-_PROFILE_S = 1.5
-_TURNS_S = 2.0
+_PROFILE_S = 1.0
+_TURNS_S = 2.0  # more where a sample takes long: two pairs of each phase at least
 
 Phases = Mapping[str, float]
 """Seconds of "prefill_s" (the whole prompt) and "decode_s" (one step)."""
