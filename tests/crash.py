@@ -51,7 +51,7 @@ from flatout.verify.speed import SpeedResult  # noqa: E402
 
 LOADED_ON_USE = (
     "scipy.optimize", "scipy.sparse", "scipy.special", "flatout.compress.gptq", "flatout.compress.library",
-    "flatout.engine.reference", "flatout.search.sensitivity",
+    "flatout.engine.reference", "flatout.search.expected",
 )  # fmt: skip
 """Modules that a search loads when it needs them; here they are loaded once, before the forks."""
 

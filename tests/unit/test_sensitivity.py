@@ -14,13 +14,9 @@ from flatout.core.formats import parse_format
 from flatout.core.fuse import float_weight
 from flatout.core.spec import ModelSpec
 from flatout.models.llama import rms_norm
-from flatout.search.sensitivity import (
-    _nearest_bits,
-    divergences,
-    expected_losses,
-    rounded_inputs,
-    sensitivities,
-)
+from flatout.search.divergences import divergences, rounded_inputs
+from flatout.search.expected import _nearest_bits, expected_losses
+from flatout.search.sensitivity import sensitivities
 
 SPEC = tiny_spec("llama")
 KINDS = ("qkv", "o", "gate_up", "down")

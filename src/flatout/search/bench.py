@@ -224,7 +224,7 @@ class CpuBench:
     def expected_losses(
         self, choices: Mapping[str, Sequence[str]], calibration: Sequence[Cluster], step: Step
     ) -> tuple[Losses, Losses] | None:
-        from flatout.search.sensitivity import expected_losses  # loads PyTorch
+        from flatout.search.expected import expected_losses  # loads PyTorch
 
         if moment_bytes(self.source.spec) > MOST_MOMENTS:
             return None

@@ -27,7 +27,7 @@ Step = Callable[[str, int, int], None]
 """step(what, done, total)."""
 
 Losses = Mapping[tuple[str, str], float]
-"""(place, format) -> expected nats a token (search/sensitivity.py)."""
+"""(place, format) -> expected nats a token (search/expected.py)."""
 
 _CHUNK = 8  # clusters scored and stored at a time, about 3,500 tokens
 

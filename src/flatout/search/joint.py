@@ -1,7 +1,7 @@
 """Recipes that are found instead of listed: a format for every linear of every layer, the head and the cache.
 
     times       a latency table of this machine (perf/tables.py), corrected by whole steps of real candidates
-    losses      sensitivities of this model (search/sensitivity.py), scaled by what real candidates lose
+    losses      sensitivities of this model (search/expected.py), scaled by what real candidates lose
     choice      the fastest recipe inside the budget (search/solve.py), and the whole trade-off
 
 A proposal is built and compared with the original's predictions; one that diverges by more than the budget

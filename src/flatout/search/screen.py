@@ -62,6 +62,7 @@ NEAR = 1.10
 """Candidates within this factor of the best time are equally good for the stated workload, which is itself a
 guess: they are scored, and those that suit most other workloads are preferred (`by_suitability`)."""
 
+_EXPECT = ("divergences.py", "expected.py", "sensitivity.py")  # code that expected losses depend on
 _PROPOSALS = 3  # recipes found, built and measured at most
 _DRAFTS = 6  # recipes found and built at most, of which those that diverge too far are not measured
 _COMPARED, _COMPARED_TOKENS = 5, 128  # validation passages that divergences are taken on, and their tokens
@@ -250,7 +251,7 @@ class Screen:
         key = {
             "model": context.bench.sha256,
             "code": context.bench.code,
-            "method": sha256_of([Path(__file__).with_name("sensitivity.py")]),
+            "method": sha256_of([Path(__file__).with_name(name) for name in _EXPECT]),
             "choices": choices,
             "calibration": tokens_sha256(calibration),
         }

@@ -23,8 +23,8 @@ to three times less loss than 8-bit weights have. In a smoothed linear the weigh
 Layers with massive activations are left one part in thirty, their neighbours half, so U is taken from every
 layer. All places come from the same pass.
 
-Limits: errors are small and do not interact. `divergences` measures a few choices as they are, each alone in
-an otherwise exact model, and the search corrects the sum by what whole candidates lose.
+Limits: errors are small and do not interact. A few choices are measured as they are (search/divergences.py),
+and the search corrects the sum by what whole candidates lose.
 
 Legend: T tokens, N rows and K columns of a weight, V vocabulary.
 """
@@ -32,8 +32,6 @@ Legend: T tokens, N rows and K columns of a weight, V vocabulary.
 from __future__ import annotations
 
 import functools
-import re
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,11 +44,10 @@ from flatout.compress.inputs import Documents, Text
 from flatout.compress.library import Library
 from flatout.compress.rtn import group_rows, make_grid, round_to_nearest, search_grid
 from flatout.core.formats import Format, parse_format
-from flatout.core.fuse import Source, float_weight, native_format
-from flatout.kernels.linear import BYTE, FIFTEEN_BITS, as_tensor, quantize_activations
+from flatout.core.fuse import Source, native_format
+from flatout.kernels.linear import as_tensor
 from flatout.models.llama import decoder_layer, rms_norm, round_keys_or_values
-
-Progress = Callable[[str, int, int], None]
+from flatout.search.divergences import Progress, float_weights, is_measured, is_spread, rounded_inputs
 
 Losses = dict[tuple[str, str], float]
 """(place, format) -> nats a token. Places: layers.I.LINEAR, head, kv_cache."""
@@ -61,26 +58,6 @@ Left = dict[tuple[str, bool], float]
 _GROUP = 32  # columns whose F is kept as one sum: the narrowest group of any format
 _SEED = 0
 _EVERY = 4  # rows of a layer's weight whose F is computed: one in four stands for the others
-_PASSAGES, _PASSAGE = 4, 256  # passages that pass forward and back, and their tokens
-_PROBES, _PROBE = 4, 96  # passages that divergences are measured on, and their tokens
-_MEASURED = 12  # choices whose divergence is measured
-_SPREAD = ("w5a16", "w5a8", "w4a8-g32")
-"""Formats in which what GPTQ leaves is measured, each in every second layer: weights decide there, and
-coarser ones lose more than finer ones say."""
-_LEAST, _MOST = 2e-4, 0.02  # expected nats a token of a choice, in all layers, that is worth measuring
-_BY_ACTIVATIONS = 0.1  # part of it that activations must have: a measurement corrects nothing else
-
-
-def rounded_inputs(x: Tensor, fmt: Format) -> Tensor:
-    """x (T, K) as a linear of `fmt` multiplies it."""
-    if fmt.activation == "fp32":
-        return x
-    if fmt.activation == "bf16":
-        return x.bfloat16().float()
-    limit = BYTE if fmt.activation == "int8" else FIFTEEN_BITS
-    codes, scales = quantize_activations(x, fmt.activation_group, limit)
-    width = fmt.activation_group or x.shape[1]
-    return codes.float() * scales.repeat_interleave(width, dim=1)
 
 
 class _Probed(torch.autograd.Function):
@@ -127,20 +104,6 @@ def by_rounding(gradient: Tensor, factor: Factor) -> Tensor:
     return spread
 
 
-class _RoundedCache(Documents):
-    """Attention within documents whose keys and values are rounded as a cache of this format does."""
-
-    def __init__(self, lengths: Sequence[int], format_name: str) -> None:
-        super().__init__(lengths)
-        self._format = format_name
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
-    ) -> Tensor:
-        k, v = (round_keys_or_values(x, self._format) for x in (k, v))
-        return super().attend(layer, q, k, v, positions, window)
-
-
 class _Place:
     """Sums of one linear over documents, for the formats asked for."""
 
@@ -153,7 +116,7 @@ class _Place:
         self.activations = dict.fromkeys([f.name for f in self.formats], 0.0)
         self.fisher: Tensor | float = 0.0  # (N / every, K / _GROUP)
         self.smoothed: Tensor | float = 0.0  # (N / every, 1): that of W s
-        self.spread = [f for f in self.formats if _is_spread(library, name, f)]
+        self.spread = [f for f in self.formats if is_spread(library, name, f)]
         # smoothed or not -> sums of G^2 (2, N / every) as GPTQ leaves it and as it is
         self.left: dict[bool, Tensor] = {}
 
@@ -169,7 +132,7 @@ class _Place:
             sums = [one.square().sum(dim=1).view(len(lengths), -1).sum(dim=0) for one in both]
             self.left[smoothed] = torch.stack(sums)
             for fmt in self.spread:
-                if fmt.scales_tokens == smoothed and _measures(self.name, fmt.name):
+                if fmt.scales_tokens == smoothed and is_measured(self.name, fmt.name):
                     library.rounded(self.name, smoothed, fmt)  # while its factor is at hand
         squares = of_weight.square_().view(len(lengths), -1, of_weight.shape[1]).sum(dim=0)
         n, k = squares.shape
@@ -212,20 +175,6 @@ class _Place:
         return share * 0.5 * float((squares * by_group).sum())
 
 
-def _float_weights(source: Source) -> Callable[[str], Tensor]:
-    """name -> the weight (N, K) as float32, read each time but for the vocabulary's; a tied head is the
-    embedding."""
-    tied = source.spec.tie_embeddings
-    vocabulary = functools.cache(lambda name: as_tensor(float_weight(source, name)))
-
-    def weight(name: str) -> Tensor:
-        if name in ("head", "embedding"):
-            return vocabulary("embedding" if tied else name)
-        return as_tensor(float_weight(source, name))
-
-    return weight
-
-
 def _table_error(source: Source, rows: Tensor, name: str) -> Tensor:
     """What rounding does to `rows` of the embedding."""
     fmt = parse_format(name)
@@ -252,110 +201,6 @@ def _bf16_error(weight: np.ndarray) -> Tensor:
     return exact - exact.bfloat16().float()
 
 
-def expected_losses(
-    library: Library,
-    documents: Sequence[Sequence[int]],
-    choices: Mapping[str, Sequence[str]],
-    progress: Progress | None = None,
-) -> tuple[Losses, Losses]:
-    """(smooth-gptq, rounded to nearest): expected nats a token of every choice. Of the 8-bit formats, those
-    whose activations matter in all layers together are corrected by their measured divergence, and others as
-    the 8-bit one with the same activations; what GPTQ leaves of weights as was measured in the format of
-    `_SPREAD` with the nearest bits.
-
-    documents: calibration token ids, of which a few thousand tokens are used.
-    """
-    passages = [document[:_PASSAGE] for document in documents[:_PASSAGES]]
-    weights, activations, left = sensitivities(library, passages, choices, progress)
-    sums: dict[tuple[str, str], float] = {}
-    inputs: dict[tuple[str, str], float] = {}  # what activations have in them
-    for (place, name), loss in activations.items():
-        key = (place.rpartition(".")[2], name)
-        if name == _eight_bit(name):
-            sums[key] = sums.get(key, 0.0) + weights.get((place, name), 0.0) + loss
-            inputs[key] = inputs.get(key, 0.0) + loss
-    worth = [key for key in sums if _LEAST < sums[key] < _MOST and inputs[key] >= _BY_ACTIVATIONS * sums[key]]
-    worth.sort(key=lambda key: -sums[key])
-    probes = [document[:_PROBE] for document in documents[-_PROBES:]]
-    measured = divergences(library, probes, worth[:_MEASURED], progress)
-    ratios = {key: min(max(found / sums[key], 0.5), 5.0) for key, found in measured.items()}
-    usual = statistics.median(ratios.values()) if ratios else 1.0
-
-    def ratio(place: str, name: str) -> float:
-        return ratios.get((place.rpartition(".")[2], _eight_bit(name)), usual)
-
-    rest = {choice: loss * ratio(*choice) for choice, loss in activations.items()}
-    nearest = {choice: loss + weights.get(choice, 0.0) * ratio(*choice) for choice, loss in rest.items()}
-    # What weights rounded to nearest lose beyond expectation is what their errors have in common: GPTQ takes
-    # that out, and has deviations of its own.
-    own = {key: loss * _kept(library, left, *key) for key, loss in weights.items()}
-    by_gptq = _spread_ratios(library, probes, own, rest, progress)
-    by_spreading = dict(rest)
-    for (place, name), loss in own.items():
-        fmt = parse_format(name)
-        rounded = _is_spread(library, place, fmt)
-        by_spreading[place, name] += loss * (_nearest_bits(by_gptq, place, fmt) if rounded else 1.0)
-    return by_spreading, nearest
-
-
-def _spread_ratios(
-    library: Library,
-    probes: Sequence[Sequence[int]],
-    own: Losses,
-    rest: Losses,
-    progress: Progress | None,
-) -> dict[tuple[str, str], float]:
-    """(kind of linear, format) -> measured over expected loss of weights as GPTQ rounds them, in the formats
-    `_SPREAD` where the space has them. rest: what activations lose."""
-    sums: dict[tuple[str, str], list[float]] = {}
-    for (place, name), loss in own.items():
-        if place != "head" and _measures(place, name):
-            both = sums.setdefault((place.rpartition(".")[2], name), [0.0, 0.0])
-            both[0] += loss
-            both[1] += rest[place, name]
-    found = divergences(library, probes, list(sums), progress, by_gptq=True)
-    return {
-        key: min(max((found[key] - other) / loss, 0.25), 4.0)
-        for key, (loss, other) in sums.items()
-        if loss > 0
-    }
-
-
-def _measures(place: str, name: str) -> bool:
-    """Whether what GPTQ leaves in this format is measured in the layer of `place`: the formats take turns."""
-    return name in _SPREAD and int(place.split(".")[1]) % 2 == _SPREAD.index(name) % 2
-
-
-def _nearest_bits(ratios: Mapping[tuple[str, str], float], place: str, fmt: Format) -> float:
-    """The ratio of the measured format with the nearest bits, smoothed as this one is; 1 if there is none."""
-    kind = place.rpartition(".")[2]
-    alike = [
-        (abs(parse_format(name).bits - fmt.bits), ratio)
-        for (its_kind, name), ratio in ratios.items()
-        if its_kind == kind and parse_format(name).scales_tokens == fmt.scales_tokens
-    ]
-    return min(alike)[1] if alike else 1.0
-
-
-def _eight_bit(name: str) -> str:
-    """The 8-bit format with the activations of format `name`; other formats are their own."""
-    return re.sub(r"^w[3456]a", "w8a", name)
-
-
-def _is_spread(library: Library, name: str, fmt: Format) -> bool:
-    """Whether smooth-gptq rounds this weight by GPTQ: heads are rounded to nearest."""
-    stored = fmt.is_native or native_format(library.source, name) == fmt.name
-    return name != "head" and fmt.is_integer and not stored
-
-
-def _kept(library: Library, left: Left, place: str, name: str) -> float:
-    """The part of a weight's loss that GPTQ leaves."""
-    fmt = parse_format(name)
-    if place == "kv_cache" or not _is_spread(library, place, fmt):
-        return 1.0
-    return left[place, fmt.scales_tokens]
-
-
 def sensitivities(
     library: Library,
     documents: Sequence[Sequence[int]],
@@ -373,7 +218,7 @@ def sensitivities(
     spec = source.spec
     lengths = [len(document) for document in documents]
     text = Text(source, [np.asarray(document, dtype=np.int64) for document in documents])
-    weight = _float_weights(source)
+    weight = float_weights(source)
     cache_losses = dict.fromkeys(choices.get("kv_cache", ()), 0.0)
     by_weights: Losses = {}
     by_activations: Losses = {}
@@ -443,71 +288,3 @@ def sensitivities(
         by_activations["head", name] += 0.5 * float((back * error).square_().sum()) / sum(lengths)
     by_activations |= {("kv_cache", name): loss / sum(lengths) for name, loss in cache_losses.items()}
     return by_weights, by_activations, left
-
-
-@torch.no_grad()
-def divergences(
-    library: Library,
-    documents: Sequence[Sequence[int]],
-    kinds: Sequence[tuple[str, str]],
-    progress: Progress | None = None,
-    by_gptq: bool = False,
-) -> dict[tuple[str, str], float]:
-    """Measured KL(original || rounded) in nats a token of each (kind, format): a linear rounded to nearest in
-    all layers at once, the head, or the cache, everything else exact. kind: qkv, o, gate_up, down, head or
-    kv_cache. by_gptq: round linears as smooth-gptq does, in the layers that `_measures` this format."""
-    source = library.source
-    spec = source.spec
-    lengths = [len(document) for document in documents]
-    text = Text(source, [np.asarray(document, dtype=np.int64) for document in documents])
-    weight = _float_weights(source)
-
-    def linear(kind: str, format_name: str) -> Callable[[str, Tensor], Tensor]:
-        def multiply(name: str, x: Tensor) -> Tensor:
-            w = weight(name)
-            if name.rpartition(".")[2] != kind or (by_gptq and not _measures(name, format_name)):
-                return x @ w.T
-            fmt = parse_format(format_name)
-            if fmt.scales_tokens:
-                s = as_tensor(library.smoothing(name))
-                x, w = x / s, w * s
-            if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
-                rounded = (
-                    library.rounded(name, fmt.scales_tokens, fmt)
-                    if by_gptq
-                    else round_to_nearest(w.numpy(), fmt)
-                )
-                w = as_tensor(rounded.dequantize())
-            elif fmt.activation == "bf16":
-                w = w.bfloat16().float()
-            return rounded_inputs(x, fmt) @ w.T
-
-        return multiply
-
-    def log_probabilities(state: Tensor, kind: str, name: str) -> Tensor:
-        normed = rms_norm(state, weight("norm"), spec.rms_norm_eps, spec.norm_offset)
-        return torch.log_softmax(linear(kind, name)("head", normed), dim=1)
-
-    variants = [("", ""), *kinds]
-    states = [text.embed()] * len(variants)
-    for layer in range(spec.num_layers):
-        if progress is not None:
-            progress("divergence", layer, spec.num_layers)
-        for i, (kind, name) in enumerate(variants):
-            cache = _RoundedCache(lengths, name) if kind == "kv_cache" else Documents(lengths)
-            states[i] = decoder_layer(
-                spec,
-                layer,
-                states[i],
-                text.positions,
-                text.turns,
-                linear=linear(kind, name),
-                vector=weight,
-                cache=cache,
-            )
-    exact = log_probabilities(states[0], "", "")
-    likely = exact.exp()
-    return {
-        (kind, name): float((likely * (exact - log_probabilities(state, kind, name))).sum() / sum(lengths))
-        for (kind, name), state in zip(kinds, states[1:], strict=True)
-    }
