@@ -81,6 +81,10 @@ class TimelessBench(CpuBench):
         self._clock.built.add(recipe)
         return self._clock.profile(recipe, *args)
 
+    def turns(self, first: Recipe, second: Recipe, *args: Any) -> dict[str, float]:
+        self._clock.built |= {first, second}
+        return self._clock.turns(first, second, *args)
+
     def race(self, first: Recipe | None, second: Recipe, *args: Any) -> dict[str, SpeedResult]:
         self._clock.built.add(second)
         return self._clock.race(first, second, *args)

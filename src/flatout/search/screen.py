@@ -19,10 +19,7 @@ import math
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
 from flatout.errors import EvidenceError, UnsupportedModelError
 from flatout.perf.predict import (
@@ -34,17 +31,14 @@ from flatout.perf.predict import (
     workload_prediction,
 )
 from flatout.perf.profile import Profile
-from flatout.perf.tables import add_residuals, residuals
+from flatout.perf.tables import add_residuals
 from flatout.search.context import Context
 from flatout.search.joint import (
     METHOD,
     Joint,
     formats_of,
-    place_bytes,
-    space_of,
-    stand_ins,
 )
-from flatout.search.portable import restrict_space
+from flatout.search.prepare import prepare
 from flatout.search.recipes import ORIGINAL, Candidate, calibrated_candidates
 from flatout.search.rows import Row, by_suitability, loss_of, memory_bytes, two_standard_errors
 from flatout.search.solve import Solution
@@ -52,7 +46,7 @@ from flatout.search.times import Times
 from flatout.search.units import megabytes
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
-from flatout.verify.quality import ClusterLoss, pair_scores, tokens_sha256
+from flatout.verify.quality import ClusterLoss, pair_scores
 from flatout.verify.statistics import FEWEST_CLUSTERS
 
 QUICK, VALIDATION = 8, FEWEST_CLUSTERS
@@ -62,7 +56,6 @@ NEAR = 1.10
 """Candidates within this factor of the best time are equally good for the stated workload, which is itself a
 guess: they are scored, and those that suit most other workloads are preferred (`by_suitability`)."""
 
-_EXPECT = ("divergences.py", "expected.py", "sensitivity.py")  # code that expected losses depend on
 _PROPOSALS = 3  # recipes found, built and measured at most
 _DRAFTS = 6  # recipes found and built at most, of which those that diverge too far are not measured
 _COMPARED, _COMPARED_TOKENS = 5, 128  # validation passages that divergences are taken on, and their tokens
@@ -232,53 +225,11 @@ class Screen:
 
     def _prepare(self) -> None:
         """Measure the latency table and the sensitivities, once a search."""
-        context = self.context
-        space, step = space_of(context.bench.source), context.stages.step
-        if context.request.portable is not None:
-            restricted = restrict_space(space, context.request.portable)
-            if restricted is None:
-                return
-            space = restricted
-        workload = context.request.workload
-        with context.stages.stage("time every format"):
-            table = context.bench.table(stand_ins(space), context.hardware, workload, step)
-        self._table = table.calibration()
-        self._earlier = context.timed(
-            "residuals", "earlier", {}, lambda: {"earlier": residuals(context.hardware)}
-        )["earlier"]
-        choices = space.choices()
-        calibration = context.texts.calibration
-        key = {
-            "model": context.bench.sha256,
-            "code": context.bench.code,
-            "method": sha256_of([Path(__file__).with_name(name) for name in _EXPECT]),
-            "choices": choices,
-            "calibration": tokens_sha256(calibration),
-        }
-
-        def compute() -> dict[str, Any]:
-            found = context.bench.expected_losses(choices, calibration, step)
-            names = ("spread", "nearest")
-            return {
-                name: [[*choice, loss] for choice, loss in losses.items()]
-                for name, losses in zip(names, found or (), strict=False)
-            }
-
-        with context.stages.stage("find what is sensitive"):
-            known = context.store.result("sensitivity", "all", key, compute)
-        if known:
-            losses, nearest = (
-                {(place, name): loss for place, name, loss in known[part]} for part in ("spread", "nearest")
-            )
-            self.joint = Joint(
-                space,
-                losses,
-                nearest,
-                context.hardware,
-                workload,
-                context.bench.threads,
-                self._room_for_choices(),
-            )
+        prepared = prepare(self.context)
+        if prepared is None:
+            return
+        self._table, self._earlier, self.joint = prepared.table, prepared.earlier, prepared.joint
+        if self.joint is not None:
             for row in self.rows:
                 self._observe(row)
             self._add_calibrated()
@@ -293,16 +244,6 @@ class Screen:
             self.rows.append(Row(candidate=candidate, memory_bytes=memory))
         self._refuse_too_large()
         self.predict()
-
-    def _room_for_choices(self) -> float:
-        """Bytes that the choices of a joint recipe may take together: the limit less norms and biases."""
-        limit, spec = self.context.request.max_memory, self.context.bench.source.spec
-        if limit is None:
-            return math.inf
-        chosen = formats_of(ORIGINAL, spec).items()
-        workload = self.context.request.workload
-        counted = sum(place_bytes(spec, workload, place, name) for place, name in chosen)
-        return limit - (memory_bytes(self.context, ORIGINAL) - counted)
 
     def _calibration(self) -> Calibration | None:
         """What has been measured, as predictions use it."""

@@ -30,10 +30,11 @@ class Times:
         self._profiles: dict[str, Profile] = {}
         self._scales: dict[str, dict[str, float]] = {}  # phase -> common seconds over those of the profile
 
-    def profile(self, recipe: Recipe) -> Profile:
-        """Where the time of a candidate goes, in the seconds of its own minute; measured once a run."""
+    def profile(self, recipe: Recipe, rival: Recipe | None = None) -> Profile:
+        """Where the time of a candidate goes, in the seconds of its own minute; measured once a run. rival:
+        what it will be compared with, which stays loaded meanwhile."""
         if recipe.name not in self._profiles:
-            self._profiles[recipe.name] = self._profile(recipe)
+            self._profiles[recipe.name] = self._profile(recipe, rival)
         return self._profiles[recipe.name]
 
     def profiles(self) -> list[Profile]:
@@ -43,9 +44,7 @@ class Times:
     def measure(self, recipe: Recipe, rival: Recipe | None, rivals: Phases | None) -> dict[str, float]:
         """Seconds of a candidate's phases and of the workload; `rivals` are those of `rival`, None for both
         where there is nothing to compare with."""
-        if rival is not None:
-            self._context.build(rival)  # used latest, so that it stays while the candidate is built
-        alone = dict(zip(("prefill", "decode"), self.profile(recipe).seconds, strict=True))
+        alone = dict(zip(("prefill", "decode"), self.profile(recipe, rival).seconds, strict=True))
         found = alone
         if rival is not None and rivals is not None:
             ratios = self._turns(rival, recipe)
@@ -71,12 +70,14 @@ class Times:
         inputs = {**sides, "workload": workload, "code": context.bench.code}
         return {phase: float(r) for phase, r in context.timed("turns", second.name, inputs, compute).items()}
 
-    def _profile(self, recipe: Recipe) -> Profile:
+    def _profile(self, recipe: Recipe, rival: Recipe | None) -> Profile:
         context, workload = self._context, self._context.request.workload
         where = (context.hardware, workload)
 
         def compute() -> dict[str, Any]:
-            context.build(recipe)
+            for built in (rival, recipe):
+                if built is not None:
+                    context.build(built)
             return profile_to_json(context.bench.profile(recipe, *where, _PROFILE_S))
 
         inputs = {**context.inputs(recipe), "workload": workload, "code": context.bench.code}
