@@ -8,12 +8,14 @@
    (speed does not depend on their values; answers mean nothing). A row is the median of single steps, its
    20th and 80th percentile, the share of the floor, and joules a token from the card's energy counter.
 4. Drafts from what was said before: a model that continues a prompt with a copy of it in which every 16th
-   token differs, with and without drafts. The answers must be the same.
+   token differs, with and without drafts. Drafts of a model of the shape of Llama-3.2-1B, which is wrong
+   about one of 8 tokens of an answer that repeats nothing. The answers must be the same.
 5. The start of a process to its first token, with Triton's cache warm and empty.
 
 The floor of decode is (weights + keys and values) / measured read rate; of prefill, the products'
 operations / measured rate of a large product + attention's at the bf16 rate; of offload, the bytes of the
-layers that are streamed / measured rate of copies from the host. Needs a GPU; about 6 minutes.
+layers that are streamed / measured rate of copies from the host, also where the processor computes some of
+them (divided). Needs a GPU; about 6 minutes.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ from flatout.engine.cuda_weights import GpuWeights, load_weights, random_weights
 from flatout.engine.engine import Engine, SamplingParams
 from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import Runner, StepInput
-from flatout.engine.speculate import NgramProposer, Speculator
+from flatout.engine.speculate import Speculator
 from flatout.hardware.meter import Meter, nvml_counters
 from flatout.kernels import gpu, gpu_linear
 from flatout.kernels.gpu import Activations, Product
@@ -90,6 +92,7 @@ ROWS = [
     ("decode-256", "8B", "bf16", 256, 128),
     ("prefill", "8B", "bf16", 1, 4096),
     ("drafts", "8B", "bf16", 1, 1024),
+    ("draft-model", "8B", "bf16", 1, 1024),
     ("decode-1", "8B", "fp8", 1, 1024),
     ("decode-64", "8B", "fp8", 64, 1024),
     ("decode-256", "8B", "fp8", 256, 128),
@@ -101,6 +104,7 @@ ROWS = [
     ("decode-1", "1B", "bf16", 1, 128),
     ("decode-1", "70B", "int4", 1, 1024),
     ("offload", "8B", "bf16", 1, 128),
+    ("divided", "8B", "bf16", 1, 128),
 ]
 """(kind, shape, recipe, sequences, prompt)."""
 NEW_TOKENS = 128
@@ -346,11 +350,13 @@ class Bench:
     weights: GpuWeights
     peaks: dict[str, float]
 
-    def engine(self, sequences: int, tokens: int, drafts: bool = False) -> Engine:
+    def runner(self, sequences: int, tokens: int) -> CudaRunner:
         kv_cache = "fp8" if self.recipe.kv_cache == "fp8" else "bf16"
         pages = sequences * -(-tokens // 64)
-        runner = CudaRunner(self.spec, self.weights, pages, 64, kv_cache, max_batch=sequences)
-        speculator = Speculator(NgramProposer()) if drafts else None
+        return CudaRunner(self.spec, self.weights, pages, 64, kv_cache, max_batch=sequences)
+
+    def engine(self, sequences: int, tokens: int, speculator: Speculator | None = None) -> Engine:
+        runner = self.runner(sequences, tokens)
         return Engine(runner, Wordless(), max_batch=sequences, prefix_reuse=False, speculator=speculator)
 
     def decode(self, sequences: int, prompt: int, new: int = NEW_TOKENS) -> dict[str, Any]:
@@ -535,7 +541,7 @@ def main() -> int:
     ]  # fmt: skip
     held: tuple[tuple[str, str, str, bool], GpuWeights] | None = None
     for kind, shape, name, sequences, prompt in wanted:
-        recipe, streamed = RECIPES[name], kind == "offload"
+        recipe, streamed = RECIPES[name], kind in ("offload", "divided")
         key = shape, recipe.layers, recipe.head, streamed
         if held is None or held[0] != key:
             held = None
@@ -548,8 +554,18 @@ def main() -> int:
         elif kind == "drafts":
             found = gpu_drafts.measure(bench, prompt)
             held = None
+        elif kind == "draft-model":
+            guessing = random_weights(SHAPES["1B"], recipe, device, seed=1)
+            found = gpu_drafts.measure(bench, prompt, Bench(SHAPES["1B"], recipe, guessing, {}))
+            del guessing
+            held = None
         else:
+            layers = bench.weights.layers
+            division = layers.divide() if kind == "divided" and isinstance(layers, StreamedLayers) else None
             found = bench.decode(sequences, prompt, 20 if streamed else NEW_TOKENS)
+            if division is not None:
+                print(f"  {division}", flush=True)
+                found |= {"division": to_json(division), "predicted_s": division.predicted}
         shown = {"kind": kind, "shape": shape, "recipe": name, "sequences": sequences, "prompt": prompt}
         rows.append(shown | found)
         print(table(rows[-1:]).splitlines()[-1], flush=True)

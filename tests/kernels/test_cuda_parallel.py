@@ -18,6 +18,7 @@ from tests.tiny import tiny_model, tiny_spec
 from flatout.core.formats import Recipe
 from flatout.core.model import Model, dense
 from flatout.engine.cuda import CudaRunner
+from flatout.engine.cuda_host import Division, HostLayer, computable, divide, processor_rate
 from flatout.engine.cuda_memory import layers_that_fit
 from flatout.engine.cuda_parallel import ParallelRunner, head_of_rank, model_of_rank, share_of
 from flatout.engine.cuda_ranks import Group, Rank
@@ -240,6 +241,60 @@ def test_streamed_layers_are_the_layers(resident: int) -> None:
     ):
         np.testing.assert_array_equal(streamed.forward(batch, "last"), plain.forward(batch, "last"))
     assert streamed.sample(batch, *greedy(2)).tolist() == plain.sample(batch, *greedy(2)).tolist()
+
+
+@pytest.mark.parametrize(("family", "computed"), [("llama", 1), ("gemma", 2), ("llama", 3)])
+def test_layers_that_the_processor_computes(family: str, computed: int) -> None:
+    """Against the reference, with a chunk between single tokens. Three layers do not fit; prompts stream them
+    all."""
+    model = tiny_model(tiny_spec(family, **(SMALL | {"num_layers": 4})), Recipe(name="t"))
+    weights = load_weights(model, CPU, 1)
+    assert isinstance(weights.layers, StreamedLayers)
+    assert weights.layers.divide() is None, "without a GPU nothing is measured"
+    division = Division(3, computed, 1.0, 1.0, 1.0, 2.0)
+    assert sum(map(division.takes, range(3))) == computed
+    weights.layers.divide(division)
+    fast = CudaRunner(model.spec, weights, 4, 16, max_batch=2)
+    reference = ReferenceRunner(model, 4, 16, as_served=False)
+    for batch in (
+        step([5, 9, 7], [0, 0], [2, 1], PAGES),
+        step([12, 3], [2, 1], [1, 1], PAGES),
+        step([6, 4, 11], [2, 3], [2, 1], PAGES[::-1]),
+        step([8], [4], [1], PAGES[:1]),
+    ):
+        logits = reference.forward(batch, "last")
+        chosen = fast.sample(batch, *greedy(len(batch.lengths)))
+        for row, token in zip(logits, chosen, strict=True):
+            assert row.max() - row[token] < 0.1 * row.std()
+    assert [i for i, layer in enumerate(weights.few_layers()) if isinstance(layer, HostLayer)] == [
+        1 + i for i in range(3) if division.takes(i)
+    ]
+
+
+def test_layers_are_divided_by_what_is_faster() -> None:
+    even = divide(10, 1e9, 50e9, 50e9, 50e9)
+    assert (even.computed, even.predicted, even.streamed_only) == (5, 0.1, 0.2)
+    slow = divide(10, 1e9, 50e9, 48e9, 4e9)
+    assert slow.computed == 0, "a tenth at most is not worth it"
+    assert not any(map(slow.takes, range(10)))
+    contended = divide(32, 0.436e9, 53e9, 51e9, 30e9)
+    assert contended.computed == 12
+    assert contended.predicted == pytest.approx(12 * 0.436 / 30)
+    assert "computes 12 of 32 layers that do not fit: predicted 174 ms" in str(contended)
+    assert [i for i in range(32) if contended.takes(i)][:4] == [2, 5, 7, 10], "spread evenly"
+    fast = divide(10, 1e9, 5e9, 4e9, 500e9)
+    assert fast.computed == 10
+
+
+def test_rates_of_the_processor_are_of_its_products() -> None:
+    model = tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t"))
+    layer = load_weights(model, CPU).layers[0]
+    assert computable(layer)
+    again = iter([True, True, False])
+    assert processor_rate([layer], lambda: next(again)) > 0
+    assert next(again, None) is None
+    quantized = tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t", layers="w8a16"))
+    assert not computable(load_weights(quantized, CPU).layers[0])
 
 
 def test_layers_that_do_not_fit_are_streamed(

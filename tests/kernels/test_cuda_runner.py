@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,23 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.tiny import tiny_model, tiny_spec
+from tests.guess import Always
+from tests.tiny import tiny_checkpoint_folder, tiny_model, tiny_spec
+from tests.toy import ByteTokenizer
 
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
+from flatout.engine import cuda, cuda_decode, draft
 from flatout.engine.cuda import CudaRunner, check_formats
-from flatout.engine.cuda_memory import pages_that_fit
+from flatout.engine.cuda_memory import Claim, claim, pages_that_fit
 from flatout.engine.cuda_weights import check_shapes, load_weights
-from flatout.engine.load import load
+from flatout.engine.draft import DraftProposer
+from flatout.engine.engine import Engine
+from flatout.engine.load import PAGE_TOKENS, load
 from flatout.engine.reference import ReferenceRunner
+from flatout.engine.request import SamplingParams
 from flatout.engine.runner import StepInput
+from flatout.engine.sampler import sample
 from flatout.errors import BackendError, ConfigError, ResourceError, UnsupportedModelError
 from flatout.kernels import gpu_linear
 from flatout.kernels.gpu import Card
@@ -131,6 +139,71 @@ def test_drafts_are_judged_in_one_step() -> None:
     assert found.tolist() == [*first[1:], current[0], *second[1:4]]
 
 
+def test_a_short_prompt_is_a_step_of_rows() -> None:
+    """Beside a single token; against the greedy choice from all logits, launched kernel by kernel."""
+    model = tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t"))
+    fast, plain = (runners(model)[0] for _ in range(2))
+    for runner in (fast, plain):
+        runner.forward(step([5, 9, 7], [0], [3], PAGES[:1]), "last")
+    batch = step([4, 8, 6, 11, 13], [3, 0], [1, 4], PAGES)
+    logits = plain.forward(batch, "last")
+    assert fast.sample(batch, *greedy(2)).tolist() == logits.argmax(axis=1).tolist()
+    warm = (np.full(2, 0.8, np.float32), *greedy(2)[1:3], np.array([3, 4], np.uint64))
+    wanted = sample(logits, batch.starts + batch.lengths, *warm)
+    assert fast.sample(batch, *warm).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_draft_model_changes_no_token(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that guesses for itself is believed to the end; another one hardly ever."""
+    monkeypatch.setattr(draft, "_REHEARSALS", 1)
+    spec = tiny_spec("llama", **SMALL)
+    model = tiny_model(spec, Recipe(name="t"))
+    other = model if right else tiny_model(spec, Recipe(name="t"), seed=1)
+    params = [SamplingParams(max_tokens=6, ignore_eos=True),
+              SamplingParams(max_tokens=4, temperature=0.9, seed=7, ignore_eos=True)]  # fmt: skip
+    prompts = [[5, 9, 7, 8], [6, 4]]
+    plain = Engine(runners(model)[0], ByteTokenizer(), max_batch=2).generate(prompts, params)
+    drafting = DraftProposer(runners(other)[0])
+    engine = Engine(runners(model)[0], ByteTokenizer(), max_batch=2, speculator=Always(drafting))
+    drafted = engine.generate(prompts, params)
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    stats = engine.stats()
+    assert stats.tokens_drafted > 0
+    assert (stats.tokens_accepted == stats.tokens_drafted) == right
+    drafting.pool.check()
+
+
+def test_a_draft_model_is_loaded_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_checkpoint_folder(tmp_path / "model", tiny_spec())
+    asked: list[tuple[int | None, Claim | None]] = []
+
+    def opened(
+        model: Model, size: float, tokens: int | None, page: int, batch: int, beside: Claim | None = None
+    ) -> CudaRunner:
+        asked.append((tokens, beside))
+        return CudaRunner(model.spec, load_weights(model, torch.device("cpu")), 3, page, max_batch=batch)
+
+    monkeypatch.setattr(cuda, "open_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(cuda, "open_runner", opened)
+    monkeypatch.setattr(draft, "_REHEARSALS", 0)
+    monkeypatch.setattr(cuda_decode, "UNSETTLED", 0)
+    engine = load(folder, runner="cuda", draft=folder, speculate="draft", max_batch=2, max_tokens=150)
+    assert engine.speculator is not None
+    assert isinstance(engine.speculator.draft, DraftProposer)
+    (first, beside), second = asked
+    assert first == 150
+    assert beside is not None
+    assert second == (3 * PAGE_TOKENS, None), "as many pages as the model got"
+    with pytest.raises(ConfigError, match=r"cpu runner only; found: the cuda runner; try: speculate='draft'"):
+        load(folder, runner="cuda", draft=folder)
+    with pytest.raises(ConfigError, match="for a model on one GPU; found: 2 GPUs"):
+        load(folder, runner="cuda", draft=folder, speculate="draft", gpus=2)
+    larger = tiny_checkpoint_folder(tmp_path / "larger", tiny_spec(vocab_size=352))
+    with pytest.raises(ConfigError, match="found: 352 tokens, not 320"):
+        load(folder, runner="cuda", draft=larger, speculate="draft")
+
+
 def test_a_page_that_is_missing_is_waited_for() -> None:
     fast, reference = runners(tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t")))
     tokens = list(range(3, 17))
@@ -167,6 +240,13 @@ def test_memory_is_predicted() -> None:
     assert pages_that_fit(spec, recipe, 1e9, 1000, 64, 16e9) == 16
     with pytest.raises(ResourceError, match="fewer max_tokens"):
         pages_that_fit(spec, recipe, 1e9, 1 << 40, 64, 16e9)
+    beside = claim(spec, recipe, 8e9, 64)
+    page = beside.page
+    alone = pages_that_fit(spec, recipe, 1e9, None, 64, 16e9)
+    tight = (beside.total(0) + claim(spec, recipe, 1e9, 64).total(0) + 2 * 100 * page) / 0.95 + 1
+    assert pages_that_fit(spec, recipe, 1e9, None, 64, tight, beside) == 100 < alone
+    with pytest.raises(ResourceError, match=r"weights 1\.0.*, the draft model 8\.\d; found: 9\.0 GB free"):
+        pages_that_fit(spec, recipe, 1e9, None, 64, 9e9, beside)
 
 
 def test_what_a_card_cannot_do() -> None:

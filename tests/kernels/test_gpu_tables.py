@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,7 @@ pytest.importorskip("triton")
 from flatout.cli.main import main
 from flatout.errors import BackendError, ModelFileError
 from flatout.kernels import gpu
-from flatout.perf.gpu_routes import table_text, tune_model
+from flatout.perf.gpu_routes import apart, table_text, tune_model
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -25,6 +28,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     gpu._tables.cache_clear()
     yield tmp_path
     gpu._tables.cache_clear()
+
+
+def _behave(way: str) -> None:
+    if way == "dies":
+        os._exit(9)
+    if way == "fails":
+        raise RuntimeError("a test asked for it")
+    if way == "hangs":
+        time.sleep(600)
+    Path(way).write_text("done")
+
+
+def test_compilers_that_die_or_hang_hold_nobody_up(folder: Path) -> None:
+    parts = ["dies", "hangs", str(folder / "a"), "fails", str(folder / "b")]
+    assert apart(_behave, parts, 20.0) == 3
+    assert [Path(part).read_text() for part in (parts[2], parts[4])] == ["done", "done"]
+    assert multiprocessing.active_children() == []
+    assert apart(_behave, [], 0.0) == 0
 
 
 def test_the_shipped_table_is_there_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

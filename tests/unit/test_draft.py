@@ -159,6 +159,16 @@ def test_steps_of_the_draft_model() -> None:
     assert runner.steps == [(2, 3), (2, 2)]
 
 
+def test_chunks_are_as_long_as_its_runner_takes() -> None:
+    runner = Doubtful(0, 256)
+    runner.max_step_tokens = 40
+    proposer = drafting(runner)
+    sequence = Sequence(id=0, tokens=[1] * 95, limit=4096)
+    assert proposer.seconds([sequence])[0] > 0
+    proposer.propose([sequence], 1)
+    assert runner.steps == [(1, 40), (1, 40), (1, 15)]
+
+
 def test_a_step_that_failed_is_proposed_for_again() -> None:
     proposer = drafting(Doubtful(0))
     sequence = Sequence(id=0, tokens=[1] * 8, limit=99)

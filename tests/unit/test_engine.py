@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,18 @@ def test_answers_do_not_depend_on_how_they_were_computed(options: dict[str, int 
     )
 
 
+def test_the_urgent_are_answered_first_with_the_same_tokens() -> None:
+    urgent = [replace(params, priority=-i) for i, params in enumerate(MIXED)]
+    e = engine(num_pages=14, max_batch=1)
+    ids = [e.add_request(p, params) for p, params in zip(PROMPTS, urgent, strict=True)]
+    outputs: dict[int, Result] = {}
+    while e.has_work:
+        outputs |= {output.id: output.result for output in e.step() if output.result is not None}
+    assert list(outputs) == ids[::-1], "in order of their ends"
+    for number, prompt, params in zip(ids, PROMPTS, MIXED, strict=True):
+        assert outputs[number].token_ids == toy_generate(prompt, params)
+
+
 def test_few_pages_do_preempt() -> None:
     e = engine(num_pages=14, max_batch=6, max_step_tokens=7)
     e.generate(PROMPTS, MIXED)
@@ -118,6 +131,7 @@ def test_random_traffic(data: st.DataObject) -> None:
                 max_tokens=data.draw(st.integers(1, 30)),
                 temperature=data.draw(st.sampled_from([0.0, 1.0])),
                 seed=len(asked),
+                priority=data.draw(st.sampled_from([0, 0, 2, -1])),
             )
             asked[e.add_request(prompt, params)] = (prompt, params)
         elif action == "cancel" and asked:
@@ -360,6 +374,7 @@ def test_parameters_must_match_prompts() -> None:
         {"seed": 1 << 64},
         {"stop": "x"},
         {"stop": ("",)},
+        {"priority": 0.5},
     ],
     ids=str,
 )

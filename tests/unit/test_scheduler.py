@@ -1,4 +1,4 @@
-"""The scheduler alone and with a toy runner: order, fairness, preemption, pages, and answers that never
+"""The scheduler alone and with a toy runner: order, priority, preemption, pages, and answers that never
 depend on them."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.guess import Oracle
 from tests.toy import EOS, VOCABULARY, ToyRunner, toy_generate, toy_next
 
 from flatout.engine.request import SamplingParams
-from flatout.engine.scheduler import Scheduler, Sequence, Step
+from flatout.engine.scheduler import Propose, Scheduler, Sequence, Step
 from flatout.errors import ConfigError
 
 
@@ -80,6 +80,55 @@ def test_last_to_arrive_is_preempted_and_resumes_with_its_tokens() -> None:
         run_step(s, 12)
     assert run_step(s, 13) == [(1, len(kept))], "recomputed in one go, prompt and answer alike"
     assert second.tokens == [*kept, 13]
+
+
+def test_the_urgent_overtake_those_that_wait() -> None:
+    s = scheduler(num_pages=32, max_batch=1)
+    for number, priority in enumerate((0, 5, 0, -2, 5)):
+        s.add(sequence(number, [number], 1, priority=priority))
+    assert run_step(s) == [(3, 1)], "nobody ran yet, so the order is priority's"
+    s.add(sequence(5, [5], 1, priority=-7))
+    assert [run_step(s)[0][0] for _ in range(5)] == [5, 0, 2, 1, 4]
+
+
+def test_an_urgent_prompt_comes_before_a_long_one_under_way() -> None:
+    s = scheduler(num_pages=32)
+    s.add(sequence(0, [1] * 30, 3, priority=1))
+    assert run_step(s) == [(0, 8)]
+    s.add(sequence(1, [2] * 5, 3, priority=1))
+    s.add(sequence(2, [3] * 10, 3))
+    assert run_step(s) == [(2, 8)]
+    assert run_step(s) == [(2, 2), (0, 6)]
+    assert run_step(s) == [(2, 1), (0, 7)]
+
+
+def test_an_urgent_one_that_does_not_fit_holds_up_later_ones_only() -> None:
+    s = scheduler(num_pages=5, prefix_reuse=False)
+    s.add(sequence(0, [1] * 12, 2, priority=3))
+    assert run_step(s) == [(0, 8)]
+    s.add(sequence(1, [2] * 9, 2))
+    s.add(sequence(2, [3], 2, priority=3))  # would fit
+    assert [run_step(s) for _ in range(2)] == [[(0, 4)], [(0, 1)]], "what runs goes on, nobody is admitted"
+    assert run_step(s) == [(1, 8)]
+
+
+def test_the_least_urgent_is_preempted_though_it_came_first() -> None:
+    s = scheduler(num_pages=4, page_size=2, prefix_reuse=False)
+    background = sequence(0, [1], 7, priority=9)
+    s.add(background)
+    run_step(s, 10)
+    s.add(sequence(1, [2], 5))
+    while s.stats().preemptions == 0:
+        run_step(s, 11)
+    assert [q.id for q in s.running] == [1]
+    assert [q.id for q in s.waiting] == [0]
+    s.add(sequence(2, [3], 2, priority=8))
+    finished = []
+    while step := s.schedule():
+        s.commit(step, np.full(len(step.sequences), 12, dtype=np.int32))
+        finished += [q.id for q in step.sequences if q.finish_reason]
+    assert finished == [1, 2, 0]
+    assert len(background.tokens) == 8
 
 
 def test_finishes_at_stop_token_and_at_limit() -> None:
@@ -206,11 +255,16 @@ class Traffic(RuleBasedStateMachine):
         rest=st.sampled_from([[], [7], [8, 9]]),
         max_tokens=st.integers(1, 12),
         temperature=st.sampled_from([0.0, 1.0]),
+        priority=st.sampled_from([0, 0, 1, -3]),
     )
-    def arrive(self, pages: list[list[int]], rest: list[int], max_tokens: int, temperature: float) -> None:
+    def arrive(
+        self, pages: list[list[int]], rest: list[int], max_tokens: int, temperature: float, priority: int
+    ) -> None:
         prompt = [token for page in pages for token in page] + rest or [0]
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=len(self.all))
-        q = sequence(len(self.all), prompt[:], max_tokens, temperature=temperature, seed=params.seed)
+        q = sequence(
+            len(self.all), prompt[:], max_tokens, temperature=temperature, seed=params.seed, priority=priority
+        )
         q.stop_ids = frozenset({EOS})
         self.s.add(q)
         self.all.append((q, prompt, params))
@@ -220,13 +274,13 @@ class Traffic(RuleBasedStateMachine):
         def guess(sequences: list[Sequence]) -> list[list[int]]:
             return Oracle(toy_next, VOCABULARY, right, len(self.all)).propose(sequences, longest)
 
-        step = self.s.schedule(guess)
+        step = self.schedule(guess)
         if step is not None:
             self.s.commit(step, self.execute(step))
 
     @rule()
     def fail(self) -> None:
-        step = self.s.schedule(lambda s: Oracle(toy_next, VOCABULARY, 0.5).propose(s, 3))
+        step = self.schedule(lambda s: Oracle(toy_next, VOCABULARY, 0.5).propose(s, 3))
         if step is not None:
             self.execute(step)  # the pages are written, the samples are lost
 
@@ -235,6 +289,18 @@ class Traffic(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         live = [*self.s.running, *self.s.waiting]
         self.s.finish(live[data.draw(st.integers(0, len(live) - 1))], "cancelled")
+
+    def schedule(self, propose: Propose | None = None) -> Step | None:
+        """A step, having looked at who was let in and who had to go for it."""
+        before = list(self.s.running)
+        step = self.s.schedule(propose)
+        entered = [q.order for q in self.s.running if q not in before]
+        left = [q.order for q in before if q not in self.s.running]
+        assert not (entered and left), "no pages change hands twice in a step"
+        assert all(q.order > max(entered) for q in self.s.waiting if entered), "nobody is passed over"
+        assert all(q.order < min(left) for q in self.s.running if left), "the last in order are the victims"
+        assert step is None or self.s.running[0] in step.sequences, "the first in order always advances"
+        return step
 
     def execute(self, step: Step) -> np.ndarray:
         return self.runner.sample(step.batch, step.temperature, step.top_k, step.top_p, step.seeds, step.rows)
@@ -252,12 +318,16 @@ class Traffic(RuleBasedStateMachine):
             assert q.computed < len(q.tokens)
         assert sorted([q.row for q in self.s.running] + self.s._free_rows) == [0, 1, 2]
         assert all(not q.pages and q.row == -1 for q in self.s.waiting)
-        order = [q.id for q in (*self.s.running, *self.s.waiting)]
-        assert order == sorted(order), "first come, first served"
+        for queue in (self.s.running, self.s.waiting):
+            order = [(q.priority, q.id) for q in queue]
+            assert order == sorted(order)
+        for equal in {q.priority for q in self.s.running}:
+            order = [q.id for q in (*self.s.running, *self.s.waiting) if q.priority == equal]
+            assert order == sorted(order), "among equals first come, first served"
 
     def teardown(self) -> None:
         for _ in range(2000):
-            step = self.s.schedule()
+            step = self.schedule()
             if step is None:
                 break
             self.s.commit(step, self.execute(step))

@@ -280,6 +280,16 @@ def test_times_are_medians_and_lines_between() -> None:
     assert times.estimate(10) == pytest.approx(3.1 * 1.25)
 
 
+def test_steps_that_compile_do_not_count() -> None:
+    times = StepTimes(unsettled=2)
+    for seconds in (30.0, 0.5, 0.1):
+        assert 4 not in times
+        times.add(4, seconds)
+    assert times.estimate(4) == 0.1
+    times.add(1, 30.0)
+    assert 1 not in times, "of every size"
+
+
 def test_prompt_steps_are_not_measured() -> None:
     e = Engine(ToyRunner(64, 4), ByteTokenizer(), speculator=Speculator(NgramProposer()))
     assert e.speculator is not None

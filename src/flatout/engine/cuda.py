@@ -1,10 +1,11 @@
 """The cuda runner: PyTorch and Triton, a whole decode step in one CUDA graph.
 
-A step in which every sequence gets one token (decode) is replayed from a graph captured the second time its
-batch size, rounded up, occurs. The graph ends by writing the tokens it chose and the next positions where its
-next replay reads them, so the runner can start the next step before anyone has read this one's tokens: it
-does when a step continued the one before, and throws the result away when the next step turns out to be
-another (engine/cuda_decode.py). Every other step (prompts, scores, logits) is launched kernel by kernel.
+A step in which every sequence gets one token (decode), or that has few tokens in all, is replayed from a
+graph captured the second time its size, rounded up, occurs. The graph of decode ends by writing the tokens it
+chose and the next positions where its next replay reads them, so the runner can start the next step before
+anyone has read this one's tokens: it does when a step continued the one before, and throws the result away
+when the next step turns out to be another (engine/cuda_decode.py). Every other step (prompts, scores, logits)
+is launched kernel by kernel.
 
 One to a few tokens go through the matrix-vector kernels, which norm, activation and residual are part of;
 more through the vendor's matrix products with small kernels between them.
@@ -14,6 +15,7 @@ Legend: T tokens, S sequences, H query heads, G key/value heads, E head size, D 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Literal
 
@@ -25,8 +27,9 @@ from flatout.core.formats import Recipe
 from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
 from flatout.engine.cuda_decode import Decoder
-from flatout.engine.cuda_memory import HEAD_ROWS, MAX_STEP_TOKENS, layers_that_fit
+from flatout.engine.cuda_memory import HEAD_ROWS, MAX_STEP_TOKENS, Claim, layers_that_fit
 from flatout.engine.cuda_ranks import Rank
+from flatout.engine.cuda_stream import StreamedLayers
 from flatout.engine.cuda_weights import GpuWeights, LayerWeights, load_weights
 from flatout.engine.runner import StepInput, check_step, sampled_rows
 from flatout.engine.sampler import sample
@@ -120,8 +123,10 @@ class CudaRunner:
         tokens: np.ndarray
         if len(batch.tokens) == len(batch.starts) <= self._decoder.max_batch:
             tokens = self._decoder.step(batch, temperature, top_k, top_p, seeds)
-        elif rows == "all" and len(batch.tokens) <= MAX_DRAFTED_ROWS:
-            tokens = self._decoder.drafted_step(batch, temperature, top_k, top_p, seeds)
+        elif len(batch.tokens) <= MAX_DRAFTED_ROWS:
+            tokens = self._decoder.small_step(batch, temperature, top_k, top_p, seeds)
+            if rows == "last":
+                tokens = tokens[np.cumsum(batch.lengths) - 1]
         elif (temperature <= 0).all():
             tokens = self._greedy(self._hidden(batch, rows))
         else:
@@ -365,20 +370,27 @@ def check_formats(recipe: Recipe, card: Card) -> None:
 
 
 def open_runner(
-    model: Model, weight_bytes: float, tokens: int | None, page_size: int, max_batch: int
+    model: Model,
+    weight_bytes: float,
+    tokens: int | None,
+    page_size: int,
+    max_batch: int,
+    beside: Claim | None = None,
 ) -> CudaRunner:
-    """A runner for `model` on the current GPU. Raises BackendError, UnsupportedModelError or ResourceError
-    before weights are read."""
+    """A runner for `model` on the current GPU, leaving room for what another model claims. Raises
+    BackendError, UnsupportedModelError or ResourceError before weights are read."""
     from flatout.engine.cuda_compile import compile_ahead
 
     device = open_device()
     card = gpu.card(device)
     check_formats(model.recipe, card)
     free, _ = torch.cuda.mem_get_info(device)
-    resident, pages = layers_that_fit(model.spec, model.recipe, weight_bytes, tokens, page_size, free)
+    resident, pages = layers_that_fit(model.spec, model.recipe, weight_bytes, tokens, page_size, free, beside)
     kv_cache = "fp8" if model.recipe.kv_cache == "fp8" else "bf16"
     compiling = compile_ahead(model.spec, model.recipe, card, page_size)
     weights = load_weights(model, device, resident)
+    if isinstance(weights.layers, StreamedLayers) and (division := weights.layers.divide()) is not None:
+        print(f"flatout: {division}", file=sys.stderr)
     runner = CudaRunner(model.spec, weights, pages, page_size, kv_cache, max_batch)
     compiling.join()
     return runner

@@ -11,12 +11,14 @@ slot later runs later on the same stream; so it changes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flatout.engine.cuda_host import HostLayer
 from flatout.engine.runner import StepInput, sampled_rows
 from flatout.engine.scheduler import MAX_DRAFTED_ROWS
 from flatout.kernels import gpu, gpu_attention, gpu_linear
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from flatout.engine.cuda import CudaRunner
     from flatout.engine.cuda_weights import LayerWeights
 
+UNSETTLED = 2
+"""Steps of a size before its time is typical: kernels are compiled in the first, captured in the second."""
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
@@ -87,7 +91,7 @@ class Decoder:
         self._last = None
 
     @torch.no_grad()
-    def drafted_step(
+    def small_step(
         self,
         batch: StepInput,
         temperature: np.ndarray,
@@ -95,7 +99,7 @@ class Decoder:
         top_p: np.ndarray,
         seeds: np.ndarray,
     ) -> np.ndarray:
-        """int32 (T,): the token after each of at most MAX_DRAFTED_ROWS new tokens, several of a sequence.
+        """int32 (T,): the token after each of at most MAX_DRAFTED_ROWS new tokens, drafts or short prompts.
 
         Each has a row of its own, as if it were a sequence of the same pages that ends with it.
         """
@@ -287,7 +291,10 @@ class Decoder:
         x, x_bf16 = runner.embed(self._tokens[:rows])
         eps = spec.rms_norm_eps
         epilogue = gpu_linear.GELU if spec.activation == "gelu_tanh" else gpu_linear.SILU
-        for layer, cache in zip(runner.weights.layers, runner.caches, strict=True):
+        for layer, cache in zip(runner.weights.few_layers(), runner.caches, strict=True):
+            if isinstance(layer, HostLayer):
+                layer.advance(spec, x, x_bf16, partial(self._attend, cache=cache))
+                continue
             qkv = torch.empty(rows, spec.qkv_size, device=runner.device)
             gpu_linear.multiply_few(card, x_bf16, layer.qkv, qkv, gains=layer.input_norm, eps=eps)
             read = self._attend(Product(qkv), layer, cache)

@@ -161,22 +161,22 @@ class Rank:
     def _add(self, part: Tensor, x: Tensor, x_bf16: Tensor | None, ticket: Exchange) -> None:
         size = part.numel()
         self._fits(size)
-        launch = gpu.load if ticket.only_load else gpu.start
         block = 128 if size <= exchange.FEW else exchange.BLOCK
-        launch(
+        gpu.start(
             self._card, exchange.add, (triton.cdiv(size, block),), part, x, x_bf16, ticket.rooms,
             ticket.state, ticket.index, size, RANK=self.index, RANKS=self.count, CAPACITY=ticket.capacity,
             BLOCK=block, TWICE=x_bf16 is not None, PDL=self._card.pdl, num_warps=block // 128,
+            only_load=ticket.only_load,
         )  # fmt: skip
 
     def _greatest(self, keys: Tensor, ticket: Exchange) -> None:
         size = keys.numel()
         self._fits(2 * size)
-        launch = gpu.load if ticket.only_load else gpu.start
-        launch(
+        gpu.start(
             self._card, exchange.greatest, (1,), keys, ticket.rooms, ticket.state, self._stalled,
             ticket.index, size, RANK=self.index, RANKS=self.count, CAPACITY=ticket.capacity,
             BLOCK=max(32, triton.next_power_of_2(size)), PDL=self._card.pdl, num_warps=1,
+            only_load=ticket.only_load,
         )  # fmt: skip
 
 

@@ -1,8 +1,10 @@
-"""Layers that do not fit on the GPU: kept in the host's memory, copied over when their turn comes.
+"""Layers that do not fit on the GPU: kept in the host's memory, copied over when their turn comes, or
+computed there (`cuda_host`).
 
 Two places on the GPU take turns. While a layer is computed from one, the next layer is copied into the other,
-and the first layer of the next step while the last one of this step is computed; so the bus is busy all the
-time, and a step takes the bytes of these layers over its rate.
+and as soon as it has been, the one after that takes its place; the first layers of the next step follow the
+last ones of this step. So the bus is busy all the time, also while the processor computes, and a step takes
+the bytes of the layers that are copied over its rate.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flatout.engine.cuda_host import Division, HostLayer, computable, divide, processor_rate
 from flatout.errors import ResourceError
 
 if TYPE_CHECKING:
     from flatout.engine.cuda_weights import LayerWeights
 
+_MEASURED = 8  # layers that are copied, and computed, to see how fast that is
 _ALIGNMENT = 256  # bytes; the bulk copy engine wants 16, the vendor's products run faster with more
 
 
@@ -57,6 +61,7 @@ class StreamedLayers:
         self._views = [[_viewed(layer, place) for layer, _ in streamed] for place in self._places]
         self._holds = [-1, -1]  # which of the streamed layers is in each place, or on its way there
         self._turn = 0
+        self._computed: dict[int, HostLayer] = {}  # by the processor, in steps of few tokens
         if self._on_gpu:
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._arrived = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
@@ -76,19 +81,83 @@ class StreamedLayers:
         return sum(len(piece) for _, piece in self._streamed)
 
     def __iter__(self) -> Iterator[LayerWeights]:
+        for layer in self._in_turn({}):
+            assert not isinstance(layer, HostLayer)
+            yield layer
+
+    def divided(self) -> Iterator[LayerWeights | HostLayer]:
+        """The same for steps of few tokens, of which the processor computes its layers."""
+        return self._in_turn(self._computed)
+
+    def divide(self, division: Division | None = None) -> Division | None:
+        """Give the processor its layers, by default as many as is best by what bus and processor reach now.
+        None where it cannot compute any."""
+        if division is None and self._on_gpu and all(computable(layer) for layer, _ in self._streamed):
+            division = divide(len(self._streamed), self.streamed_bytes / len(self._streamed), *self._rates())
+        if division is not None:
+            device = self._places[0].device
+            self._computed = {
+                i: HostLayer(
+                    dataclasses.replace(layer, heads=_mapped(layer.heads, lambda tensor: tensor.to(device)))
+                )
+                for i, (layer, _) in enumerate(self._streamed)
+                if division.takes(i)
+            }
+        return division
+
+    def _rates(self) -> tuple[float, float, float]:
+        """bytes/s of the bus alone, and of bus and processor together, with as many threads of PyTorch's as
+        are faster, all or all but one; that many they stay."""
+        pieces = [piece for _, piece in self._streamed[:_MEASURED]]
+        layers = [layer for layer, _ in self._streamed[:_MEASURED]]
+        size = sum(map(len, pieces))
+        place, self._holds = self._places[0], [-1, -1]
+
+        def together(computed: list[LayerWeights]) -> tuple[float, float]:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+            with torch.cuda.stream(self._copies):
+                begin.record()
+                for piece in pieces:
+                    place[: len(piece)].copy_(piece, non_blocking=True)
+                end.record()
+            rate = processor_rate(computed, lambda: not end.query()) if computed else 0.0  # type: ignore[no-untyped-call]
+            end.synchronize()
+            return size / begin.elapsed_time(end) * 1e3, rate
+
+        together([])  # locked memory is slower when it is first read
+        alone, _ = together([])
+        every = torch.get_num_threads()
+        found: dict[int, tuple[float, float]] = {}
+        # A product waits for its slowest thread, and one shares a core with whatever else runs.
+        for threads in (every, max(1, every - 1)):
+            torch.set_num_threads(threads)
+            processor_rate(layers, lambda: False)  # starts them
+            found[threads] = together(layers)
+        best = max(found, key=lambda threads: sum(found[threads]))
+        torch.set_num_threads(best)
+        return alone, *found[best]
+
+    def _in_turn(self, computed: dict[int, HostLayer]) -> Iterator[LayerWeights | HostLayer]:
         yield from self._resident
-        count = len(self._streamed)
-        for i in range(count):
+        copied = [i for i in range(len(self._streamed)) if i not in computed]
+        for j, i in enumerate(copied[:2]):
+            self._fetch(i, (self._turn + j) % 2)
+        at = 0
+        for i in range(len(self._streamed)):
+            if i in computed:
+                yield computed[i]
+                continue
             place = self._turn
-            self._fetch(i, place)
             if self._on_gpu:
                 torch.cuda.current_stream().wait_event(self._arrived[place])
-            if count > 1:
-                self._turn = 1 - place
-                self._fetch((i + 1) % count, self._turn)
             yield self._views[place][i]
             if self._on_gpu:
                 self._done[place].record()
+            if len(copied) > 1:
+                self._turn = 1 - place
+            self._fetch(copied[(at + 2) % len(copied)], place)
+            at += 1
 
     def _fetch(self, i: int, place: int) -> None:
         """Have streamed layer i copied to that place once the layer there has been computed, unless it is

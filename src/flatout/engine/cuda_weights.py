@@ -8,6 +8,7 @@ both at hand.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.model import Model, dense
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
+from flatout.engine.cuda_host import HostLayer
 from flatout.engine.cuda_stream import StreamedLayers, held
 from flatout.errors import UnsupportedModelError
 from flatout.kernels.gpu_attention import HeadWeights
@@ -49,6 +51,10 @@ class GpuWeights:
     layers: tuple[LayerWeights, ...] | StreamedLayers
     norm: Tensor
     head: PackedWeight
+
+    def few_layers(self) -> Iterable[LayerWeights | HostLayer]:
+        """The layers as a step of few tokens goes through them."""
+        return self.layers.divided() if isinstance(self.layers, StreamedLayers) else self.layers
 
 
 def check_shapes(spec: ModelSpec, recipe: Recipe) -> None:

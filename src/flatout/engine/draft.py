@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flatout.engine.cache import PagePool, extend_digests
-from flatout.engine.runner import MAX_STEP_TOKENS, Runner, StepInput
+from flatout.engine.runner import Runner, StepInput
 from flatout.engine.scheduler import Sequence, agreement
 from flatout.engine.speculate import StepTimes
 
@@ -51,16 +51,16 @@ class DraftProposer:
 
     The cache follows what was accepted: positions of rejected guesses are written anew, tokens never seen are
     caught up on in chunks, and pages of sequences that no longer decode go back at the next call. Where pages
-    or positions do not suffice for a sequence, it gets no guesses.
+    or positions do not suffice for a sequence, it gets no guesses. unsettled: as in StepTimes.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, unsettled: int = 0) -> None:
         self.runner = runner
         self.pool = PagePool(runner.num_pages)
         self._copies: dict[int, _Copy] = {}
-        self._times = StepTimes()
+        self._times = StepTimes(unsettled)
         for size in (min(runner.page_size, 16), 1):
-            for _ in range(_REHEARSALS):
+            for _ in range(unsettled + _REHEARSALS):
                 nothing = Sequence(id=-1, tokens=[0] * size, limit=size)
                 self._step([_Copy(nothing, pages=[0], start=size)])
 
@@ -89,8 +89,9 @@ class DraftProposer:
             behind = length - copy.computed
             if behind > _USUAL:
                 answered = max(1, length - sequence.prompt_length)
-                chunks, rest = divmod(behind, MAX_STEP_TOKENS)
-                seconds = chunks * self._times.estimate(MAX_STEP_TOKENS)
+                most = self.runner.max_step_tokens
+                chunks, rest = divmod(behind, most)
+                seconds = chunks * self._times.estimate(most) if chunks else 0.0
                 seconds += self._times.estimate(rest) if rest else 0
                 once += seconds / max(1, min(answered, sequence.limit - length))
         return once, self._times.estimate(len(sequences))
@@ -144,7 +145,7 @@ class DraftProposer:
     def _step(self, copies: list[_Copy]) -> None:
         """Compute what is unseen, as far as one step goes; a copy that has seen all gets another guess."""
         chunks = []
-        budget = MAX_STEP_TOKENS
+        budget = self.runner.max_step_tokens
         for copy in copies:
             chunks.append(copy.unseen(budget))
             budget -= len(chunks[-1])

@@ -211,6 +211,7 @@ class Engine:
             top_k=params.top_k,
             top_p=params.top_p,
             seed=params.seed,
+            priority=params.priority,
         )
         request = Request(sequence, tokenizer.stream(), StopFinder(params.stop), sink)
         self._inbox.append(request)

@@ -77,11 +77,7 @@ def load(
     loaded, tokenizer, tokens = _open(model, recipe, max_tokens)
     exact = runner == "cpu" and is_exact(loaded.spec, loaded.recipe)
     if draft is not None and speculate == "auto" and not exact:
-        raise ConfigError(
-            "a draft model leaves every token as it is in integer formats on the cpu runner only",
-            f"recipe {loaded.recipe.name} on the {runner} runner",
-            "speculate='draft', if near ties may fall the other way",
-        )
+        raise _inexact(f"recipe {loaded.recipe.name} on the {runner} runner")
     pages = -(-tokens // PAGE_TOKENS)
     guessing = None
     if draft is not None:
@@ -106,18 +102,34 @@ def _load_cuda(
     draft: str | Path | None,
     gpus: int,
 ) -> Engine:
-    """An Engine on the GPU, which guesses nothing unless asked to look up."""
+    """An Engine on the GPU, which guesses nothing unless asked to."""
     try:
         from flatout.engine.cuda import open_device, open_runner
+        from flatout.engine.cuda_decode import UNSETTLED
+        from flatout.engine.cuda_memory import claim
     except ImportError as error:
         raise BackendError(
             "the cuda runner needs a GPU and Triton 3.6 or newer", str(error), "pip install 'triton>=3.6'"
         ) from error
-    if draft is not None:
-        raise ConfigError("the cuda runner decodes without a draft model", str(draft), "speculate='ngram'")
+    if draft is not None and speculate == "auto":
+        raise _inexact("the cuda runner")
+    if draft is not None and gpus > 1:
+        raise ConfigError(
+            "a draft model guesses for a model on one GPU", f"{gpus} GPUs", "gpus=1, or speculate='ngram'"
+        )
     open_device()  # the reason why not, before anything is read
     loaded, tokenizer, _ = _open(model, recipe, max_tokens, cached=False)
     arguments = weight_bytes(loaded.spec, loaded.recipe), max_tokens, PAGE_TOKENS, max_batch
+    proposer = NgramProposer()
+    if draft is not None:
+        guessing, words, _ = _open(draft, None, max_tokens, cached=False)
+        check_vocabulary(loaded.spec, tokenizer.get(), guessing.spec, words.get())
+        size = weight_bytes(guessing.spec, guessing.recipe)
+        beside = claim(guessing.spec, guessing.recipe, size, PAGE_TOKENS)
+        judge = open_runner(loaded, *arguments, beside)
+        drafting = open_runner(guessing, size, judge.num_pages * PAGE_TOKENS, PAGE_TOKENS, max_batch)
+        speculator = Speculator(proposer, DraftProposer(drafting, UNSETTLED), UNSETTLED)
+        return Engine(judge, tokenizer.get(), max_batch=max_batch, speculator=speculator)
     runner: Runner
     if gpus > 1:
         from flatout.engine.cuda_parallel import open_parallel
@@ -125,8 +137,16 @@ def _load_cuda(
         runner = open_parallel(loaded, gpus, *arguments)
     else:
         runner = open_runner(loaded, *arguments)
-    speculator = Speculator(NgramProposer()) if speculate == "ngram" else None
-    return Engine(runner, tokenizer.get(), max_batch=max_batch, speculator=speculator)
+    lookup = Speculator(proposer, unsettled=UNSETTLED) if speculate == "ngram" else None
+    return Engine(runner, tokenizer.get(), max_batch=max_batch, speculator=lookup)
+
+
+def _inexact(found: str) -> ConfigError:
+    return ConfigError(
+        "a draft model leaves every token as it is in integer formats on the cpu runner only",
+        found,
+        "speculate='draft', if near ties may fall the other way",
+    )
 
 
 def check_vocabulary(spec: ModelSpec, tokenizer: Tokenizer, draft: ModelSpec, words: Tokenizer) -> None:

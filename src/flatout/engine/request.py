@@ -14,11 +14,13 @@ MAX_STOP_CHARACTERS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How an answer is drawn and when it ends.
+    """How an answer is drawn, when it ends, and how urgent it is.
 
     max_tokens: most new tokens; an answer also ends when prompt and answer fill the context. temperature: 0
     is greedy. top_k: 0 keeps all tokens. seed: the same prompt, parameters and seed give the same tokens in
     any batch. stop: strings that end the answer and are not part of it. ignore_eos: run on to max_tokens.
+    priority: the lower number is served first, among equals who came first; it changes no token
+    (`scheduler`).
     """
 
     max_tokens: int = 256
@@ -28,6 +30,7 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -42,6 +45,8 @@ class SamplingParams:
             raise ConfigError("top_p is above 0 and at most 1", str(self.top_p), "top_p=0.95")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError("a seed is an unsigned 64-bit number", str(self.seed), "seed=0")
+        if not isinstance(self.priority, int):
+            raise ConfigError("a priority is a whole number", repr(self.priority), "priority=0")
         if isinstance(self.stop, str) or not all(0 < len(s) <= MAX_STOP_CHARACTERS for s in self.stop):
             raise ConfigError(
                 f"stop is a tuple of strings of 1 to {MAX_STOP_CHARACTERS} characters",

@@ -1,30 +1,37 @@
 """Continuous batching: which sequences advance by how many tokens in the next step, and in which pages.
 
 Rules, in order of importance:
-  1. First come, first served. `running` and `waiting` are both in order of arrival, and everything in
-     `running` arrived before everything in `waiting`.
+  1. Order is priority, the lower number first, and among equals arrival. `running` and `waiting` are both
+     kept in it. Nobody is admitted while somebody earlier in it waits.
   2. Every step advances each caught-up sequence by one token (decode) and fills the rest of the token budget
-     with prompt chunks in order of arrival. So a long prompt delays others by one bounded step at a time.
+     with prompt chunks in order. So a long prompt delays others by one bounded step at a time.
   3. A sequence is admitted when there are pages for all the tokens it has, after taking over cached pages of
      the same prefix, and one page of growth is left for every running sequence. So only decoding can run out
      of pages.
-  4. When it does, the sequence that arrived last gives up its pages and waits at the head of the queue with
-     its tokens; it is recomputed later. The first to arrive is never the victim while another runs, so the
-     queue always moves.
+  4. When it does, the last in order of those that run gives up its pages and waits at its place in the queue
+     with its tokens; it is recomputed later. Nobody is preempted for one that merely waits: what was computed
+     would be thrown away, for no more than the time until somebody ends.
   5. A step in which every sequence decodes may also carry drafts: tokens guessed to follow, computed in the
      same step. They take no page that preempts anyone, and pages beyond what was accepted go back at once.
 
-Whether a sequence was batched, chunked, drafted for, preempted or had its prefix reused changes what is
-computed when, never which tokens and positions it attends to. Pure Python over a page pool: no weights, and
-tests need none. vLLM's scheduler (v1) treats prefill and decode alike in the same way; this one keeps
-first-come order and allocates prompts whole.
+Progress: the first in order of those that run is never the victim while another runs, so it gains a token
+with every step once its prompt is computed, and ends; and when nobody runs, the first that waits fits. So
+whatever has arrived ends, as long as no more urgent sequences keep arriving. Starvation: while they do, and
+take all there is, less urgent ones wait without bound. Priority does not age; whoever wants a bound gives
+the same priority, under which nobody is overtaken.
+
+Whether a sequence was batched, chunked, drafted for, overtaken, preempted or had its prefix reused changes
+what is computed when, never which tokens and positions it attends to. Pure Python over a page pool: no
+weights, and tests need none. vLLM's scheduler (v1) treats prefill and decode alike in the same way, and
+orders by priority and arrival likewise; this one allocates prompts whole.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -42,8 +49,9 @@ class Sequence:
     """One sequence's state. tokens is prompt and output; computed counts those whose keys and values are in
     pages.
 
-    limit is the number of tokens at which it ends. row is its row in the scheduler's tables, -1 while it
-    waits. reused counts prompt tokens that were taken over from cached pages when it was first admitted.
+    limit is the number of tokens at which it ends. order: its priority, the lower number first, and the
+    scheduler's count of arrivals. row is its row in the scheduler's tables, -1 while it waits. reused counts
+    prompt tokens that were taken over from cached pages when it was first admitted.
     """
 
     id: int
@@ -54,6 +62,8 @@ class Sequence:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    priority: int = 0
+    order: tuple[int, int] = (0, 0)
     prompt_length: int = 0
     computed: int = 0
     reused: int = 0
@@ -111,6 +121,9 @@ class SchedulerStats:
     tokens_accepted: int
 
 
+_in_order = attrgetter("order")
+
+
 def agreement(draft: list[int], drawn: list[int]) -> int:
     """How many tokens of a draft came true: the length of the common beginning."""
     agreed = 0
@@ -145,7 +158,8 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.prefix_reuse = prefix_reuse
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
+        self._arrivals = 0
         self._steps = self._computed = self._reused = self._preemptions = 0
         self._drafted_steps = self._drafted = self._accepted = 0
         self._tables = np.full((max_batch, -(-self.capacity // page_size)), -1, dtype=np.int32)
@@ -177,7 +191,9 @@ class Scheduler:
         self.check_prompt(length)
         sequence.prompt_length = length
         sequence.limit = min(max(sequence.limit, length + 1), self.capacity)
-        self.waiting.append(sequence)
+        sequence.order = sequence.priority, self._arrivals
+        self._arrivals += 1
+        insort(self.waiting, sequence, key=_in_order)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence and give back its pages; their contents stay known for later prompts."""
@@ -205,17 +221,17 @@ class Scheduler:
             else:
                 prompts.append(sequence)
         budget = self.max_step_tokens - len(sequences)
-        for sequence in prompts:
-            if budget == 0:
+        prompts.reverse()  # the first in order is at the end
+        open_door = not preempted
+        while budget:
+            open_door = open_door and bool(self.waiting) and len(self.running) < self.max_batch
+            entered = None
+            if open_door and not (prompts and prompts[-1].order < self.waiting[0].order):
+                entered = self._admit()
+                open_door = entered is not None
+            if entered is None and not prompts:
                 break
-            budget -= self._advance(sequence, budget, sequences, counts)
-        while self.waiting and budget and not preempted and len(self.running) < self.max_batch:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
-                break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            budget -= self._advance(sequence, budget, sequences, counts)
+            budget -= self._advance(entered or prompts.pop(), budget, sequences, counts)
         if not sequences:
             return None
         drafts: list[list[int]] = [[] for _ in sequences]
@@ -338,7 +354,7 @@ class Scheduler:
         sequence.computed = 0
         sequence.preemptions += 1
         self._preemptions += 1
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_in_order)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
@@ -347,8 +363,10 @@ class Scheduler:
         sequence.row = -1
         sequence.pages.clear()
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give the head of the queue its pages and a row, or return False and change nothing."""
+    def _admit(self) -> Sequence | None:
+        """Give the head of the queue its pages and a row and let it run, or return None and change
+        nothing."""
+        sequence = self.waiting[0]
         length = len(sequence.tokens)
         matched: list[int] = []
         if self.prefix_reuse:
@@ -357,7 +375,7 @@ class Scheduler:
             matched = self.pool.match(sequence.digests[: (length - 1) // self.page_size])
         needed = -(-length // self.page_size) - len(matched)
         if needed + len(self.running) > self.pool.free - self.pool.idle(matched):
-            return False
+            return None
         self.pool.hold(matched)
         sequence.pages.extend(matched)
         sequence.pages.extend(self.pool.take() for _ in range(needed))
@@ -372,7 +390,8 @@ class Scheduler:
         self._top_p[row] = sequence.top_p
         self._seeds[row] = sequence.seed
         self._gathered = None
-        return True
+        insort(self.running, self.waiting.pop(0), key=_in_order)
+        return sequence
 
     def _advance(self, sequence: Sequence, budget: int, sequences: list[Sequence], counts: list[int]) -> int:
         count = min(len(sequence.tokens) - sequence.computed, budget)

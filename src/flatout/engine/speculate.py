@@ -21,7 +21,7 @@ takes time of its own.
 from __future__ import annotations
 
 from bisect import bisect, insort
-from collections import deque
+from collections import Counter, deque
 from itertools import accumulate
 from operator import mul
 from typing import Protocol
@@ -104,9 +104,11 @@ class NgramIndex:
 
 
 class StepTimes:
-    """Seconds of decoding steps by their number of tokens: the median of the last few."""
+    """Seconds of decoding steps by their number of tokens: the median of the last few. unsettled: the first
+    steps of a size that do not count, where a runner compiles or captures in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, unsettled: int = 0) -> None:
+        self._unsettled, self._seen = unsettled, Counter[int]()
         self._samples: dict[int, deque[float]] = {}
         self._sizes: list[int] = []
         self._seconds: dict[int, float] = {}
@@ -115,6 +117,9 @@ class StepTimes:
         return tokens in self._seconds
 
     def add(self, tokens: int, seconds: float) -> None:
+        self._seen[tokens] += 1
+        if self._seen[tokens] <= self._unsettled:
+            return
         if tokens not in self._samples:
             self._samples[tokens] = deque(maxlen=_MEMORY)
             insort(self._sizes, tokens)
@@ -200,13 +205,13 @@ class Speculator:
     is the one with the most expected tokens a second: chances from how often guesses came true, seconds from
     the steps of that size and, for a draft model, from its own. Guesses of `proposer` cost nothing, so they
     are always made and judged, and only the time of larger steps has to be tried again now and then. `draft`
-    is asked in steps where its guesses promise more than those.
+    is asked in steps where its guesses promise more than those. unsettled: as in StepTimes.
     """
 
-    def __init__(self, proposer: Proposer, draft: CostlyProposer | None = None) -> None:
+    def __init__(self, proposer: Proposer, draft: CostlyProposer | None = None, unsettled: int = 0) -> None:
         self._proposer = proposer
         self.draft = draft
-        self._times = StepTimes()
+        self._times = StepTimes(unsettled)
         self._looked_up, self._drafted = Record(_LOOKUP_CHANCE), Record(_DRAFT_CHANCE)
 
     def propose(self, sequences: list[Sequence]) -> list[list[int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,19 +104,18 @@ def measured_routes(name: str) -> dict[str, list[int]]:
     return _tables().setdefault(name, {})
 
 
-def start(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
-    """Launch one of this project's kernels, or on a dry card compile it; what was compiled."""
+def start(
+    card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, only_load: bool = False, **constants: Any
+) -> Any:
+    """Launch one of this project's kernels, or on a dry card compile it; what was compiled. only_load:
+    compile it and load it on the card, to be launched later."""
     if card.pdl:
         constants["launch_pdl"] = True
-    if card.dry:
-        return kernel.warmup(*args, grid=grid, **constants)
-    return kernel[grid](*args, **constants)
-
-
-def load(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
-    """Compile and load what `start` with the same arguments would launch."""
-    compiled = start(replace(card, dry=True), kernel, grid, *args, **constants)
-    _ = compiled.run
+    if not (card.dry or only_load):
+        return kernel[grid](*args, **constants)
+    compiled = kernel.warmup(*args, grid=grid, **constants)
+    if only_load:
+        _ = compiled.run
     return compiled
 
 

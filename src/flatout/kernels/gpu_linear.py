@@ -29,7 +29,6 @@ from flatout.kernels.gpu import (
     activate,
     argmax_keys,
     carve,
-    load,
     measured_routes,
     quantize,
     start,
@@ -133,8 +132,7 @@ def multiply_few(
     m = x.shape[0]
     tile, rows, warps, programs = route or gemv_route(card.name, weight.format, weight.n, weight.k, m)
     blocks = triton.cdiv(weight.n, rows)
-    launch = load if exchange is not None and exchange.only_load else start
-    kernel = launch(
+    kernel = start(
         card,
         gemv.gemv,
         (min(blocks, programs * card.units) if programs else blocks,),
@@ -160,6 +158,7 @@ def multiply_few(
         MINIMA=weight.minima is not None,
         NORM=gains is not None,
         EPILOGUE=RESIDUAL if residual is not None else epilogue,
+        only_load=exchange is not None and exchange.only_load,
         RANK=0 if exchange is None else exchange.rank,
         RANKS=1 if exchange is None else exchange.ranks,
         CAPACITY=0 if exchange is None else exchange.capacity,

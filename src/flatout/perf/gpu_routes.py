@@ -12,11 +12,12 @@ import dataclasses
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -41,6 +42,9 @@ KERNELS = ("qkv", "o", "gate_up", "down", "head", "attention")
 LAYERS = 8
 _SHARED_BYTES = 226 << 10  # of a multiprocessor
 _KEPT = 4  # settings of a kernel that are timed a second time
+_START_S, _COMPILE_S = 120.0, 10.0
+"""Most that a process may take to start and for each setting, several times what it does."""
+_Part = TypeVar("_Part")
 
 
 def few_settings(fmt: str, n: int, k: int, name: str) -> list[Setting]:
@@ -195,6 +199,23 @@ def _compile(
             bench.decoder._run(rows, False)
 
 
+def apart(work: Callable[[_Part], None], parts: Sequence[_Part], seconds: float) -> int:
+    """Do `work` on each part in a process of its own; how many of these failed, died, or had to be ended
+    because they took longer than `seconds`."""
+    # Not a pool, which starts anew what dies and waits for it for ever; spawned, since CUDA is in use here.
+    context = multiprocessing.get_context("spawn")
+    running = [context.Process(target=work, args=(part,), daemon=True) for part in parts]
+    for process in running:
+        process.start()
+    end = time.monotonic() + seconds
+    for process in running:
+        process.join(max(0.0, end - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return sum(process.exitcode != 0 for process in running)
+
+
 def tune(
     spec: ModelSpec,
     recipe: Recipe,
@@ -209,9 +230,11 @@ def tune(
     names = {name: key for name, key in bench.keys.items() if name in kernels}
     card = bench.runner.card
     jobs = [(name, setting) for name in names for setting in bench.settings(name) if -1 not in setting]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        work = partial(_compile, spec, recipe, rows, context, card)
-        pool.map(work, [jobs[i::processes] for i in range(processes)], chunksize=1)
+    work = partial(_compile, spec, recipe, rows, context, card)
+    parts = [part for i in range(processes) if (part := jobs[i::processes])]
+    unfinished = apart(work, parts, _START_S + _COMPILE_S * max(map(len, parts), default=0))
+    if unfinished:
+        say(f"  {unfinished} of {len(parts)} compiling processes failed: the rest is compiled when timed")
     best = bench.first()
     lowest = bench.microseconds()
     say(f"{recipe.name}, {rows} sequences: {lowest:.0f} us with the table as it is")
