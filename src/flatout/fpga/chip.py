@@ -26,8 +26,8 @@ from flatout.fpga.synthesis import (
 )
 
 DEVICE = "85k"
-BANK = 1024
-"""Beats of a bank of templates/on_chip.sv, the depth of one block RAM."""
+BLOCK_BITS, BLOCKS = 16_384, 160
+"""Bits of a block RAM, and how many may hold weights and tables: the other 48 are for the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +56,12 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
     cache = 2 * spec.num_layers * spec.num_kv_heads * blocks
     cache *= compiled.block_tokens * compiled.head_chunks + 1
     fixed = len(compiled.image) - cache
-    banks = -(-fixed // BANK)
-    if banks > 26:
+    blocks = -(-fixed // BLOCK_BITS) * shape.lanes * 8
+    if blocks > BLOCKS:
         raise ResourceError(
-            f"weights and tables lie in up to 26 banks of {BANK} beats", f"{fixed} beats", "a smaller model"
+            f"weights and tables lie in up to {BLOCKS} block RAMs", f"{blocks}", "a smaller model"
         )
     beats = [bytes(beat[::-1]).hex() for beat in compiled.image[:fixed]]
-    beats += ["0"] * (banks * BANK - fixed)
     values = parameters(shape)
     del values["C"], values["CB"]
     values |= {
@@ -73,10 +72,8 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
     texts = design_files(shape, cascades=False) | {
         "on_chip.sv": with_parameters(top, values),
         "program.hex": "\n".join(f"{word:016x}" for word in compiled.program) + "\n",
+        "fixed.hex": "\n".join(beats) + "\n",
     }
-    for bank in range(banks):
-        content = beats[bank * BANK : (bank + 1) * BANK]
-        texts[f"fixed_{chr(ord('a') + bank)}.hex"] = "\n".join(content) + "\n"
     return write_files(texts, folder)
 
 
