@@ -219,7 +219,7 @@ def main() -> int:
     parser.add_argument("--margin", type=float, default=0.01)
     parser.add_argument("--mhz", type=float, default=100.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--speed-grade", type=int, default=6)
+    parser.add_argument("--speed-grade", type=int, default=8)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     theme = f"fpga_{args.part}"

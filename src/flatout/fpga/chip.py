@@ -12,6 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flatout.errors import ResourceError
 from flatout.fpga.compile import Compiled
 from flatout.fpga.multipliers import absorb_registers
@@ -61,7 +63,7 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
         raise ResourceError(
             f"weights and tables lie in up to {BLOCKS} block RAMs", f"{blocks}", "a smaller model"
         )
-    beats = [bytes(beat[::-1]).hex() for beat in compiled.image[:fixed]]
+    bits = np.unpackbits(compiled.image[:fixed], axis=1, bitorder="little").astype("U1")
     values = parameters(shape)
     del values["C"], values["CB"]
     values |= {
@@ -72,13 +74,14 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
     texts = design_files(shape, cascades=False) | {
         "on_chip.sv": with_parameters(top, values),
         "program.hex": "\n".join(f"{word:016x}" for word in compiled.program) + "\n",
-        "fixed.hex": "\n".join(beats) + "\n",
     }
+    for i in range(bits.shape[1]):
+        texts[f"fixed_{chr(97 + i // 16)}{chr(97 + i % 16)}.hex"] = "\n".join(bits[:, i]) + "\n"
     return write_files(texts, folder)
 
 
 def place(
-    compiled: Compiled, folder: Path, mhz: float = 100.0, seed: int = 1, speed_grade: int = 6
+    compiled: Compiled, folder: Path, mhz: float = 100.0, seed: int = 1, speed_grade: int = 8
 ) -> Placed:
     """Make the bitstream of `compiled` in `folder`. Raises BackendError when a tool is missing or fails."""
     nextpnr, ecppack = find_tool("nextpnr-ecp5"), find_tool("ecppack")
@@ -91,7 +94,7 @@ def place(
         [
             *nextpnr, f"--{DEVICE}", "--package", "CABGA381", "--speed", str(speed_grade),
             "--json", "chip.json", "--textcfg", "chip.config", "--freq", str(mhz), "--seed", str(seed),
-            "--placer", "static", "--router", "router2", "--lpf-allow-unconstrained", "--timing-allow-fail",
+            "--placer", "heap", "--router", "router2", "--lpf-allow-unconstrained", "--timing-allow-fail",
             "--report", "report.json", "--log", "nextpnr.log", "--quiet",
         ],
         folder,

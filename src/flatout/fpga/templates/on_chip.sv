@@ -87,12 +87,14 @@ module on_chip #(
   logic [3:0] valid;
   logic [3:1] from_cache;
   logic [BITS-1:0] store1;
-  (* ram_style = "block" *) logic [BITS-1:0] beats[0:FIXED-1];
-  initial $readmemh("fixed.hex", beats);
-  always_ff @(posedge clk) begin
-    fixed2 <= beats[fixed1[$clog2(FIXED)-1:0]];
-    fixed3 <= fixed2;
+  // One block RAM is 16,384 bits in a column: with a memory for each bit of a beat nothing has to be picked from what is read.
+  for (genvar i = 0; i < BITS; i++) begin : g_bit
+    localparam logic [7:0] FIRST = 8'd97 + i / 16, SECOND = 8'd97 + i % 16;
+    (* ram_style = "block" *) logic bits[0:FIXED-1];
+    initial $readmemh({"fixed_", FIRST, SECOND, ".hex"}, bits);
+    always_ff @(posedge clk) fixed2[i] <= bits[fixed1[$clog2(FIXED)-1:0]];
   end
+  always_ff @(posedge clk) fixed3 <= fixed2;
   assign request_ready = left == 0;
   always_ff @(posedge clk) begin
     if (request && request_ready) begin
