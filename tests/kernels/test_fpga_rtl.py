@@ -112,6 +112,13 @@ def test_heads_of_two_beats_and_unequal_sizes() -> None:
 
 @pytest.mark.fpga
 @simulated
+def test_beats_of_eight_bytes() -> None:
+    """The least: a scale for every two beats of weights, one word of attention a write, two chunks a head."""
+    run(compiled(shape=dataclasses.replace(SHAPE, lanes=8)), [1, 2, 2], MemoryModel(latency=7))
+
+
+@pytest.mark.fpga
+@simulated
 def test_cascades_of_dsp_blocks_are_the_plain_sums() -> None:
     """rtl/mac_chain.sv with our model of a DSP48E2; AMD's own is not in this repository."""
     run(compiled(), [2, 1], MemoryModel(), primitives=Path(__file__).parents[1] / "rtl" / "DSP48E2.sv")

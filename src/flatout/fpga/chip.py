@@ -12,6 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flatout.errors import ResourceError
 from flatout.fpga.compile import Compiled
 from flatout.fpga.multipliers import absorb_registers
@@ -26,8 +28,8 @@ from flatout.fpga.synthesis import (
 )
 
 DEVICE = "85k"
-BANK = 1024
-"""Beats of a bank of templates/on_chip.sv, the depth of one block RAM."""
+BLOCK_BITS, BLOCKS = 16_384, 160
+"""Bits of a block RAM, and how many may hold weights and tables: the other 48 are for the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +58,12 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
     cache = 2 * spec.num_layers * spec.num_kv_heads * blocks
     cache *= compiled.block_tokens * compiled.head_chunks + 1
     fixed = len(compiled.image) - cache
-    banks = -(-fixed // BANK)
-    if banks > 26:
+    blocks = -(-fixed // BLOCK_BITS) * shape.lanes * 8
+    if blocks > BLOCKS:
         raise ResourceError(
-            f"weights and tables lie in up to 26 banks of {BANK} beats", f"{fixed} beats", "a smaller model"
+            f"weights and tables lie in up to {BLOCKS} block RAMs", f"{blocks}", "a smaller model"
         )
-    beats = [bytes(beat[::-1]).hex() for beat in compiled.image[:fixed]]
-    beats += ["0"] * (banks * BANK - fixed)
+    bits = np.unpackbits(compiled.image[:fixed], axis=1, bitorder="little").astype("U1")
     values = parameters(shape)
     del values["C"], values["CB"]
     values |= {
@@ -74,14 +75,13 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
         "on_chip.sv": with_parameters(top, values),
         "program.hex": "\n".join(f"{word:016x}" for word in compiled.program) + "\n",
     }
-    for bank in range(banks):
-        content = beats[bank * BANK : (bank + 1) * BANK]
-        texts[f"fixed_{chr(ord('a') + bank)}.hex"] = "\n".join(content) + "\n"
+    for i in range(bits.shape[1]):
+        texts[f"fixed_{chr(97 + i // 16)}{chr(97 + i % 16)}.hex"] = "\n".join(bits[:, i]) + "\n"
     return write_files(texts, folder)
 
 
 def place(
-    compiled: Compiled, folder: Path, mhz: float = 100.0, seed: int = 1, speed_grade: int = 6
+    compiled: Compiled, folder: Path, mhz: float = 100.0, seed: int = 1, speed_grade: int = 8
 ) -> Placed:
     """Make the bitstream of `compiled` in `folder`. Raises BackendError when a tool is missing or fails."""
     nextpnr, ecppack = find_tool("nextpnr-ecp5"), find_tool("ecppack")
@@ -94,7 +94,7 @@ def place(
         [
             *nextpnr, f"--{DEVICE}", "--package", "CABGA381", "--speed", str(speed_grade),
             "--json", "chip.json", "--textcfg", "chip.config", "--freq", str(mhz), "--seed", str(seed),
-            "--placer", "static", "--router", "router2", "--lpf-allow-unconstrained", "--timing-allow-fail",
+            "--placer", "heap", "--router", "router2", "--lpf-allow-unconstrained", "--timing-allow-fail",
             "--report", "report.json", "--log", "nextpnr.log", "--quiet",
         ],
         folder,

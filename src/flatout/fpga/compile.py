@@ -63,9 +63,9 @@ class Compiled:
 def check_shape(model: IntegerModel, shape: Shape, context: int) -> None:
     """Raise ConfigError or ResourceError naming every limit that `model` exceeds."""
     spec, lanes = model.spec, shape.lanes
-    if lanes not in (16, 32, 64, 128) or model.chunk != lanes:
+    if lanes not in (8, 16, 32, 64, 128) or model.chunk != lanes:
         raise ConfigError(
-            "a beat holds 16, 32, 64 or 128 bytes, and chunks are as long", f"{lanes}", "lanes=64"
+            "a beat holds 8, 16, 32, 64 or 128 bytes, and chunks are as long", f"{lanes}", "lanes=64"
         )
     if shape.rows_log2 > 8:
         raise ConfigError(

@@ -19,8 +19,8 @@ STATES = 4  # load, read, decode, next
 LAST_RESULT = 35  # cycles from the last beat of a linear to the next instruction
 LAST_SCORE, LAST_VALUE = 23, 12  # of keys and of values to what follows
 DIVISION = 17
-FIT, ROOT = 35, 19  # scale and reciprocal of a row, and the root of a norm
-REQUEST = 5  # states of the fetcher from an open fence to its first request
+FIT, ROOT = 36, 19  # scale and reciprocal of a row, and the root of a norm
+REQUEST = 6  # states of the fetcher from an open fence to its first request
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ def predict_cycles(compiled: Compiled, position: int, count: int, memory: Memory
     """Cycles of a pass of `count` tokens after `position`, without random stalls."""
     spec, shape, chunks = compiled.model.spec, compiled.shape, compiled.head_chunks
     group = spec.num_heads // spec.num_kv_heads
-    depth = 8 + (shape.words - 1).bit_length()  # of the vector unit's pipeline
+    depth = 9 + (shape.words - 1).bit_length()  # of the vector unit's pipeline
     clocks = _Clocks(memory, 1 << shape.fifo_log2)
     clocks.delivered = memory.latency
     beats, written = 0, 0.0
@@ -90,7 +90,7 @@ def predict_cycles(compiled: Compiled, position: int, count: int, memory: Memory
                     clocks.stream(run, run, asked)
                     clocks.now += LAST_SCORE
                     clocks.stream(run, run, asked)
-                    clocks.now += LAST_VALUE + DIVISION + 16 * group * chunks + 10
+                    clocks.now += LAST_VALUE + DIVISION + min(16, shape.lanes) * group * chunks + 11
         elif op == OPS["GEMV"]:
             clocks.stream(beats, beats)
             clocks.now += LAST_RESULT

@@ -54,14 +54,14 @@ def dsp_blocks(shape: Shape) -> int:
     """Multipliers of a design, in DSP48E2."""
     lanes, columns = shape.lanes, shape.columns
     dots = lanes  # two rows share each
-    rescale = tiles(25, 17) + tiles(24, 17)
-    scaling = 2 * (tiles(22, 13) + rescale)
-    silu = tiles(32, 18) + 2 * tiles(32, 17) + tiles(17, 9)
+    rescale = 3 * tiles(18, 17)
+    scaling = 2 * (tiles(15 + lanes.bit_length() - 1, 13) + rescale)
+    silu = tiles(16, 18) + tiles(17, 18) + 4 * tiles(18, 18) + tiles(11, 9)
     weighing = lanes * tiles(27, 8) + tiles(17, 13) + tiles(17, 9)
-    lane = tiles(32, 16) + 2 * tiles(15, 15) + tiles(14, 15)
+    lane = 2 * tiles(18, 16) + 2 * tiles(15, 15) + tiles(14, 15)
     vector = shape.words * lane + tiles(13, 17)
-    read_out = lanes // 16 * rescale
-    addresses = 2 * tiles(32, 9) + tiles(24, 9)
+    read_out = max(1, lanes // 16) * rescale
+    addresses = 4 * tiles(17, 9) + 2 * tiles(12, 9)
     return columns * (dots + scaling + silu + weighing) + vector + read_out + addresses
 
 
@@ -72,6 +72,7 @@ def block_rams(shape: Shape) -> int:
         return -(-(1 << depth_log2) // 512) * -(-width // 72)
 
     a_column = blocks(shape.rows_log2, shape.words * 32) + blocks(shape.context_log2, 32)
+    a_column += blocks(9, 26)  # the sigmoid
     return (
         shape.columns * a_column
         + blocks(shape.fifo_log2, shape.lanes * 8)

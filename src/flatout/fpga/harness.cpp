@@ -95,7 +95,7 @@ int64_t simulation_run(void* handle, uint32_t count, const uint32_t* tokens, uin
   }
   top->position = position, top->count = count, top->start = 1;
   const uint64_t begin = s->cycle;
-  uint32_t pc = top->running_pc;
+  uint32_t pc = top->running_pc, left = pc;  // of the last cycle, and of the one before
   s->beats_read = s->beats_written = s->consumed = 0;
   while (s->cycle - begin < limit) {
     const uint64_t now = s->cycle++;
@@ -149,15 +149,17 @@ int64_t simulation_run(void* handle, uint32_t count, const uint32_t* tokens, uin
           logits[static_cast<size_t>(c) * vocabulary + top->logit_index + i] = words[2 * c + i];
     }
 #ifdef PROBE
-    if (vector_memory && top->running_pc != pc) {
+    // The last results of an instruction arrive while the next one is being read.
+    if (vector_memory && pc != left) {
       const size_t size = static_cast<size_t>(s->columns) * lanes * 2;
       for (uint32_t row = 0; row < rows; row++) {
         top->probe_row = row;
         top->eval();
-        std::memcpy(vector_memory + (static_cast<size_t>(pc) * rows + row) * size, &top->probe_words, size);
+        std::memcpy(vector_memory + (static_cast<size_t>(left) * rows + row) * size, &top->probe_words, size);
       }
     }
 #endif
+    left = pc;
     pc = top->running_pc;
     if (by_instruction) by_instruction[top->running_pc]++;
     s->consumed += top->consuming;

@@ -205,7 +205,9 @@ def netlist(shape: Shape, folder: Path) -> dict[str, str]:
         files("flatout.fpga").joinpath("templates/MULT18X18D.v").read_text(encoding="utf-8")
     )
     models = cell_models()
-    return texts | {path.name: path.read_text() for path in (models, *models.parent.glob("*_sim.vh"))}
+    texts |= {path.name: path.read_text() for path in models.parent.glob("*_sim.vh")}
+    # Pads and cells of other tools' names are left out: a netlist of Yosys has none.
+    return texts | {models.name: "`define NO_INCLUDES\n" + models.read_text()}
 
 
 def cell_models() -> Path:

@@ -61,7 +61,8 @@ module accelerator #(
 `include "isa.svh"
   localparam int DOT = 12;
   localparam int VLB = $clog2(VL);
-  localparam int DRAIN = KW / 16;
+  localparam int DOT_BITS = 15 + $clog2(KW);  // of KW products of codes in [-127, 127]
+  localparam int DRAIN = KW < 16 ? 1 : KW / 16;
 
   // ---- sequencer
   logic [PC-1:0] fetch_pc;
@@ -247,9 +248,11 @@ module accelerator #(
         .clk, .enable(dot_take && use_column[c]), .low(low1), .high(high1), .activation,
         .low_sum(dot0), .high_sum(dot1)
     );
-    column columns (
+    column #(
+        .DOT_BITS(DOT_BITS)
+    ) columns (
         .clk, .valid(tag_valid && use_column[c]), .first(tag_first), .last(tag_last),
-        .narrow, .dot0, .dot1, .scale0(tag_scale[15:0]), .scale1(tag_scale[31:16]),
+        .narrow, .dot0(dot0[DOT_BITS-1:0]), .dot1(dot1[DOT_BITS-1:0]), .scale0(tag_scale[15:0]), .scale1(tag_scale[31:16]),
         .spread(spread_tags[(DOT-1)*2+:2]), .mantissa, .shift, .ready(ready[c]),
         .word0(word0[c*32+:32]), .word1(word1[c*32+:32])
     );
@@ -293,7 +296,7 @@ module accelerator #(
   logic [VL*32-1:0] write_words, write_words1;
   logic [C*32-1:0] result_word0_1, result_word1_1;
   logic from_results, from_results1;
-  assign attention_word = (16'({first_chunk, 4'b0}) + attention_at) * 16'(DRAIN);
+  assign attention_word = ((16'(first_chunk) << $clog2(KW / DRAIN)) + attention_at) * 16'(DRAIN);
   always_comb begin
     write_columns = '0;
     write_row = vector_write_row;

@@ -6,7 +6,8 @@ module attention #(
     parameter int C = 4,
     parameter int CONTEXT_LOG2 = 11,
     parameter int BITS = KW * 8,
-    parameter int DRAIN = KW / 16
+    parameter int DRAIN = KW < 16 ? 1 : KW / 16,
+    parameter int PLACES = $clog2(KW / DRAIN)  // log2 of the writes that a chunk takes
 ) (
     input logic clk,
     input logic rst,
@@ -85,16 +86,16 @@ module attention #(
     );
   end
 
-  // ---- read out: a counter in stage 0, sums of all columns in 2, of one in 3, words in 8
-  localparam int STAGES = 8;
+  // ---- read out: a counter in stage 0, sums of all columns in 3, of one in 4, words in 9
+  localparam int STAGES = 9;
   logic [7:0] in_group;
   logic [15:0] count;
   logic [STAGES:1] drain_valid;
   logic [STAGES*16-1:0] drain_at;
-  logic [7:0] in_group1, in_group2;
-  logic [DRAIN*48-1:0] picked3;
-  logic [15:0] inverse3;
-  logic [5:0] shift3;
+  logic [7:0] in_group1, in_group2, in_group3;
+  logic [DRAIN*48-1:0] picked4;
+  logic [15:0] inverse4;
+  logic [5:0] shift4;
   always_ff @(posedge clk) begin
     drained <= 1'b0;
     if (divided[0]) begin
@@ -105,7 +106,7 @@ module attention #(
     end else if (draining) begin
       count <= count + 16'd1;
       drain_index <= drain_index + 6'd1;
-      if (drain_index + 6'd1 == 6'({head_chunks, 4'b0})) begin
+      if (drain_index + 6'd1 == 6'({head_chunks, {PLACES{1'b0}}})) begin
         drain_index <= '0;
         in_group <= in_group + 8'd1;
         if (in_group + 8'd1 == group_heads) draining <= 1'b0;
@@ -114,12 +115,12 @@ module attention #(
     drain_valid <= {drain_valid[STAGES-1:1], draining};
     drain_at <= {drain_at[(STAGES-1)*16-1:0], count};
     in_group1 <= in_group;
-    in_group2 <= in_group1;
+    {in_group3, in_group2} <= {in_group2, in_group1};
     for (int c = 0; c < C; c++)
-      if (in_group2 == 8'(c)) begin
-        picked3 <= drains[c*DRAIN*48+:DRAIN*48];
-        inverse3 <= inverses[c*16+:16];
-        shift3 <= shifts[c*6+:6];
+      if (in_group3 == 8'(c)) begin
+        picked4 <= drains[c*DRAIN*48+:DRAIN*48];
+        inverse4 <= inverses[c*16+:16];
+        shift4 <= shifts[c*6+:6];
       end
     drained <= drain_valid[STAGES] && !drain_valid[STAGES-1];
     if (rst) begin
@@ -129,7 +130,7 @@ module attention #(
   end
   for (genvar i = 0; i < DRAIN; i++) begin : g_word
     rescale scaled (
-        .clk, .sum(picked3[i*48+:48]), .mantissa(inverse3), .shift(shift3), .narrow(1'b1),
+        .clk, .sum(picked4[i*48+:48]), .mantissa(inverse4), .shift(shift4), .narrow(1'b1),
         .word(write_words[i*32+:32])
     );
   end

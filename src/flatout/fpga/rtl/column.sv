@@ -1,13 +1,15 @@
 // What one column does with the sums of a pair of rows: scale, accumulate over the row, multiply, round. 8 cycles from
 // `valid` with `last` to `ready`.
-module column (
+module column #(
+    parameter int DOT_BITS = 21  // of a sum of a chunk
+) (
     input  logic clk,
     input  logic valid,
     input  logic first,
     input  logic last,
     input  logic narrow,  // 27 bits instead of 32
-    input  logic signed [21:0] dot0,
-    input  logic signed [21:0] dot1,
+    input  logic signed [DOT_BITS-1:0] dot0,
+    input  logic signed [DOT_BITS-1:0] dot1,
     input  logic [15:0] scale0,  // exponent, mantissa
     input  logic [15:0] scale1,
     input  logic [1:0] spread,  // the chunk's codes were made 2**spread times as large
@@ -17,7 +19,7 @@ module column (
     output logic [31:0] word0,
     output logic [31:0] word1
 );
-  logic signed [34:0] scaled0, scaled1;
+  logic signed [DOT_BITS+12:0] scaled0, scaled1;
   logic [4:0] up0, up1;
   logic valid1, first1, valid2, first2;
   logic [6:0] last_;

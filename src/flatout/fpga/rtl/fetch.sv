@@ -27,13 +27,15 @@ module fetch #(
     input logic popped
 );
 `include "isa.svh"
-  typedef enum logic [3:0] {IDLE, LOAD, READ, DECODE, RUN, MULTIPLY, ADDRESS, LENGTH, ISSUE, NEXT} state_t;
+  typedef enum logic [3:0] {IDLE, LOAD, READ, DECODE, RUN, MULTIPLY, JOIN, ADDRESS, LENGTH, ISSUE, NEXT} state_t;
   state_t state;
   logic [63:0] now;
   logic [27:0] gemv_beats, left;
   logic [2:0] head_chunks;
   logic [7:0] block_beats, kv_heads, head;
   logic [31:0] head_stride, value_offset, head_start, factor, product;
+  logic [24:0] low, high;
+  logic popped1;
   logic [8:0] times;
   logic [10:0] place;
   logic [CB-1:0] token;
@@ -50,7 +52,8 @@ module fetch #(
   assign last_token = {1'b0, token} + 1'b1 == count;
 
   always_ff @(posedge clk) begin
-    room <= room + (FIFO_LOG2 + 1)'(popped) - (request && request_ready ? (FIFO_LOG2 + 1)'(length) : '0);
+    popped1 <= popped && !rst;
+    room <= room + (FIFO_LOG2 + 1)'(popped1) - (request && request_ready ? (FIFO_LOG2 + 1)'(length) : '0);
     case (state)
       IDLE:
       if (start) begin
@@ -84,7 +87,8 @@ module fetch #(
           default: ;
         endcase
       end
-      // One run of beats: the two factors of its address or length, their product, address and length.
+      // One run of beats: the two factors of its address or length, their product in two
+      // parts and whole, address and length.
       RUN: begin
         times <= op == OP_EMBED ? {1'b0, now[39:32]} : op == OP_TURNS ? {5'b0, head_chunks, 1'b0} : {1'b0, block_beats} + 9'd1;
         factor <= op == OP_EMBED ? tokens[token*32+:32] : op == OP_TURNS ? position + 32'(token) : 32'(block[token*24+:24]);
@@ -92,8 +96,13 @@ module fetch #(
         if (op != OP_ATTEND || (fence_open && fence_pc == pc)) state <= MULTIPLY;
       end
       MULTIPLY: begin
-        product <= factor * 32'(times);
+        low <= factor[15:0] * times;
+        high <= factor[31:16] * times;
         place <= 11'(place * head_chunks);
+        state <= JOIN;
+      end
+      JOIN: begin
+        product <= 32'(low) + {high[15:0], 16'b0};
         state <= ADDRESS;
       end
       ADDRESS: begin

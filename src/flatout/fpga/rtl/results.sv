@@ -1,6 +1,6 @@
 // Where the results of linears go: into the vector memory, to the residual there, through SiLU, or out as logits.
 //
-// `write` comes with STORE at once, with ADD 4 cycles later, with SILU 12 cycles later, `best` 2 cycles after a logit.
+// `write` comes with STORE at once, with ADD 4 cycles later, with SILU 13 cycles later, `best` 2 cycles after a logit.
 module results #(
     parameter int C = 4,
     parameter int VL = 32,
@@ -76,8 +76,8 @@ module results #(
   // ---- SILU: gate and up come as a pair, or one after the other
   logic hold_gate, silu_start;
   logic [C*32-1:0] held, silu_word;
-  logic [12:1] silus;
-  logic [12*20-1:0] silu_index;
+  logic [13:1] silus;
+  logic [13*20-1:0] silu_index;
   assign hold_gate = to_silu && !four && !unit[0];
   assign silu_start = ready && to_silu && !hold_gate;
   for (genvar c = 0; c < C; c++) begin : g_silu
@@ -88,8 +88,8 @@ module results #(
   end
   always_ff @(posedge clk) begin
     if (ready && hold_gate) held <= word0;
-    silus <= rst ? '0 : {silus[11:1], silu_start};
-    silu_index <= {silu_index[11*20-1:0], four ? unit : {1'b0, unit[19:1]}};
+    silus <= rst ? '0 : {silus[12:1], silu_start};
+    silu_index <= {silu_index[12*20-1:0], four ? unit : {1'b0, unit[19:1]}};
   end
 
   // ---- write
@@ -101,8 +101,8 @@ module results #(
     pair = four;
     write_word0 = word0;
     write_word1 = four ? word1 : word0;
-    if (silus[12]) begin
-      write_index = {1'b0, silu_index[11*20+:20]};
+    if (silus[13]) begin
+      write_index = {1'b0, silu_index[12*20+:20]};
       pair = 1'b0;
       write_word0 = silu_word;
       write_word1 = silu_word;

@@ -4,7 +4,7 @@
 //   pass 1  multiply by the norm's weights, turn pairs, or just look; note the largest of the row's chunk
 //   fit     mantissa, exponent and reciprocal of the largest; root of the mean square for norms
 //   pass 2  multiply by the reciprocal, round to codes, write them to the activation memory or as a key or value
-// A row is in stage s, s cycles after it was asked for: 1 read, 2 multiply, ... 7 rounded, END its largest is known.
+// A row is in stage s, s cycles after it was asked for: 1 read, 2 multiply, ... 8 rounded, END its largest is known.
 module vector #(
     parameter int KW = 64,
     parameter int C = 4,
@@ -79,7 +79,7 @@ module vector #(
 );
   localparam logic [1:0] NORM = 0, CODES = 1, HEADS = 2;
   localparam int LEVELS = $clog2(VL);
-  localparam int END = 8 + LEVELS;
+  localparam int END = 9 + LEVELS;
   typedef enum logic [3:0] {
     IDLE, PASS1, DRAIN1, FIT, DIVIDE, PASS2, DRAIN2, STORE, STORE_SCALE, NEXT
   } state_t;
@@ -165,36 +165,37 @@ module vector #(
   logic [CB-1:0] token1;
   logic [ROWS_LOG2-1:0] at1;
   assign {pass2_1, norm1, turned1, token1, at1} = {control[CT-3-:3], control[CB+ROWS_LOG2-1:0]};
-  logic whole3, keep3, pass2_3, norm3, turned3, minus3;
-  logic [CB-1:0] token3;
+  logic whole3, pass2_3, norm3, turned3, keep4, turned4, minus4;
   logic [ROWS_LOG2-1:0] at3;
-  assign {whole3, keep3, pass2_3, norm3, turned3, minus3, token3, at3} = control[2*CT+:CT];
-  logic whole6, pass2_6, turned6;
-  assign {whole6, pass2_6, turned6} = {control[6*CT-1], control[6*CT-3], control[6*CT-5]};
-  logic whole7, pass2_7;
-  logic [CB-1:0] token7;
-  logic [ROWS_LOG2-1:0] at7;
-  assign {whole7, pass2_7, token7, at7} = {control[7*CT-1], control[7*CT-3], control[6*CT+:CB+ROWS_LOG2]};
+  assign {whole3, pass2_3, norm3, turned3} = {control[3*CT-1], control[3*CT-3-:3]};
+  assign at3 = control[2*CT+:ROWS_LOG2];
+  assign {keep4, turned4, minus4} = {control[4*CT-2], control[4*CT-5-:2]};
+  logic whole7, pass2_7, turned7;
+  assign {whole7, pass2_7, turned7} = {control[7*CT-1], control[7*CT-3], control[7*CT-5]};
+  logic whole8, pass2_8;
+  logic [CB-1:0] token8;
+  logic [ROWS_LOG2-1:0] at8;
+  assign {whole8, pass2_8, token8, at8} = {control[8*CT-1], control[8*CT-3], control[7*CT+:CB+ROWS_LOG2]};
   // Which rows are first is noted a cycle before it is needed.
   logic squares_valid, squares_first, end_valid, end_first;
   logic [CB-1:0] squares_token, end_token;
   logic [ROWS_LOG2-1:0] end_at;
-  assign squares_valid = control[(END-3)*CT-1] && control[(END-3)*CT-4];
-  assign squares_token = control[(END-4)*CT+ROWS_LOG2+:CB];
+  assign squares_valid = control[(END-4)*CT-1] && control[(END-4)*CT-4];
+  assign squares_token = control[(END-5)*CT+ROWS_LOG2+:CB];
   assign end_valid = control[END*CT-1] && !control[END*CT-3];
   assign {end_token, end_at} = control[(END-1)*CT+:CB+ROWS_LOG2];
   always_ff @(posedge clk) begin
-    squares_first <= control[(END-5)*CT+:ROWS_LOG2] == 0;
+    squares_first <= control[(END-6)*CT+:ROWS_LOG2] == 0;
     end_first <= control[(END-2)*CT+:ROWS_LOG2] == 0;
   end
 
   // ---- lanes
   logic [KW*8-1:0] gamma1;
   logic [15:0] inverse;
-  logic [VL*32-1:0] word2, word7;
+  logic [VL*32-1:0] word2, word8;
   logic [VL*16-1:0] factor2;
   logic [VL*56-1:0] square5;
-  logic [5:0] right3;
+  logic [5:0] right4;  // of the lanes: shift - 1
   always_ff @(posedge clk) begin
     if (beat_valid && busy) gamma1 <= beat;
     if (busy) begin
@@ -205,8 +206,8 @@ module vector #(
   end
   for (genvar l = 0; l < VL; l++) begin : g_lane
     vector_lane lane (
-        .clk, .enable(busy), .word2(word2[l*32+:32]), .factor2(factor2[l*16+:16]), .keep3, .turned3, .minus3,
-        .right3, .narrow6(turned6), .word7(word7[l*32+:32]), .square5(square5[l*56+:56])
+        .clk, .enable(busy), .word2(word2[l*32+:32]), .factor2(factor2[l*16+:16]), .keep4, .turned4, .minus4,
+        .right4, .narrow7(turned7), .word8(word8[l*32+:32]), .square5(square5[l*56+:56])
     );
   end
 
@@ -217,7 +218,7 @@ module vector #(
   logic [63:0] square_sum[0:C-1];
   logic [31:0] even_row[0:C-1];  // a chunk is two rows
   (* ram_style = "distributed" *) logic [31:0] chunk_largest[0:C*CHUNKS-1];  // block RAM would come too late
-  max_tree #(.N(VL)) largest_of_row (.clk, .enable(busy), .words(word7), .largest(end_largest));
+  max_tree #(.N(VL)) largest_of_row (.clk, .enable(busy), .words(word8), .largest(end_largest));
   sum_tree #(.N(VL), .WIDTH(56)) squares_of_row (.clk, .enable(busy), .in(square5), .sum(squares));
   always_ff @(posedge clk) begin
     if (squares_valid)
@@ -295,21 +296,22 @@ module vector #(
     spread <= spread3;
   end
 
-  assign right3 = pass2_3 ? 6'(8'sd18 + power - 8'(spread3)) : norm3 ? gamma_shift - 6'd1 : turned3 ? 6'd13 : 6'd0;
+  always_ff @(posedge clk)
+    right4 <= pass2_3 ? 6'(8'sd18 + power - 8'(spread3)) : norm3 ? gamma_shift - 6'd1 : turned3 ? 6'd13 : 6'd0;
 
   // ---- results; `kind` and the head have long been still
   always_ff @(posedge clk) begin
-    write <= whole6 && !pass2_6 && (kind == NORM || turned);
-    code_write <= whole6 && pass2_6 && (kind != HEADS || is_query);
+    write <= whole7 && !pass2_7 && (kind == NORM || turned);
+    code_write <= whole7 && pass2_7 && (kind != HEADS || is_query);
   end
-  assign write_row = scratch + at7;
-  assign write_column = token7;
-  assign write_words = word7;
-  always_comb for (int l = 0; l < VL; l++) codes[l*8+:8] = word7[l*32+:8];
+  assign write_row = scratch + at8;
+  assign write_column = token8;
+  assign write_words = word8;
+  always_comb for (int l = 0; l < VL; l++) codes[l*8+:8] = word8[l*32+:8];
   logic [7:0] query_number, query_row, first_code;
-  assign code_column = kind == HEADS ? CB'(query_in_group) : token7;
-  assign code_row = first_code + 8'(at7 >> 1);
-  assign code_half = at7[0];
+  assign code_column = kind == HEADS ? CB'(query_in_group) : token8;
+  assign code_row = first_code + 8'(at8 >> 1);
+  assign code_half = at8[0];
   assign scale_head = head;
 
   // ---- where a key or value goes: each product from registers that have long been still
@@ -318,7 +320,8 @@ module vector #(
   logic [7:0] key_number, value_number, kv_head, scale_first, scale_end;
   logic [8:0] block_size;
   logic [23:0] block_number;
-  logic [31:0] stride2, block2, region1, start3, block_start, line_start;
+  logic [31:0] region1, stride3, block3, start4, block_start, line_start;
+  logic [23:0] stride_low2, stride_high2, block_low2, block_high2;
   always_ff @(posedge clk)
     if (busy) begin
       query_number <= 8'(8'(token) * kv_heads) + query_group;
@@ -331,11 +334,15 @@ module vector #(
       kv_head <= is_key ? key_number : value_number;
       block_size <= {1'b0, block_beats} + 9'd1;
       block_number <= block[token*24+:24];
-      stride2 <= 32'(kv_head) * head_stride;
-      block2 <= 32'(block_number) * 32'(block_size);
+      stride_low2 <= kv_head * head_stride[15:0];
+      stride_high2 <= kv_head * head_stride[31:16];
+      block_low2 <= block_number[11:0] * block_size;
+      block_high2 <= block_number[23:12] * block_size;
+      stride3 <= 32'(stride_low2) + {stride_high2[15:0], 16'b0};
+      block3 <= 32'(block_low2) + {block_high2[19:0], 12'b0};
       region1 <= cache + (is_value ? value_offset : 32'd0);
-      start3 <= stride2 + block2;
-      block_start <= start3 + region1;
+      start4 <= stride3 + block3;
+      block_start <= start4 + region1;
       line_start <= block_start + 32'(scale_first) + 32'd1;
     end
   assign store = state == STORE || state == STORE_SCALE;
@@ -353,7 +360,7 @@ module vector #(
     scale_write <= 1'b0;
     query_write <= 1'b0;
     if (root_done) root_ready <= 1'b1;
-    if (whole7 && pass2_7) line[at7[2:0]*VL*8+:VL*8] <= codes;
+    if (whole8 && pass2_8) line[at8[2:0]*VL*8+:VL*8] <= codes;
     waited <= waited + 1'b1;
     case (state)
       IDLE:
@@ -447,7 +454,7 @@ module vector #(
       end
       DRAIN2: begin
         stored <= '0;
-        if (waited == 5'd6) state <= kind == HEADS && !is_query ? STORE : NEXT;
+        if (waited == 5'd7) state <= kind == HEADS && !is_query ? STORE : NEXT;
       end
       STORE:
       if (store_ready) begin

@@ -33,32 +33,34 @@ module walker #(
   logic scale_take;
   // Whether scales come next, the chunk is the last of its row, the row the last: known in advance, because much hangs on
   // them.
-  logic scales_next, row_ends, last_row;
+  logic scales_next, row_ends, last_row, first, first_unit;
   logic [19:0] rows_left;
   assign scale_take = walking && beat_valid && scales_next;
   assign take = walking && beat_valid && !scales_next;
   assign pop = walking && beat_valid;
   always_ff @(posedge clk) begin
+    // What belongs to a chunk is there whether one was taken or not: `take` has enough to hang on it.
     take1 <= take && !rst;
+    beat1 <= beat;
+    scale1 <= scale_beat[31:0];
+    first1 <= first;
+    last1 <= row_ends;
+    first_unit1 <= first_unit;
+    unit1 <= unit;
+    chunk1 <= chunk;
+    if (pop) scale_beat <= scales_next ? beat : four_bits ? scale_beat >> 32 : scale_beat >> 16;
     if (scale_take) begin
-      scale_beat <= beat;
       scales_left <= scale_period;
       scales_next <= 1'b0;
     end
     if (take) begin
-      beat1 <= beat;
-      scale1 <= scale_beat[31:0];
-      scale_beat <= four_bits ? scale_beat >> 32 : scale_beat >> 16;
       scales_left <= scales_left - 8'd1;
       scales_next <= scales_left == 8'd1;
-      first1 <= chunk == 0;
-      last1 <= row_ends;
-      first_unit1 <= unit == 0;
-      unit1 <= unit;
-      chunk1 <= chunk;
+      first <= row_ends;
       chunk <= row_ends ? '0 : chunk + 8'd1;
       row_ends <= row_ends ? chunks == 8'd1 : chunk + 8'd2 == chunks;
       if (row_ends) begin
+        first_unit <= 1'b0;
         unit <= unit + 20'd1;
         rows_left <= rows_left - 20'd1;
         last_row <= rows_left == 20'd2;
@@ -68,7 +70,9 @@ module walker #(
     if (start) begin
       walking <= 1'b1;
       unit <= '0;
+      first_unit <= 1'b1;
       chunk <= '0;
+      first <= 1'b1;
       rows_left <= units;
       last_row <= units == 20'd1;
       row_ends <= chunks == 8'd1;

@@ -1,9 +1,10 @@
 // Softmax and the weighted sum of values for one query head: weights 2**(score - largest) are made as values arrive.
 //
-// `total` sums the weights of whole tokens. Sums are complete 13 cycles after the last `valid`.
+// `total` sums the weights of whole tokens. Sums are complete 14 cycles after the last `valid`.
 module weighted_sum #(
     parameter int KW = 64,
-    parameter int DRAIN = KW / 16
+    parameter int DRAIN = KW < 16 ? 1 : KW / 16,
+    parameter int PLACES = $clog2(KW / DRAIN)
 ) (
     input logic clk,
     input logic valid,
@@ -15,7 +16,7 @@ module weighted_sum #(
     input logic [KW*8-1:0] codes10,  // 10 cycles after `valid`
     output logic [31:0] total,
     input logic [5:0] drain_index,  // word / DRAIN
-    output logic [DRAIN*48-1:0] drain  // two cycles later
+    output logic [DRAIN*48-1:0] drain  // three cycles later
 );
 `include "tables.svh"
   logic [15:0] values[0:255];
@@ -64,8 +65,8 @@ module weighted_sum #(
 
   logic [KW*48-1:0] sums;
   logic [1:0] chunk10;
-  logic [3:0] drain_word;
-  assign chunk10 = valids[10] ? chunks[19:18] : drain_index[5:4];
+  logic [PLACES-1:0] drain_word1, drain_word2;
+  assign chunk10 = valids[10] ? chunks[19:18] : 2'(drain_index >> PLACES);
   for (genvar l = 0; l < KW; l++) begin : g_lane
     value_lane lane (
         .clk, .valid(valids[10]), .first(firsts[10]), .chunk(chunk10), .weight(weight10), .code(codes10[l*8+:8]),
@@ -73,12 +74,13 @@ module weighted_sum #(
     );
   end
   always_ff @(posedge clk) begin
-    drain_word <= drain_index[3:0];
-    drain <= sums[drain_word*(DRAIN*48)+:DRAIN*48];
+    drain_word1 <= drain_index[PLACES-1:0];
+    drain_word2 <= drain_word1;
+    drain <= sums[drain_word2*(DRAIN*48)+:DRAIN*48];
   end
 endmodule
 
-// Weight times code, added to the sum of its chunk; a cycle later `sum` is that of `chunk`.
+// Weight times code, added to the sum of its chunk; two cycles later `sum` is that of `chunk`.
 module value_lane (
     input logic clk,
     input logic valid,
@@ -91,14 +93,30 @@ module value_lane (
   logic signed [47:0] sums[0:3];
   logic signed [34:0] product;
   // Each lane has its own: too much hangs on them.
-  (* keep *) logic valid1, first1;
-  (* keep *) logic [1:0] chunk1;
-  assign sum = sums[chunk1];
+  (* keep *) logic valid1, first1, valid2, first2;
+  (* keep *) logic [1:0] chunk1, chunk2;
+`ifdef USE_TREE
+  // Multipliers of 18 bits: two, and their sum.
+  logic signed [20:0] low1, high1;
   always_ff @(posedge clk) begin
-    valid1 <= valid;
-    first1 <= first;
-    chunk1 <= chunk;
-    if (valid) product <= $signed({1'b0, weight[25:0]}) * $signed(code);
-    if (valid1) sums[chunk1] <= (first1 ? 48'sd0 : sum) + 48'(product);
+    if (valid) begin
+      low1 <= $signed({1'b0, weight[12:0]}) * $signed(code);
+      high1 <= $signed({1'b0, weight[25:13]}) * $signed(code);
+    end
+    product <= 35'(low1) + {high1[20], high1, 13'b0};
+  end
+`else
+  logic signed [34:0] product1;
+  always_ff @(posedge clk) begin
+    if (valid) product1 <= $signed({1'b0, weight[25:0]}) * $signed(code);
+    product <= product1;
+  end
+`endif
+  assign sum = sums[chunk2];
+  always_ff @(posedge clk) begin
+    {valid2, valid1} <= {valid1, valid};
+    {first2, first1} <= {first1, first};
+    {chunk2, chunk1} <= {chunk1, chunk};
+    if (valid2) sums[chunk2] <= (first2 ? 48'sd0 : sum) + 48'(product);
   end
 endmodule

@@ -1,8 +1,8 @@
 // A whole model in one chip: the accelerator, its memory in block RAM and a host of a few registers, for one column.
 // A token goes in, the token with the largest logit comes out; the sequence starts anew with a reset.
 //
-// The memory is two: what does not change, in banks of 1,024 beats, and keys and values, which are written by bytes.
-// fpga/chip.py makes the files. What block RAM reads passes through a register first, because it comes late in the cycle.
+// The memory is two: what does not change, and keys and values, which are written by bytes. fpga/chip.py makes the files.
+// What block RAM reads passes through a register first, because it comes late in the cycle.
 module on_chip #(
     parameter int KW = 16,
     parameter int PC = 7,
@@ -27,7 +27,6 @@ module on_chip #(
     output logic [15:0] next
 );
   localparam int BITS = KW * 8;
-  localparam int BANKS = (FIXED + 1023) / 1024;
 
   // ---- the program goes into the accelerator first
   logic [63:0] instructions[0:INSTRUCTIONS-1];
@@ -82,23 +81,20 @@ module on_chip #(
   logic request, request_ready, store, store_done, beat_valid;
   logic [31:0] request_address, store_address;
   logic [BURST_LOG2:0] request_beats, left;
-  logic [BITS-1:0] store_data, beat_data, fixed3, cache1, cache2;
+  logic [BITS-1:0] store_data, beat_data, fixed2, fixed3, cache2, cache3;
   logic [KW-1:0] store_strobe, strobe1;
-  logic [15:0] address, address1, store_at;
+  logic [15:0] address, address1, fixed1, store_at;
   logic [3:0] valid;
   logic [3:1] from_cache;
   logic [BITS-1:0] store1;
-  logic [BANKS*BITS-1:0] banks2;
-  logic [5:0] bank1, bank2;
-  for (genvar b = 0; b < BANKS; b++) begin : g_bank
-    localparam logic [7:0] LETTER = 8'd97 + b;
-    logic [BITS-1:0] beats[0:1023], beat1;
-    initial $readmemh({"fixed_", LETTER, ".hex"}, beats);
-    always_ff @(posedge clk) begin
-      beat1 <= beats[address[9:0]];
-      banks2[b*BITS+:BITS] <= beat1;
-    end
+  // One block RAM is 16,384 bits in a column: with a memory for each bit of a beat nothing has to be picked from what is read.
+  for (genvar i = 0; i < BITS; i++) begin : g_bit
+    localparam logic [7:0] FIRST = 8'd97 + i / 16, SECOND = 8'd97 + i % 16;
+    (* ram_style = "block" *) logic bits[0:FIXED-1];
+    initial $readmemh({"fixed_", FIRST, SECOND, ".hex"}, bits);
+    always_ff @(posedge clk) fixed2[i] <= bits[fixed1[$clog2(FIXED)-1:0]];
   end
+  always_ff @(posedge clk) fixed3 <= fixed2;
   assign request_ready = left == 0;
   always_ff @(posedge clk) begin
     if (request && request_ready) begin
@@ -109,13 +105,11 @@ module on_chip #(
       left <= left - 1'b1;
     end
     address1 <= address - 16'(FIXED);
-    bank1 <= address[15:10];
-    bank2 <= bank1;
-    fixed3 <= banks2[bank2*BITS+:BITS];
-    cache2 <= cache1;
+    fixed1 <= address;
+    cache3 <= cache2;
     valid <= rst ? '0 : {valid[2:0], left != 0};
     from_cache <= {from_cache[2:1], address >= 16'(FIXED)};
-    beat_data <= from_cache[3] ? cache2 : fixed3;
+    beat_data <= from_cache[3] ? cache3 : fixed3;
     store_at <= store_address[15:0] - 16'(FIXED);
     store1 <= store_data;
     strobe1 <= store && !rst ? store_strobe : '0;
@@ -127,7 +121,7 @@ module on_chip #(
     ram #(
         .WIDTH(8), .DEPTH_LOG2(CACHE_LOG2)
     ) bytes (
-        .clk, .read(1'b1), .read_address(address1[CACHE_LOG2-1:0]), .out(cache1[i*8+:8]), .write(strobe1[i]),
+        .clk, .read(1'b1), .read_address(address1[CACHE_LOG2-1:0]), .out(cache2[i*8+:8]), .write(strobe1[i]),
         .write_address(store_at[CACHE_LOG2-1:0]), .in(store1[i*8+:8])
     );
   end
