@@ -9,7 +9,7 @@
              A s = b with A[g, h] = c_g^T H[g, h] c_h and b[g] = c_g^T (H w)_g
 
 Neither step can raise the error; scales are kept as they will be stored (float16), and only where that is
-better. Trade-off: two passes take some four times as long as GPTQ's sweep, and left 2 to 8 % less error on
+better. Trade-off: two passes take twice as long as the rest of GPTQ, and left 2 to 8 % less error on
 other text at 3 bits (docs/log.md); at 8 bits there is nothing to gain.
 
 Legend: N rows, K columns, G groups of a row.
@@ -24,8 +24,8 @@ from torch import Tensor
 from flatout.compress.rtn import storable
 from flatout.core.quantized import QuantizedTensor
 from flatout.kernels.linear import as_tensor
+from flatout.kernels.rounding import BLOCK, Base, GroupLevels, round_block
 
-_BLOCK = 32  # columns whose changes are applied to the rest together
 _ROWS = 4096  # rows refined at a time by a processor, whose cache a block of them fits; a GPU takes all
 _RIDGE = 1e-3  # of the mean of A's diagonal, towards the scales there are
 
@@ -54,43 +54,46 @@ def refine(
 def _refine_rows(
     weight: Tensor, h: Tensor, rounded: QuantizedTensor, passes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(codes (N, K), scales float32 (N, G))."""
-    n, k = weight.shape
-    groups = rounded.format.groups(k)
-    zeros = torch.full((n, groups), float(rounded.integer_zero), device=h.device)
-    if rounded.zeros is not None:
-        zeros = torch.from_numpy(rounded.zeros.astype(np.float32)).to(h.device)
-    low, high = (
-        (-127.0, 127.0) if rounded.codes.dtype == np.int8 else (0.0, float((1 << rounded.format.bits) - 1))
+    """(codes (N, K), scales float32 (N, G)). Works on the transposed weight, where a column is contiguous."""
+    width = weight.shape[1] // rounded.scales.shape[1]
+    zeros, scales = (
+        torch.from_numpy(part).to(h.device).T.contiguous()
+        for part in (rounded.float_zeros, rounded.scales.astype(np.float32))
     )
-    every = zeros.repeat_interleave(k // groups, dim=1)
+    low, high = rounded.code_range
+    every = zeros.repeat_interleave(width, dim=0)
     codes = as_tensor(rounded.codes).to(h.device)
-    levels = codes.float() - every
-    scales = torch.from_numpy(rounded.scales.astype(np.float32)).to(h.device)
-    wanted = weight @ h
+    levels = codes.T.contiguous().float() - every
+    w = weight.T.contiguous()
+    wanted = h @ w
     float16 = rounded.scales.dtype == np.float16
     for _ in range(passes):
         scales = _fit_scales(levels, scales, wanted, h, float16)
-        levels = _descend(weight, h, levels, scales, low - zeros, high - zeros)
+        levels = _descend(w, h, levels, GroupLevels(scales, low - zeros, high - zeros))
     scales = _fit_scales(levels, scales, wanted, h, float16)
-    return (levels + every).to(codes.dtype).cpu().numpy(), scales.cpu().numpy()
+    found = (levels + every).to(codes.dtype).T.contiguous()
+    return found.cpu().numpy(), scales.T.contiguous().cpu().numpy()
 
 
 def _fit_scales(levels: Tensor, scales: Tensor, wanted: Tensor, h: Tensor, float16: bool) -> Tensor:
-    """The least-squares scales (N, G) of `levels` (N, K); the old ones of rows that would get worse."""
-    n, k = levels.shape
-    groups = scales.shape[1]
+    """The least-squares scales (G, N) of `levels` (K, N); the old ones of rows that would get worse."""
+    k, n = levels.shape
+    groups = len(scales)
     width = k // groups
-    a = torch.empty(n, groups, groups, device=h.device)
+    a = torch.empty(groups, groups, n, device=h.device)
     for g in range(groups):
-        own = slice(g * width, (g + 1) * width)
-        a[:, g] = (levels[:, own] @ h[own]).mul_(levels).reshape(n, groups, width).sum(dim=2)
-    b = (levels * wanted).reshape(n, groups, width).sum(dim=2)
+        own, behind = slice(g * width, (g + 1) * width), slice(g * width, k)  # A is symmetric
+        products = (h[behind, own] @ levels[own]).mul_(levels[behind])
+        a[g, g:] = products.reshape(groups - g, width, n).sum(dim=1)
+        a[g + 1 :, g] = a[g, g + 1 :]
+    a = a.permute(2, 0, 1).contiguous()
+    b = (levels * wanted).reshape(groups, width, n).sum(dim=1).T
+    before = scales.T
     ridge = _RIDGE * a.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_(min=1e-30)[:, None]
     damped = a.double()
     damped.diagonal(dim1=1, dim2=2).add_(ridge)
-    fitted = torch.linalg.solve(damped, (b + ridge * scales).double()).float()
-    fitted = torch.where((fitted > 0) & fitted.isfinite(), fitted, scales)
+    fitted = torch.linalg.solve(damped, (b + ridge * before).double()).float()
+    fitted = torch.where((fitted > 0) & fitted.isfinite(), fitted, before)
     if float16:
         largest = float(np.finfo(np.float16).max)
         fitted = torch.from_numpy(storable(fitted.clamp(max=largest).cpu().numpy())).to(h.device)
@@ -99,29 +102,22 @@ def _fit_scales(levels: Tensor, scales: Tensor, wanted: Tensor, h: Tensor, float
         """Of each row, without the part that does not depend on the scales."""
         return ((a @ s[:, :, None])[:, :, 0] * s).sum(dim=1) - 2 * (b * s).sum(dim=1)
 
-    better = error(fitted) < error(scales)
-    return torch.where(better[:, None], fitted, scales)
+    better = error(fitted) < error(before)
+    return torch.where(better[:, None], fitted, before).T.contiguous()
 
 
-def _descend(weight: Tensor, h: Tensor, levels: Tensor, scales: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`levels` (N, K) after one pass over the columns; low, high (N, G) bound them. Works on the transposed
-    weight, where a column is contiguous."""
-    k = weight.shape[1]
-    width = k // scales.shape[1]
-    steps, lowest, highest = (part.T.contiguous().unbind() for part in (scales, low, high))
-    c = levels.T.contiguous()
-    q = c * scales.T.repeat_interleave(width, dim=0)
-    slope = h @ (q - weight.T)  # (K, N): half the error's gradient
-    inverse = (1 / h.diagonal()).tolist()
-    here, slopes, chosen = q.unbind(), slope.unbind(), c.unbind()
-    for start in range(0, k, _BLOCK):
-        stop = min(start + _BLOCK, k)
-        moved = torch.empty_like(c[start:stop])  # backwards: q - (new q)
-        for j, back in zip(range(start, stop), moved.unbind(), strict=True):
-            g = j // width
-            best = torch.add(here[j], slopes[j], alpha=-inverse[j]).div_(steps[g]).round_()
-            torch.clamp(best, lowest[g], highest[g], out=chosen[j])
-            torch.addcmul(here[j], chosen[j], steps[g], value=-1, out=back)
-            slope[j + 1 : stop].addr_(h[j + 1 : stop, j], back, alpha=-1)
-        slope[stop:].addmm_(h[stop:, start:stop], moved, alpha=-1)
-    return c.T.contiguous()
+def _descend(w: Tensor, h: Tensor, levels: Tensor, bounds: GroupLevels) -> Tensor:
+    """`levels` (K, N) of `w` (K, N) after one pass over the columns."""
+    k = len(w)
+    width = k // len(bounds.steps)
+    q = levels * bounds.steps.repeat_interleave(width, dim=0)
+    slope = h @ (q - w)  # half the error's gradient
+    gains, groups = (1 / h.diagonal()).tolist(), [j // width for j in range(k)]
+    found = torch.empty_like(q)
+    for start in range(0, k, BLOCK):
+        own = slice(start, min(start + BLOCK, k))
+        base = Base(q[own], gains[own])
+        # What comes back is how far each column has moved, backwards.
+        found[own], moved = round_block(slope[own], h[own, own], groups[own], bounds, base)
+        slope[own.stop :].addmm_(h[own.stop :, own], moved, alpha=-1)
+    return found

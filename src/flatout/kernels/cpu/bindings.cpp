@@ -23,6 +23,7 @@ template <class T>
 using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Cube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using AnyMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Result = nb::ndarray<nb::numpy, T>;
@@ -217,6 +218,67 @@ Pooling parse_pooling(const std::string& name) {
   throw std::invalid_argument("pooling is none, mean or cls");
 }
 
+using Values = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// kernels/rounding.py and kernels/grids.py say what the arrays of these two mean.
+void round_columns(const std::string& isa, const Matrix<float>& values, const nb::object& base_object,
+                   const Matrix<float>& factor, const Array<float>& gain, const Array<int32_t>& groups,
+                   const Matrix<float>& steps, const Matrix<float>& low, const Matrix<float>& high, Values levels,
+                   Values errors) {
+  const size_t columns = values.shape(0), rows = values.shape(1);
+  const auto same = [&](const auto& a) { return a.shape(0) == columns && a.shape(1) == rows; };
+  const auto bounds = [&](const Matrix<float>& a) { return a.shape(0) == steps.shape(0) && a.shape(1) == rows; };
+  RoundBlock b;
+  if (!base_object.is_none()) {
+    const auto base = nb::cast<Matrix<float>>(base_object, false);
+    if (!same(base)) throw std::invalid_argument("values and base have one shape");
+    b.base = base.data();
+  }
+  if (columns > kMostColumns || !same(levels) || !same(errors) || !bounds(steps) || !bounds(low) || !bounds(high))
+    throw std::invalid_argument("a block has at most 128 columns, and a value for each of its rows everywhere");
+  if (factor.shape(0) != columns || factor.shape(1) != columns || gain.shape(0) != columns || groups.shape(0) != columns)
+    throw std::invalid_argument("factor is square, and each column has a gain and a group");
+  for (size_t j = 0; j < columns; ++j)
+    if (groups.data()[j] < 0 || (size_t)groups.data()[j] >= steps.shape(0))
+      throw std::invalid_argument("groups are rows of steps");
+  b.columns = (int)columns, b.rows = rows;
+  b.values = values.data(), b.factor = factor.data(), b.gain = gain.data(), b.groups = groups.data();
+  b.steps = steps.data(), b.low = low.data(), b.high = high.data();
+  b.levels = levels.data(), b.errors = errors.data();
+  const Ops* ops = ops_for(isa);
+  nb::gil_scoped_release release;
+  for (size_t first = 0; first < rows; first += kBlockRows)
+    ops->round_block(b, (int)first, (int)std::min<size_t>(kBlockRows, rows - first));
+}
+
+Result<int32_t> nearest_grids(const std::string& isa, const Cube& weights, const nb::object& importance_object,
+                              const Cube& steps, const Cube& zeros, float low, float high) {
+  const size_t rows = weights.shape(0), groups = weights.shape(1), width = weights.shape(2);
+  for (const Cube* a : {&steps, &zeros})
+    if (a->shape(0) != steps.shape(0) || a->shape(1) != rows || a->shape(2) != groups)
+      throw std::invalid_argument("each candidate has a step and a zero a row and group");
+  Grids g;
+  const float* importance = nullptr;
+  if (!importance_object.is_none()) {
+    const auto given = nb::cast<Matrix<float>>(importance_object, false);
+    if (given.shape(0) != groups || given.shape(1) != width)
+      throw std::invalid_argument("importance has a value a column");
+    importance = given.data();
+  }
+  g.width = (int)width, g.candidates = (int)steps.shape(0), g.stride = rows * groups, g.low = low, g.high = high;
+  const Ops* ops = ops_for(isa);
+  int32_t* out;
+  auto found = result<int32_t>({rows, groups}, &out);
+  nb::gil_scoped_release release;
+  for (size_t i = 0; i < rows * groups; ++i) {
+    g.weights = weights.data() + i * width;
+    g.importance = importance ? importance + i % groups * width : nullptr;
+    g.steps = steps.data() + i, g.zeros = zeros.data() + i;
+    out[i] = ops->nearest_grid(g);
+  }
+  return found;
+}
+
 Result<float> run_linear(const std::string& isa, const Matrix<float>& x, const Source& s) {
   if (x.shape(1) != (size_t)s.k) throw std::invalid_argument("x must be as wide as the weight");
   float* out;
@@ -273,6 +335,12 @@ NB_MODULE(_cpu, m) {
       ops_for(isa)->layer_norm(x.data() + r * n, weight.data(), bias.data(), eps, n, out + r * n);
     return result_array;
   });
+  m.attr("max_block_columns") = kMostColumns;
+  m.def("round_block", &round_columns, nb::arg("isa"), nb::arg("values"), nb::arg("base").none(), nb::arg("factor"),
+        nb::arg("gain"), nb::arg("groups"), nb::arg("steps"), nb::arg("low"), nb::arg("high"), nb::arg("levels"),
+        nb::arg("errors"));
+  m.def("nearest_grids", &nearest_grids, nb::arg("isa"), nb::arg("weights"), nb::arg("importance").none(),
+        nb::arg("steps"), nb::arg("zeros"), nb::arg("low"), nb::arg("high"));
   nb::class_<Encoder> encoder(m, "Encoder");
   bind_weights(encoder);
   encoder
