@@ -77,7 +77,7 @@ class StreamedLayers:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes copied in a step."""
+        """Bytes copied in a step in which the processor computes nothing."""
         return sum(len(piece) for _, piece in self._streamed)
 
     def __iter__(self) -> Iterator[LayerWeights]:
@@ -125,7 +125,7 @@ class StreamedLayers:
             end.synchronize()
             return size / begin.elapsed_time(end) * 1e3, rate
 
-        together([])  # locked memory is slower when it is first read
+        together([])  # the first of anything is not timed
         alone, _ = together([])
         every = torch.get_num_threads()
         found: dict[int, tuple[float, float]] = {}
