@@ -259,6 +259,22 @@ def test_recovering_needs_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--recipe w4a8-g64" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--objective energy", "--workload 512+64x1", "--trace t.csv", "--portable vllm", "--max-memory 800MB",
+     "--dollars-per-hour 0", "--fresh"],
+)  # fmt: skip
+def test_recovering_refuses_what_only_a_search_reads(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flatout.search.recovery.recover", lambda *_, **__: pytest.fail("climbed"))
+    arguments = ["optimize", "m", "--out", "o", "--recover", "--recipe", "w4a8-g64", *option.split()]
+    assert main(arguments) == 2
+    name = option.split()[0]
+    rule = "--recover takes --recipe, --max-loss, --text and --threads"
+    assert f"{rule}; found: {name}; try: without" in capsys.readouterr().err
+
+
 def test_a_budget_that_is_not_met_is_exit_code_3(
     fake_search: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,16 @@ def optimize(
     with --recover the best model, without a certificate.
     """
     if recover:
+        searching = (
+            ("--objective", objective, "latency"), ("--workload", workload, None), ("--trace", trace, None),
+            ("--portable", portable, None), ("--max-memory", max_memory, None),
+            ("--dollars-per-hour", dollars_per_hour, None), ("--fresh", fresh, False),
+        )  # fmt: skip
+        foreign = [option for option, given, default in searching if given != default]
+        if foreign:
+            raise ConfigError(
+                "--recover takes --recipe, --max-loss, --text and --threads", ", ".join(foreign), "without"
+            )
         return _recover(model, out, recipe, max_loss, text, threads, as_json)
     from flatout.report.optimize import optimize as run
 
