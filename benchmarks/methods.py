@@ -1,12 +1,14 @@
 """Every compression method on one page: size, perplexity, divergence, decode speed and minutes.
 
-    python benchmarks/methods.py [MODEL] --text FILE [--calibration FILE] [--rows NAMES] [--speed] [--others]
-    python benchmarks/methods.py --table                  the table of docs/methods.md, from the files
+    python benchmarks/methods.py [MODEL] --text FILE [--calibration FILE] [--rows NAMES] [--others]
+    python benchmarks/methods.py [MODEL] --speed          tokens a second of these rows, on a quiet machine
+    python benchmarks/methods.py --table                  the tables of docs/methods.md, from the files
 
 MODEL: a decoder, or an encoder, whose quality is the cosine of its vectors with the original's. --text: what
 judges, UTF-8, cut into windows of 1,024 tokens evenly spaced; the shipped validation passages by default.
---calibration: what calibrates, in windows of 512; the shipped calibration passages by default. --speed: also
-times decoding, for which nothing else may run.
+--calibration: what calibrates, in windows of 512; the shipped calibration passages by default. Rows join the
+newest results file of MODEL where that was judged by the same text. --speed makes no rows, it times those of
+that file (benchmarks/methods_speed.py): a machine that must be quiet need not be the one that rounds.
 
 A row is a recipe in the grammar of `--recipe`, one line of ROWS. Perplexity and divergence are those of the
 weights: dequantised, on the bf16 engine, the same for all rows and for other programs' weights (--others, and
@@ -58,7 +60,9 @@ from flatout.models.bert import Bert
 from flatout.search.recipes import recipe_from_name
 from flatout.verify.quality import Cluster, divergence
 from flatout.verify.vectors import compare, pieces_of
-from record import RESULTS, measured_here, write
+from methods_page import fill_page, newest, write_record
+from methods_speed import add_encoder_speeds, add_speeds
+from record import measured_here, write
 
 FOUR, THREE = "w4a16-g64-asym", "w3a16-g64-asym"
 LOW = ("rtn", "awq", "rotate", "gptq", "awq-gptq", "rotate-gptq", "tune")
@@ -80,7 +84,6 @@ ENCODER_ROWS = (
 )  # fmt: skip
 ENCODER_TEXTS = 64
 KEPT = Path(__file__).resolve().parent.parent / "build" / "methods"
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 WINDOW, CALIBRATED = 1024, 512
 
 
@@ -164,32 +167,11 @@ def _is_float(model: Model) -> bool:
     return not parse_format(model.recipe.layers).is_integer
 
 
-def decode_speed(model: Model, threads: int) -> float:
-    """Tokens a second of one sequence at a context of 64, the best of five tries."""
-    runner = CpuRunner(model, threads=threads, num_pages=8)
-    pages = np.arange(8, dtype=np.int32)[None, :]
-    from flatout.engine.runner import StepInput
-
-    def step(token: int, at: int) -> None:
-        one = np.array([token], np.int32), np.array([at], np.int32), np.ones(1, np.int32)
-        runner.forward(StepInput(*one, pages), "last")
-
-    for at in range(64):
-        step(1, at)
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        for at in range(64, 96):
-            step(1, at)
-        best = max(best, 32 / (time.perf_counter() - start))
-    return best
-
-
 def decoder_row(
-    name: str, source: Checkpoint, calibration: list[list[int]], speed: int, device: str
+    name: str, source: Checkpoint, calibration: list[list[int]], device: str
 ) -> tuple[dict[str, Any], Model]:
     """What making the row took, and the model."""
-    recipe = _recipe(name, source)
+    recipe = row_recipe(name, source)
     start = time.process_time()
     clock = time.perf_counter()
     model, report = apply(source, data_of(calibration, device=device), recipe)
@@ -203,22 +185,20 @@ def decoder_row(
         "calibration_tokens": report.tokens,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20),
     }
-    if speed:
-        found["decode_tokens_per_s"] = decode_speed(model, speed)
     return found, model
 
 
-def _recipe(name: str, source: Checkpoint) -> Recipe:
+def row_recipe(name: str, source: Checkpoint) -> Recipe:
     """Embedding and head stay bf16 unless the row names them: the rows compare what becomes of the layers."""
     if name.endswith(",kv=int4"):  # which the engine that names are checked against does not have
-        return replace(_recipe(name.removesuffix(",kv=int4"), source), name=name, kv_cache="int4")
+        return replace(row_recipe(name.removesuffix(",kv=int4"), source), name=name, kv_cache="int4")
     recipe = recipe_from_name(name, source)
     if "head=" not in name:
         recipe = replace(recipe, embedding="bf16", head="bf16")
     return recipe if "kv=" in name else replace(recipe, kv_cache="bf16")
 
 
-def encoder_rows(model: str, names: Sequence[str], threads: int, speed: bool) -> list[dict[str, Any]]:
+def encoder_rows(model: str, names: Sequence[str], threads: int) -> list[dict[str, Any]]:
     """Each format beside the float32 original on pieces of the validation passages: cosine of their vectors,
     and the task of verify/vectors.py. Behind a slash the method; gptq calibrates on the shipped passages."""
     checkpoint = open_encoder(model)
@@ -247,26 +227,13 @@ def encoder_rows(model: str, names: Sequence[str], threads: int, speed: bool) ->
         cosine = (own * original).sum(axis=1)
         _, before, after = compare(pieces, original, own)
         found.append({
-            "row": name, "bits_per_weight": encoder.format.weight_bytes(1, 384) * 8 / 384,
+            "row": name, "machine": detect().name,
+            "bits_per_weight": encoder.format.weight_bytes(1, 384) * 8 / 384,
             "cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min()),
             "accuracy": float(after.mean()), "accuracy_original": float(before.mean()), **spent,
         })  # fmt: skip
-        if speed:
-            found[-1]["sentences_per_s"] = encoder_speed(fast, encoder.spec.vocab_size)
         print(found[-1], flush=True)
     return found
-
-
-def encoder_speed(encoder: Encoder, vocabulary: int) -> float:
-    """Texts of 128 tokens a second, one at a time, the best of five tries."""
-    tokens = np.random.default_rng(0).integers(0, vocabulary, 128).astype(np.int32)
-    best = 0.0
-    for _ in range(6):  # the first one warms up
-        start = time.perf_counter()
-        for _ in range(64):
-            encoder.pooled(tokens, np.zeros(1, np.int64))
-        best = max(best, 64 / (time.perf_counter() - start))
-    return best
 
 
 def spread(names: Sequence[str], jobs: int, seconds: float | None) -> None:
@@ -297,45 +264,33 @@ def spread(names: Sequence[str], jobs: int, seconds: float | None) -> None:
         list(pool.map(make, names[1:]))
 
 
-def table(path: Path) -> str:
-    """The rows of one results file as Markdown."""
-    result = json.loads(path.read_text(encoding="utf-8"))["result"]
-    if "cosine_mean" in result["rows"][0]:
-        head = (
-            "| recipe | bits a weight | cosine, mean | least | placed | texts/s | minutes |\n"
-            "|---|--:|--:|--:|--:|--:|--:|"
-        )
-        lines = [
-            f"| `{r['row']}` | {r['bits_per_weight']:.2f} | {r['cosine_mean']:.5f} | {r['cosine_min']:.5f} "
-            f"| {r['accuracy']:.2%} | {_rate(r, 'sentences_per_s')} | {r['cpu_seconds'] / 60:.1f} |"
-            for r in result["rows"]
-        ]
-        return f"**{result['model']}**, {result['judged']}\n\n" + "\n".join([head, *lines])
-    head = (
-        "| recipe | bits a weight | perplexity | loss | KL, nats | other token | tokens/s | minutes |\n"
-        "|---|--:|--:|--:|--:|--:|--:|--:|"
-    )
-    lines = []
-    for r in result["rows"]:
-        speed = _rate(r, "decode_tokens_per_s")
-        minutes = f"{r['cpu_seconds'] / 60:.1f}" if r.get("cpu_seconds") is not None else ""
-        lines.append(
-            f"| `{r['row']}` | {r['bits_per_weight']:.2f} | {r['perplexity']:.3f} | {r['loss']:+.2%} "
-            f"± {r['loss_error']:.2%} | {r['kl']:.4f} | {r['flips']:.1%} | {speed} | {minutes} |"
-        )
-    return f"**{result['model']}**, {result['judged']}\n\n" + "\n".join([head, *lines])
+def keep(short: str, result: dict[str, Any], command: str) -> Path:
+    """Write the results file of model `short`. Rows that its newest file has of the same text stay unless
+    they were made again; those that join it say by which command."""
+    path = newest(short)
+    record = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    if path is None or record is None or record["result"]["judged"] != result["judged"]:
+        return write(f"methods_{short}", result, command=command)
+    made = {row["row"]: row | {"command": command, "date": result["date"]} for row in result["rows"]}
+    rows = {row["row"]: row for row in record["result"]["rows"]} | made
+    order = {name: place for place, name in enumerate((*ROWS, *ENCODER_ROWS))}
+    record["result"]["rows"] = sorted(rows.values(), key=lambda row: order.get(row["row"], len(order)))
+    write_record(path, record)
+    return path
 
 
-def _rate(row: dict[str, Any], name: str) -> str:
-    return f"{row[name]:.0f}" if name in row else ""
-
-
-def fill_page() -> None:
-    """Put the tables of all results files between the marks of docs/methods.md."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split("<!-- tables -->")[0], text.split("<!-- end of tables -->")[1]
-    tables = "\n\n".join(table(path) for path in sorted(RESULTS.glob("methods*.json")))
-    PAGE.write_text(f"{before}<!-- tables -->\n\n{tables}\n\n<!-- end of tables -->{after}", encoding="utf-8")
+def time_rows(short: str, model: str, threads: int, command: str) -> int:
+    """Put how fast they run here into the rows of the newest results file of `short`; the exit code."""
+    path = newest(short)
+    if path is None:
+        print(f"benchmarks/results has no rows of {short}: make them first, without --speed", file=sys.stderr)
+        return 2
+    if is_encoder(model):
+        print(add_encoder_speeds(path, model, threads, command))
+        return 0
+    source = open_checkpoint(model)
+    print(add_speeds(path, source, lambda name: row_recipe(name, source), threads, command))
+    return 0
 
 
 def main() -> int:
@@ -357,9 +312,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="with --jobs: what is not done by then is left out")
     parser.add_argument("--only-keep", action="store_true", help="write no results file")
     parser.add_argument("--finished", action="store_true", help="only the rows that are kept already")
-    parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--cost", action="store_true")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--speed", action="store_true", help="time the rows of the newest results file")
+    parser.add_argument("--cost", action="store_true", help="minutes and memory of the rows alone")
+    parser.add_argument("--table", action="store_true", help="fill docs/methods.md")
     args = parser.parse_args()
     if args.table:
         fill_page()
@@ -367,11 +322,13 @@ def main() -> int:
     command = " ".join(["python benchmarks/methods.py", *sys.argv[1:]])
     torch.set_num_threads(args.threads)
     short = Path(args.model).name
+    if args.speed:
+        return time_rows(short, args.model, args.threads, command)
     if is_encoder(args.model):
         names = args.rows.split() if args.rows else ENCODER_ROWS
-        result: dict[str, Any] = {"rows": encoder_rows(args.model, names, args.threads, args.speed)}
+        result: dict[str, Any] = {"rows": encoder_rows(args.model, names, args.threads)}
         result |= {"model": short, "judged": "pieces of the validation passages, float32 original"}
-        print(write(f"methods_{short}", measured_here("torch") | result, command=command))
+        print(keep(short, measured_here("torch") | result, command))
         return 0
     source = open_checkpoint(args.model)
     text, calibration = (
@@ -392,7 +349,7 @@ def main() -> int:
     rows = []
     for name in names:
         if args.cost:
-            print(decoder_row(name, source, calibrating, 0, args.device)[0], flush=True)
+            print(decoder_row(name, source, calibrating, args.device)[0], flush=True)
             continue
         judged = windows(text, args.windows, WINDOW)
         kept = kept_file(".json", source.sha256, name, args.windows, calibrating, judged)
@@ -400,8 +357,7 @@ def main() -> int:
             print(f"{name} is missing", flush=True)
             continue
         if not kept.exists():
-            speed = args.threads * args.speed
-            found, model = decoder_row(name, source, calibrating, speed, args.device)
+            found, model = decoder_row(name, source, calibrating, args.device)
             found |= judge(model, reference="kv=int4" in name)
             KEPT.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(found), encoding="utf-8")
@@ -420,7 +376,7 @@ def main() -> int:
               f"{args.text.name if args.text else 'the shipped validation passages'}, calibrated on "
               f"{args.calibrated * CALIBRATED:,} of "
               f"{args.calibration.name if args.calibration else 'the shipped ones'}"}  # fmt: skip
-    print(write(f"methods_{short}", measured_here("torch") | result, command=command))
+    print(keep(short, measured_here("torch") | result, command))
     return 0
 
 

@@ -43,6 +43,7 @@ from flatout.core.fuse import Source
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
+from flatout.kernels.round_block import BLOCK, GroupLevels, round_block
 
 PASSES = 2  # of refining
 REFINED = 6
@@ -53,7 +54,6 @@ DAMPING = 0.05
 to 7 % less with 0.1 than with 0.01, except in qkv, whose inputs lie in few directions (docs/log.md)."""
 STRENGTH = 0.25  # of aiming at the original's outputs
 _SMALL = 256  # width of a triangular matrix that is inverted at once
-_BLOCK = 32  # columns whose updates are applied to the rest of the matrix together
 _DAMPINGS = (1.0, 10.0, 100.0)  # tried in turn when H is too close to singular
 
 Matrix = np.ndarray | Tensor
@@ -208,25 +208,16 @@ def _inverse_upper(r: Tensor) -> Tensor:
 
 def _round_columns(w: Tensor, factor: Tensor, grid: Grid, groups: list[int]) -> Tensor:
     """Codes (K, N) of the transposed weight w (K, N), where a column is contiguous; w is used up. groups[j]
-    is the group whose scale column j uses. Few operations a column: each takes longer to start than to run.
-    """
-    zeros = torch.from_numpy(grid.zeros.T.copy()).to(w.device)
-    scales = torch.from_numpy(grid.scales.T.copy()).to(w.device).unbind()
-    lowest, highest = (grid.low - zeros).unbind(), (grid.high - zeros).unbind()
+    is the group whose scale column j uses."""
+    scales, zeros = (torch.from_numpy(part.T.copy()).to(w.device) for part in (grid.scales, grid.zeros))
+    levels = GroupLevels(scales, grid.low - zeros, grid.high - zeros)
     spread = factor / factor.diagonal()[:, None]
-    levels = torch.empty_like(w)
-    columns, chosen = w.unbind(), levels.unbind()
-    k = len(w)
-    for start in range(0, k, _BLOCK):
-        stop = min(start + _BLOCK, k)
-        errors = torch.empty_like(w[start:stop])
-        for j, error in zip(range(start, stop), errors.unbind(), strict=True):
-            g = groups[j]
-            torch.clamp((columns[j] / scales[g]).round_(), lowest[g], highest[g], out=chosen[j])
-            torch.addcmul(columns[j], chosen[j], scales[g], value=-1, out=error)
-            w[j + 1 : stop].addr_(spread[j, j + 1 : stop], error, alpha=-1)
-        w[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
-    return levels.add_(zeros[groups])
+    found = torch.empty_like(w)
+    for start in range(0, len(w), BLOCK):
+        own = slice(start, min(start + BLOCK, len(w)))
+        found[own], errors = round_block(w[own], spread[own, own], groups[own], levels)
+        w[own.stop :].addmm_(spread[own, own.stop :].T, errors, alpha=-1)
+    return found.add_(zeros[groups])
 
 
 def round_linear(

@@ -219,10 +219,10 @@ def dequantized(weight: QuantizedTensor, device: torch.device) -> Tensor:
     """The rounded `weight` as float32 (N, K) on `device`, to which its codes travel."""
     n, k = weight.shape
     codes = as_tensor(weight.codes).to(device).float().reshape(n, weight.format.groups(k), -1)
-    scales = torch.from_numpy(weight.scales.astype(np.float32)).to(device)[:, :, None]
-    if weight.zeros is None:
-        return codes.sub_(weight.integer_zero).mul_(scales).reshape(n, k)
-    zeros = torch.from_numpy(weight.zeros.astype(np.float32)).to(device)[:, :, None]
+    scales, zeros = (
+        torch.from_numpy(part).to(device)[:, :, None]
+        for part in (weight.scales.astype(np.float32), weight.float_zeros)
+    )
     return codes.sub_(zeros).mul_(scales).reshape(n, k)
 
 

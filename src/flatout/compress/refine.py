@@ -24,8 +24,8 @@ from torch import Tensor
 from flatout.compress.rtn import storable
 from flatout.core.quantized import QuantizedTensor
 from flatout.kernels.linear import as_tensor
+from flatout.kernels.round_block import BLOCK, Base, GroupLevels, round_block
 
-_BLOCK = 32  # columns whose changes are applied to the rest together
 _ROWS = 4096  # rows refined at a time by a processor, whose cache a block of them fits; a GPU takes all
 _RIDGE = 1e-3  # of the mean of A's diagonal, towards the scales there are
 
@@ -55,14 +55,10 @@ def _refine_rows(
     weight: Tensor, h: Tensor, rounded: QuantizedTensor, passes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(codes (N, K), scales float32 (N, G))."""
-    n, k = weight.shape
+    k = weight.shape[1]
     groups = rounded.format.groups(k)
-    zeros = torch.full((n, groups), float(rounded.integer_zero), device=h.device)
-    if rounded.zeros is not None:
-        zeros = torch.from_numpy(rounded.zeros.astype(np.float32)).to(h.device)
-    low, high = (
-        (-127.0, 127.0) if rounded.codes.dtype == np.int8 else (0.0, float((1 << rounded.format.bits) - 1))
-    )
+    zeros = torch.from_numpy(rounded.float_zeros).to(h.device)
+    low, high = rounded.code_range
     every = zeros.repeat_interleave(k // groups, dim=1)
     codes = as_tensor(rounded.codes).to(h.device)
     levels = codes.float() - every
@@ -84,7 +80,10 @@ def _fit_scales(levels: Tensor, scales: Tensor, wanted: Tensor, h: Tensor, float
     a = torch.empty(n, groups, groups, device=h.device)
     for g in range(groups):
         own = slice(g * width, (g + 1) * width)
-        a[:, g] = (levels[:, own] @ h[own]).mul_(levels).reshape(n, groups, width).sum(dim=2)
+        behind = slice(g * width, k)  # A is symmetric
+        products = (levels[:, own] @ h[own, behind]).mul_(levels[:, behind])
+        a[:, g, g:] = products.reshape(n, groups - g, width).sum(dim=2)
+        a[:, g:, g] = a[:, g, g:]
     b = (levels * wanted).reshape(n, groups, width).sum(dim=2)
     ridge = _RIDGE * a.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_(min=1e-30)[:, None]
     damped = a.double()
@@ -108,20 +107,15 @@ def _descend(weight: Tensor, h: Tensor, levels: Tensor, scales: Tensor, low: Ten
     weight, where a column is contiguous."""
     k = weight.shape[1]
     width = k // scales.shape[1]
-    steps, lowest, highest = (part.T.contiguous().unbind() for part in (scales, low, high))
-    c = levels.T.contiguous()
-    q = c * scales.T.repeat_interleave(width, dim=0)
+    bounds = GroupLevels(*(part.T.contiguous() for part in (scales, low, high)))
+    q = (levels * scales.repeat_interleave(width, dim=1)).T.contiguous()
     slope = h @ (q - weight.T)  # (K, N): half the error's gradient
-    inverse = (1 / h.diagonal()).tolist()
-    here, slopes, chosen = q.unbind(), slope.unbind(), c.unbind()
-    for start in range(0, k, _BLOCK):
-        stop = min(start + _BLOCK, k)
-        moved = torch.empty_like(c[start:stop])  # backwards: q - (new q)
-        for j, back in zip(range(start, stop), moved.unbind(), strict=True):
-            g = j // width
-            best = torch.add(here[j], slopes[j], alpha=-inverse[j]).div_(steps[g]).round_()
-            torch.clamp(best, lowest[g], highest[g], out=chosen[j])
-            torch.addcmul(here[j], chosen[j], steps[g], value=-1, out=back)
-            slope[j + 1 : stop].addr_(h[j + 1 : stop, j], back, alpha=-1)
-        slope[stop:].addmm_(h[stop:, start:stop], moved, alpha=-1)
-    return c.T.contiguous()
+    gains, groups = (1 / h.diagonal()).tolist(), [j // width for j in range(k)]
+    found = torch.empty_like(q)
+    for start in range(0, k, BLOCK):
+        own = slice(start, min(start + BLOCK, k))
+        base = Base(q[own], gains[own])
+        # What comes back is how far each column has moved, backwards.
+        found[own], moved = round_block(slope[own], h[own, own], groups[own], bounds, base)
+        slope[own.stop :].addmm_(h[own.stop :, own], moved, alpha=-1)
+    return found.T.contiguous()

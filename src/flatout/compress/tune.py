@@ -89,14 +89,12 @@ class _Learned:
         """Codes start where the original lies, or at the edge of the cell that was chosen for it."""
         n, k = weight.shape
         groups = weight.format.groups(k)
-        signed = weight.codes.dtype == np.int8
-        zeros = np.full((n, groups), weight.integer_zero, np.float32)
-        if weight.zeros is not None:
-            zeros = weight.zeros.astype(np.float32)
         device = original.device
         scales, zero = (
-            torch.from_numpy(a.astype(np.float32)).to(device)[:, :, None] for a in (weight.scales, zeros)
+            torch.from_numpy(part).to(device)[:, :, None]
+            for part in (weight.scales.astype(np.float32), weight.float_zeros)
         )
+        low, high = weight.code_range
         chosen = torch.from_numpy(weight.codes).to(device).float().reshape(n, groups, -1)
         real = original.reshape(n, groups, -1) / scales + zero
         codes = torch.clamp(real, chosen - 0.45, chosen + 0.45)
@@ -106,8 +104,8 @@ class _Learned:
             factors=torch.ones(n, groups, 1, device=device).requires_grad_(),
             scales=scales,
             zeros=zero,
-            low=-127 if signed else 0,
-            high=127 if signed else (1 << weight.format.bits) - 1,
+            low=low,
+            high=high,
         )
 
     def value(self) -> Tensor:

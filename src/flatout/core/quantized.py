@@ -65,6 +65,19 @@ class QuantizedTensor:
         """The constant zero of symmetric formats: 2^(bits - 1), or 0 for 8 bits."""
         return 1 << (self.format.bits - 1) if self.format.bits < 8 and self.format.zero == "symmetric" else 0
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The least and the largest code."""
+        return (-127, 127) if self.codes.dtype == np.int8 else (0, (1 << self.format.bits) - 1)
+
+    @property
+    def float_zeros(self) -> np.ndarray:
+        """The zero of each group as float32 (N, K // group), the constant one too. Formats with minima have
+        none: theirs are 0."""
+        if self.zeros is not None:
+            return self.zeros.astype(np.float32)
+        return np.full(self.scales.shape, self.integer_zero, dtype=np.float32)
+
     def dequantize(self) -> np.ndarray:
         """The weight as float32 (N, K)."""
         n, k = self.shape
@@ -72,10 +85,8 @@ class QuantizedTensor:
         scales = self.scales.astype(np.float32)[:, :, None]
         if self.minima is not None:
             values = scales * grouped + self.minima.astype(np.float32)[:, :, None]
-        elif self.zeros is not None:
-            values = scales * (grouped - self.zeros.astype(np.float32)[:, :, None])
         else:
-            values = scales * (grouped - np.float32(self.integer_zero))
+            values = scales * (grouped - self.float_zeros[:, :, None])
         return values.reshape(n, k)
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:

@@ -141,17 +141,14 @@ def levels_of(tensor: QuantizedTensor, pruned: bool = False) -> Levels:
     scales = torch.from_numpy(tensor.scales.astype(np.float32))
     if not bool((scales.half().float() == scales).all()):
         raise ConfigError("trained scales are float16", f"larger ones in {fmt.name}", "smaller weights")
-    zeros = torch.full(scales.shape, float(tensor.integer_zero))
-    if tensor.zeros is not None:
-        zeros = torch.from_numpy(tensor.zeros.astype(np.float32))
-    signed = tensor.codes.dtype == np.int8
+    low, high = tensor.code_range
     return Levels(
         format=fmt,
         start=scales,
         stretch=torch.zeros_like(scales).requires_grad_(),
-        zeros=zeros,
-        low=-127 if signed else 0,
-        high=127 if signed else (1 << fmt.bits) - 1,
+        zeros=torch.from_numpy(tensor.float_zeros),
+        low=low,
+        high=high,
         keep=torch.from_numpy((tensor.dequantize() != 0).astype(np.float32)) if pruned else None,
     )
 

@@ -217,6 +217,39 @@ Pooling parse_pooling(const std::string& name) {
   throw std::invalid_argument("pooling is none, mean or cls");
 }
 
+using Values = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// kernels/round_block.py checks what the arrays mean.
+void round_columns(const std::string& isa, const Matrix<float>& values, const nb::object& base_object,
+                   const Matrix<float>& factor, const Array<float>& gain, const Array<int32_t>& groups,
+                   const Matrix<float>& steps, const Matrix<float>& low, const Matrix<float>& high, Values levels,
+                   Values errors) {
+  const size_t columns = values.shape(0), rows = values.shape(1);
+  const auto same = [&](const auto& a) { return a.shape(0) == columns && a.shape(1) == rows; };
+  const auto bounds = [&](const Matrix<float>& a) { return a.shape(0) == steps.shape(0) && a.shape(1) == rows; };
+  RoundBlock b;
+  if (!base_object.is_none()) {
+    const auto base = nb::cast<Matrix<float>>(base_object, false);
+    if (!same(base)) throw std::invalid_argument("values and base have one shape");
+    b.base = base.data();
+  }
+  if (columns > kMostColumns || !same(levels) || !same(errors) || !bounds(steps) || !bounds(low) || !bounds(high))
+    throw std::invalid_argument("a block has at most 128 columns, and a value for each of its rows everywhere");
+  if (factor.shape(0) != columns || factor.shape(1) != columns || gain.shape(0) != columns || groups.shape(0) != columns)
+    throw std::invalid_argument("factor is square, and each column has a gain and a group");
+  for (size_t j = 0; j < columns; ++j)
+    if (groups.data()[j] < 0 || (size_t)groups.data()[j] >= steps.shape(0))
+      throw std::invalid_argument("groups are rows of steps");
+  b.columns = (int)columns, b.rows = rows;
+  b.values = values.data(), b.factor = factor.data(), b.gain = gain.data(), b.groups = groups.data();
+  b.steps = steps.data(), b.low = low.data(), b.high = high.data();
+  b.levels = levels.data(), b.errors = errors.data();
+  const Ops* ops = ops_for(isa);
+  nb::gil_scoped_release release;
+  for (size_t first = 0; first < rows; first += kBlockRows)
+    ops->round_block(b, (int)first, (int)std::min<size_t>(kBlockRows, rows - first));
+}
+
 Result<float> run_linear(const std::string& isa, const Matrix<float>& x, const Source& s) {
   if (x.shape(1) != (size_t)s.k) throw std::invalid_argument("x must be as wide as the weight");
   float* out;
@@ -273,6 +306,10 @@ NB_MODULE(_cpu, m) {
       ops_for(isa)->layer_norm(x.data() + r * n, weight.data(), bias.data(), eps, n, out + r * n);
     return result_array;
   });
+  m.attr("max_block_columns") = kMostColumns;
+  m.def("round_block", &round_columns, nb::arg("isa"), nb::arg("values"), nb::arg("base").none(), nb::arg("factor"),
+        nb::arg("gain"), nb::arg("groups"), nb::arg("steps"), nb::arg("low"), nb::arg("high"), nb::arg("levels"),
+        nb::arg("errors"));
   nb::class_<Encoder> encoder(m, "Encoder");
   bind_weights(encoder);
   encoder

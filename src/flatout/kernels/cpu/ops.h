@@ -103,6 +103,21 @@ inline size_t kv_head_bytes(int head_dim_padded, bool int8_cache) {
                     : 2 * (size_t)kPage * head_dim_padded * sizeof(uint16_t);
 }
 
+// A block of columns that are rounded one after another; a column's values, one for each row of the weight, lie together.
+// With x[j] = values[j] - sum over i < j of factor[i][j] errors[i], and w[j] = base[j] - gain[j] x[j] where there is a base:
+//   levels[j] = round(clamp(w[j] / step, low, high)),  errors[j] = base[j] - levels[j] step,  without a base x[j] for both
+constexpr int kMostColumns = 128;
+struct RoundBlock {
+  int columns = 0;
+  size_t rows = 0;
+  const float *values = nullptr, *base = nullptr;              // [columns][rows]
+  const float *factor = nullptr, *gain = nullptr;              // [columns][columns], [columns]
+  const int32_t* groups = nullptr;                             // [columns]: the row of steps, low and high
+  const float *steps = nullptr, *low = nullptr, *high = nullptr;  // [groups][rows]
+  float *levels = nullptr, *errors = nullptr;                  // [columns][rows]
+};
+constexpr int kBlockRows = 64;  // that round_block takes at a time
+
 struct Ops {
   const char* name;
   // out = x / rms(x) * weight
@@ -148,6 +163,8 @@ struct Ops {
   int (*argmax)(const float* row, int n);
   // log(sum(exp(row))), and the row's greatest value
   float (*log_sum_exp)(const float* row, int n);
+  // Rows first .. first + count of a block, at most kBlockRows
+  void (*round_block)(const RoundBlock&, int first, int count);
 };
 
 }  // namespace flatout
