@@ -19,7 +19,7 @@ Products and sweeps run where the weight and Hessian lie, on a GPU too. Legend: 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,11 +29,11 @@ from flatout.compress.layers import Improve, round_layers
 from flatout.compress.method import Data, Report, format_in
 from flatout.compress.refine import refine
 from flatout.compress.rtn import (
-    CLIP_RATIOS,
     Grid,
     check_groups,
     check_roundable,
-    grid_between,
+    chosen_grid,
+    clipped_grids,
     group_rows,
     pack,
     search_grid,
@@ -43,7 +43,7 @@ from flatout.core.fuse import Source
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
-from flatout.kernels.round_block import BLOCK, GroupLevels, round_block
+from flatout.kernels.rounding import BLOCK, GroupLevels, round_block
 
 PASSES = 2  # of refining
 REFINED = 6
@@ -152,7 +152,7 @@ def search_on_device(weight: Tensor, fmt: Format, importance: Tensor) -> Grid:
     n, groups, device = len(weight), fmt.groups(weight.shape[1]), weight.device
     grouped, counts = weight.reshape(n, groups, -1), importance.reshape(groups, -1)
     least, largest = (part.cpu().numpy() for part in grouped.aminmax(dim=2))
-    grids = [grid_between(least, largest, fmt, clip) for clip in CLIP_RATIOS]
+    grids = clipped_grids(least, largest, fmt)
     error = torch.full((n, groups), torch.inf, device=device)
     best = torch.zeros((n, groups), dtype=torch.int64, device=device)
     for which, grid in enumerate(grids):
@@ -161,13 +161,7 @@ def search_on_device(weight: Tensor, fmt: Format, importance: Tensor) -> Grid:
         found = levels.mul_(step).sub_(grouped).square_().mul_(counts).sum(dim=2)
         best = torch.where(found < error, which, best)
         error = torch.minimum(found, error)
-    chosen = best.cpu().numpy()[None]
-    scales, zeros = (np.stack([getattr(grid, part) for grid in grids]) for part in ("scales", "zeros"))
-    return replace(
-        grids[0],
-        scales=np.take_along_axis(scales, chosen, axis=0)[0],
-        zeros=np.take_along_axis(zeros, chosen, axis=0)[0],
-    )
+    return chosen_grid(grids, best.cpu().numpy())
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

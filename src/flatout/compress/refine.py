@@ -24,7 +24,7 @@ from torch import Tensor
 from flatout.compress.rtn import storable
 from flatout.core.quantized import QuantizedTensor
 from flatout.kernels.linear import as_tensor
-from flatout.kernels.round_block import BLOCK, Base, GroupLevels, round_block
+from flatout.kernels.rounding import BLOCK, Base, GroupLevels, round_block
 
 _ROWS = 4096  # rows refined at a time by a processor, whose cache a block of them fits; a GPU takes all
 _RIDGE = 1e-3  # of the mean of A's diagonal, towards the scales there are

@@ -12,7 +12,7 @@ Trade-off: seconds and no text at all; at 4 bits and fewer GPTQ loses less.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,11 +22,9 @@ from flatout.core.fuse import Source, float_weight, native_format, native_weight
 from flatout.core.model import Weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
-from flatout.hardware.detect import available_cores
+from flatout.kernels.grids import nearest_grids
 
 CLIP_RATIOS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
-_SEARCHED_TOGETHER = 1 << 16  # weights
-_SEARCHERS = 4  # threads; more of them mostly wait for the interpreter
 _SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 _LARGEST = float(np.finfo(np.float16).max)
@@ -101,48 +99,26 @@ def make_grid(grouped: np.ndarray, fmt: Format, clip: float = 1.0) -> Grid:
 
 def search_grid(grouped: np.ndarray, fmt: Format, importance: np.ndarray | None = None) -> Grid:
     """For every group the clip ratio with the least squared error, weighted by `importance` (groups, width)
-    if given.
+    if given. A narrower range clips a few extremes and rounds everything else finer."""
+    grids = clipped_grids(*extremes(grouped), fmt)
+    steps, zeros = (np.stack([getattr(grid, part) for grid in grids]) for part in ("scales", "zeros"))
+    best = nearest_grids(grouped, steps, zeros, grids[0].low, grids[0].high, importance)
+    return chosen_grid(grids, best)
 
-    A narrower range clips a few extremes and rounds everything else finer. Rows are searched a few at a
-    time, so that the work stays in cache, by a few threads.
-    """
-    rows = max(1, _SEARCHED_TOGETHER // max(1, grouped[0].size))
-    with ThreadPoolExecutor(min(available_cores(), _SEARCHERS)) as pool:
-        pieces = (grouped[a : a + rows] for a in range(0, len(grouped), rows))
-        parts = list(pool.map(lambda piece: _search_rows(piece, fmt, importance), pieces))
-    return Grid(
-        scales=np.concatenate([part.scales for part in parts]),
-        zeros=np.concatenate([part.zeros for part in parts]),
-        low=parts[0].low,
-        high=parts[0].high,
+
+def clipped_grids(minimum: np.ndarray, maximum: np.ndarray, fmt: Format) -> list[Grid]:
+    """The grids of all of CLIP_RATIOS, of groups between `minimum` and `maximum` float32 (N, groups)."""
+    return [grid_between(minimum, maximum, fmt, clip) for clip in CLIP_RATIOS]
+
+
+def chosen_grid(grids: Sequence[Grid], which: np.ndarray) -> Grid:
+    """Of each group the grid with the index `which` (N, groups)."""
+    scales, zeros = (np.stack([getattr(grid, part) for grid in grids]) for part in ("scales", "zeros"))
+    return replace(
+        grids[0],
+        scales=np.take_along_axis(scales, which[None], axis=0)[0],
+        zeros=np.take_along_axis(zeros, which[None], axis=0)[0],
     )
-
-
-def _search_rows(grouped: np.ndarray, fmt: Format, importance: np.ndarray | None) -> Grid:
-    between = extremes(grouped)
-    best = grid_between(*between, fmt)
-    least = np.full(best.scales.shape, np.inf, dtype=np.float32)
-    scratch = np.empty_like(grouped)
-    for clip in CLIP_RATIOS:
-        grid = grid_between(*between, fmt, clip)
-        scales, zeros = grid.scales[:, :, None], grid.zeros[:, :, None]
-        np.divide(grouped, scales, out=scratch)
-        np.rint(scratch, out=scratch)
-        np.maximum(scratch, grid.low - zeros, out=scratch)
-        np.minimum(scratch, grid.high - zeros, out=scratch)
-        np.multiply(scratch, scales, out=scratch)
-        np.subtract(scratch, grouped, out=scratch)
-        weighted = scratch if importance is None else scratch * importance
-        error = np.einsum("ngk,ngk->ng", scratch, weighted)
-        better = error < least
-        least = np.where(better, error, least)
-        best = Grid(
-            scales=np.where(better, grid.scales, best.scales),
-            zeros=np.where(better, grid.zeros, best.zeros),
-            low=grid.low,
-            high=grid.high,
-        )
-    return best
 
 
 def pack(codes: np.ndarray, grid: Grid, fmt: Format) -> QuantizedTensor:

@@ -23,6 +23,7 @@ template <class T>
 using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Cube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using AnyMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Result = nb::ndarray<nb::numpy, T>;
@@ -219,7 +220,7 @@ Pooling parse_pooling(const std::string& name) {
 
 using Values = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-// kernels/round_block.py checks what the arrays mean.
+// kernels/rounding.py and kernels/grids.py say what the arrays of these two mean.
 void round_columns(const std::string& isa, const Matrix<float>& values, const nb::object& base_object,
                    const Matrix<float>& factor, const Array<float>& gain, const Array<int32_t>& groups,
                    const Matrix<float>& steps, const Matrix<float>& low, const Matrix<float>& high, Values levels,
@@ -248,6 +249,34 @@ void round_columns(const std::string& isa, const Matrix<float>& values, const nb
   nb::gil_scoped_release release;
   for (size_t first = 0; first < rows; first += kBlockRows)
     ops->round_block(b, (int)first, (int)std::min<size_t>(kBlockRows, rows - first));
+}
+
+Result<int32_t> nearest_grids(const std::string& isa, const Cube& weights, const nb::object& importance_object,
+                              const Cube& steps, const Cube& zeros, float low, float high) {
+  const size_t rows = weights.shape(0), groups = weights.shape(1), width = weights.shape(2);
+  for (const Cube* a : {&steps, &zeros})
+    if (a->shape(0) != steps.shape(0) || a->shape(1) != rows || a->shape(2) != groups)
+      throw std::invalid_argument("each candidate has a step and a zero a row and group");
+  Grids g;
+  const float* importance = nullptr;
+  if (!importance_object.is_none()) {
+    const auto given = nb::cast<Matrix<float>>(importance_object, false);
+    if (given.shape(0) != groups || given.shape(1) != width)
+      throw std::invalid_argument("importance has a value a column");
+    importance = given.data();
+  }
+  g.width = (int)width, g.candidates = (int)steps.shape(0), g.stride = rows * groups, g.low = low, g.high = high;
+  const Ops* ops = ops_for(isa);
+  int32_t* out;
+  auto found = result<int32_t>({rows, groups}, &out);
+  nb::gil_scoped_release release;
+  for (size_t i = 0; i < rows * groups; ++i) {
+    g.weights = weights.data() + i * width;
+    g.importance = importance ? importance + i % groups * width : nullptr;
+    g.steps = steps.data() + i, g.zeros = zeros.data() + i;
+    out[i] = ops->nearest_grid(g);
+  }
+  return found;
 }
 
 Result<float> run_linear(const std::string& isa, const Matrix<float>& x, const Source& s) {
@@ -310,6 +339,8 @@ NB_MODULE(_cpu, m) {
   m.def("round_block", &round_columns, nb::arg("isa"), nb::arg("values"), nb::arg("base").none(), nb::arg("factor"),
         nb::arg("gain"), nb::arg("groups"), nb::arg("steps"), nb::arg("low"), nb::arg("high"), nb::arg("levels"),
         nb::arg("errors"));
+  m.def("nearest_grids", &nearest_grids, nb::arg("isa"), nb::arg("weights"), nb::arg("importance").none(),
+        nb::arg("steps"), nb::arg("zeros"), nb::arg("low"), nb::arg("high"));
   nb::class_<Encoder> encoder(m, "Encoder");
   bind_weights(encoder);
   encoder

@@ -81,7 +81,7 @@ std::vector<std::string> usable_isas() {
                             isa::at_least,      isa::collect_panel, isa::epilogue,   isa::gated,                  \
                             isa::bias_gelu,     isa::layer_norm,    isa::rope,       isa::write_kv,               \
                             attention,          isa::merge_chunks,  isa::argmax,     isa::log_sum_exp,             \
-                            isa::round_block}
+                            isa::round_block,   isa::nearest_grid}
 
 const Ops* ops_for(const std::string& isa) {
   bool usable = false;

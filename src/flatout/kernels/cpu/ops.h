@@ -118,6 +118,15 @@ struct RoundBlock {
 };
 constexpr int kBlockRows = 64;  // that round_block takes at a time
 
+// A group of weights and grids that it may be rounded on: levels step[c] times low - zero[c] to high - zero[c].
+struct Grids {
+  const float *weights = nullptr, *importance = nullptr;  // [width]; importance may be null: all ones
+  const float *steps = nullptr, *zeros = nullptr;         // of candidate c at c * stride
+  int width = 0, candidates = 0;
+  size_t stride = 0;
+  float low = 0, high = 0;
+};
+
 struct Ops {
   const char* name;
   // out = x / rms(x) * weight
@@ -165,6 +174,8 @@ struct Ops {
   float (*log_sum_exp)(const float* row, int n);
   // Rows first .. first + count of a block, at most kBlockRows
   void (*round_block)(const RoundBlock&, int first, int count);
+  // The candidate with the least sum of importance[i] (rounded(weights[i]) - weights[i])^2, the first of equal ones
+  int (*nearest_grid)(const Grids&);
 };
 
 }  // namespace flatout

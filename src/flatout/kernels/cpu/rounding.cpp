@@ -1,4 +1,4 @@
-// Columns rounded in turn (kernels/round_block.py says what and why).
+// What rounding weights takes most of its time for; kernels/rounding.py and kernels/grids.py say what and why.
 #include <algorithm>
 
 #include "kernels.h"
@@ -36,6 +36,26 @@ void round_block(const RoundBlock& b, int first, int count) {
       store_some(b.errors + at + v * kLanes, error, lanes(v));
     }
   }
+}
+
+int nearest_grid(const Grids& g) {
+  int best = 0;
+  float least = kInfinity;
+  for (int c = 0; c < g.candidates; ++c) {
+    const f32x16 step = splat(g.steps[c * g.stride]);
+    const float zero = g.zeros[c * g.stride];
+    const f32x16 low = splat(g.low - zero), high = splat(g.high - zero);
+    f32x16 errors = splat(0.0f);
+    for (int i = 0; i < g.width; i += kLanes) {  // what pads a group is zero and rounds to zero
+      const f32x16 w = load_some(g.weights + i, g.width - i);
+      const f32x16 level = to_float(round_to_int(min(max(w / step, low), high)));
+      const f32x16 lost = level * step - w;
+      errors = fma(g.importance ? lost * load_some(g.importance + i, g.width - i) : lost, lost, errors);
+    }
+    const float error = sum(errors);
+    if (error < least) best = c, least = error;
+  }
+  return best;
 }
 
 }  // namespace FLATOUT_ISA

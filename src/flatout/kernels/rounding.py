@@ -1,31 +1,31 @@
 """Columns of a block rounded in turn, the error of each spread over those behind it: the inner loop of GPTQ's
-sweep (compress/gptq.py) and of refining (compress/refine.py).
+sweep (compress/gptq.py) and of refining (compress/refine.py). On a processor the C++ extension does it
+(kernels/cpu/rounding.cpp).
 
     x_j = values_j - sum over i < j of factor[i, j] e_i
 
     without a base    c_j = round(clamp(x_j / s_j))                  e_j = x_j - c_j s_j
     with one          c_j = round(clamp((b_j - a_j x_j) / s_j))      e_j = b_j - c_j s_j
 
-Products with the columns behind the block are the caller's: matrices multiply them. On a processor the C++
-extension does all rows of a block at once (kernels/cpu/round_block.cpp): PyTorch needs five operations a
-column, each of which takes longer to start than to run. Its results are those of `reference`, which a GPU
-uses, up to the order in which a multiplication and an addition round: a value halfway between two levels may
-go to the other one.
+Products with the columns behind the block are the caller's: matrices multiply them. PyTorch needs five
+operations a column, each of which takes longer to start than to run. The extension's results are those of
+`reference`, which a GPU uses, up to the order in which a multiplication and an addition round: a value
+halfway between two levels may go to the other one.
 
-Legend: B columns of the block, N rows of the weight, G groups. Everything is transposed: a column's N values
+Legend: B columns of the block, N rows of the weight, G groups. Blocks are transposed: a column's N values
 lie together.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from flatout.kernels.grids import extension
 
 BLOCK = 64
 """Columns of a block. More of them cost more here and less in the products behind."""
@@ -56,7 +56,7 @@ def round_block(
 
     Raises nothing of its own: callers have checked that everything is finite and steps are positive.
     """
-    cpu = _extension() if values.device.type == "cpu" else None
+    cpu = extension() if values.device.type == "cpu" else None
     if cpu is None or len(values) > cpu.max_block_columns:
         return reference(values, factor, groups, levels, base)
     c, e = torch.empty_like(values), torch.empty_like(values)
@@ -94,13 +94,3 @@ def reference(
         torch.addcmul(origin, code, steps[j], value=-1, out=error)
         x[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
     return c, e
-
-
-@functools.cache
-def _extension() -> ModuleType | None:
-    try:
-        from flatout import _cpu
-    except ImportError:
-        return None
-    module: ModuleType = _cpu
-    return module

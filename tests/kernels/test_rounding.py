@@ -1,4 +1,4 @@
-"""Columns rounded in turn: every instruction set and PyTorch against what the formulas say in float64."""
+"""The inner loops of rounding: every instruction set and the references against their formulas in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from flatout import _cpu
-from flatout.kernels.round_block import Base, GroupLevels, reference, round_block
+from flatout.kernels import grids
+from flatout.kernels.grids import nearest_grids
+from flatout.kernels.rounding import Base, GroupLevels, reference, round_block
 
 SHAPES = [(1, 1), (7, 17), (33, 200), (64, 64), (128, 65)]
 GROUPS = 3
@@ -36,13 +38,19 @@ def problem(columns: int, rows: int, based: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def by_isa(isa: str, monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Extension:
         max_block_columns = _cpu.max_block_columns
         round_block = staticmethod(_cpu.round_block)
+        nearest_grids = staticmethod(_cpu.nearest_grids)
         isas = staticmethod(lambda: [isa])
 
-    monkeypatch.setattr("flatout.kernels.round_block._extension", lambda: Extension)
+    for module in ("rounding", "grids"):
+        monkeypatch.setattr(f"flatout.kernels.{module}.extension", lambda: Extension)
+
+
+def by_isa(isa: str, monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    choose(isa, monkeypatch)
     return round_block(**given)
 
 
@@ -97,3 +105,33 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         _cpu.round_block(_cpu.isas()[0], values, None, *arrays, *narrow, *room)
     with pytest.raises(ValueError, match="one shape"):
         _cpu.round_block(_cpu.isas()[0], values, values[:7], *arrays, *bounds, *room)
+
+
+@pytest.mark.parametrize("weighed", [False, True], ids=["plain", "weighed"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 24), (40, 4, 64)], ids=str)
+@pytest.mark.parametrize("isa", [*_cpu.isas(), "numpy"])
+def test_the_grid_that_loses_least(
+    isa: str, shape: tuple[int, int, int], weighed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(list(shape))
+    weights = draw.standard_normal(shape).astype(np.float32)
+    steps = draw.uniform(0.05, 0.6, (9, *shape[:2])).astype(np.float32)
+    zeros = draw.integers(0, 16, steps.shape).astype(np.float32)
+    importance = draw.uniform(0, 4, shape[1:]).astype(np.float32) if weighed else None
+    if isa == "numpy":
+        found = grids.reference(weights, steps, zeros, 0, 15, importance)
+    else:
+        choose(isa, monkeypatch)
+        found = nearest_grids(weights, steps, zeros, 0, 15, importance)
+    errors = np.empty(steps.shape)
+    for c, n, g in np.ndindex(steps.shape):
+        s, z, w = float(steps[c, n, g]), float(zeros[c, n, g]), weights[n, g].astype(np.float64)
+        lost = s * np.clip(np.rint(w / s), -z, 15 - z) - w
+        errors[c, n, g] = (lost**2 * (1 if importance is None else importance[g])).sum()
+    taken = np.take_along_axis(errors, found[None].astype(np.int64), axis=0)[0]
+    np.testing.assert_allclose(taken, errors.min(axis=0), rtol=1e-5)
+
+
+def test_of_equal_grids_the_first() -> None:
+    weights = np.ones((1, 1, 32), np.float32)
+    assert nearest_grids(weights, np.ones((3, 1, 1)), np.zeros((3, 1, 1)), 0, 15) == 0
