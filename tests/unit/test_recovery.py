@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from flatout.core.quantized import QuantizedTensor
 from flatout.engine.reference import ReferenceRunner
 from flatout.errors import ConfigError
 from flatout.models.llama import Llama
-from flatout.search.recovery import RUNGS, Recovery, Rung, climb
+from flatout.search.recovery import RUNGS, Recovery, Rung, climb, recover
 from flatout.search.texts import Texts
 from flatout.train.config import TrainConfig
 from flatout.train.data import Batch
@@ -59,13 +60,15 @@ def texts(source: Checkpoint) -> Texts:
     return Texts(calibration=tuple(rows[:200]), validation=tuple(rows[200:300]), holdout=holdout)
 
 
-def ascend(source: Checkpoint, texts: Texts, out: Path, margin: float, **options: object) -> Recovery:
+def ascend(
+    source: Checkpoint, texts: Texts, out: Path, margin: float, recipe: Recipe = RECIPE, **options: object
+) -> Recovery:
     def serve(model: Model) -> ReferenceRunner:
         return ReferenceRunner(model, 4, as_served=False)  # quick
 
     told: list[Rung] = []
     found = climb(
-        source, RECIPE, texts, out / "m", CONFIG, original=ReferenceRunner(source, 4), serve=serve,
+        source, recipe, texts, out / "m", CONFIG, original=ReferenceRunner(source, 4), serve=serve,
         margin=margin, ledger=out / "ledger", tell=told.append, **options,  # type: ignore[arg-type]
     )  # fmt: skip
     assert told == list(found.rungs)
@@ -109,6 +112,21 @@ def test_without_a_chance_every_rung_is_climbed_and_nothing_is_opened(
     np.testing.assert_array_equal(stored.codes, found.model.weights["layers.1.down"].codes)  # type: ignore[union-attr]
     again = Llama(model).forward(texts.validation[0].tokens)
     assert torch.equal(again, Llama(found.model).forward(texts.validation[0].tokens))
+
+
+def test_a_recipe_must_leave_the_method_open_and_lose_something(
+    source: Checkpoint, texts: Texts, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="every rung has a method of its own; found: a recipe made by awq"):
+        ascend(source, texts, tmp_path, margin=0.01, recipe=replace(RECIPE, method="awq"))
+    with pytest.raises(ConfigError, match="found: w4 rounds no layer"):
+        ascend(source, texts, tmp_path, margin=0.01, recipe=replace(RECIPE, layers="bf16"))
+
+
+def test_encoders_have_no_ladder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match="the recovery ladder is for decoders"):
+        recover(tmp_path, tmp_path / "out", "w8a8")
 
 
 def test_rungs_that_are_none_are_refused(source: Checkpoint, texts: Texts, tmp_path: Path) -> None:

@@ -27,11 +27,13 @@ import numpy as np
 from flatout.compress.apply import compress
 from flatout.core.artifact import save_artifact, update_manifest
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
+from flatout.core.encoder_folder import is_encoder
 from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
 from flatout.core.fuse import float_weight
 from flatout.core.model import Model, Weight, dense
 from flatout.core.quantized import QuantizedTensor
+from flatout.core.spec import ModelSpec
 from flatout.core.types import to_json
 from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import Runner
@@ -106,12 +108,13 @@ def climb(
     """Climb `rungs` until one is certified, and write the best model to the folder `out`.
 
     config: of both distillations. original: scores the checkpoint; serve: the runner of a model. Raises
-    ConfigError for a rung that is none, and what reading, rounding and scoring raise.
+    ConfigError for a rung that is none, a recipe that names a method or rounds nothing, and what reading,
+    rounding and scoring raise.
     """
     unknown = [name for name in rungs if name not in RUNGS]
     if unknown or not rungs:
         raise ConfigError(f"rungs are of {', '.join(RUNGS)}", ", ".join(unknown) or "none", "all of them")
-    recipe.check(source.spec)
+    _check(recipe, source.spec)
     calibration = [cluster.tokens for cluster in texts.calibration]
     before = score_model(original, texts.validation)
     side = Side(source=source.name, sha256=source.sha256, recipe="original", runner=original.name)
@@ -176,6 +179,8 @@ def recover(
     from flatout.engine.cpu import CpuRunner
 
     margin, cores = parse_max_loss(max_loss), threads or available_cores()
+    if is_encoder(model):
+        raise ConfigError("the recovery ladder is for decoders", f"{model}, an encoder", "without --recover")
     check_output(Path(out), Path(model))
     source = open_checkpoint(model)
     config = TrainConfig(
@@ -212,6 +217,17 @@ def recover(
         "verdict": f"{rung.name} is certified" if certificate is not None else "no rung is certified",
         "artifact": str(out),
     }
+
+
+def _check(recipe: Recipe, spec: ModelSpec) -> None:
+    """Raise ConfigError for a recipe that leaves the rungs nothing to choose."""
+    recipe.check(spec)
+    if recipe.method != "rtn":
+        named = f"a recipe made by {recipe.method}"
+        raise ConfigError("every rung has a method of its own", named, "the recipe without its method")
+    formats = [recipe.format_of(i, linear) for i in range(spec.num_layers) for linear in spec.linears()]
+    if not recipe.reduces and not any(fmt.is_integer and not fmt.is_native for fmt in formats):
+        raise ConfigError("a recovery needs a loss", f"{recipe.name} rounds no layer", "w4a8-g64")
 
 
 def _certify(
