@@ -54,42 +54,46 @@ def refine(
 def _refine_rows(
     weight: Tensor, h: Tensor, rounded: QuantizedTensor, passes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(codes (N, K), scales float32 (N, G))."""
-    k = weight.shape[1]
-    groups = rounded.format.groups(k)
-    zeros = torch.from_numpy(rounded.float_zeros).to(h.device)
+    """(codes (N, K), scales float32 (N, G)). Works on the transposed weight, where a column is contiguous."""
+    width = weight.shape[1] // rounded.scales.shape[1]
+    zeros, scales = (
+        torch.from_numpy(part).to(h.device).T.contiguous()
+        for part in (rounded.float_zeros, rounded.scales.astype(np.float32))
+    )
     low, high = rounded.code_range
-    every = zeros.repeat_interleave(k // groups, dim=1)
+    every = zeros.repeat_interleave(width, dim=0)
     codes = as_tensor(rounded.codes).to(h.device)
-    levels = codes.float() - every
-    scales = torch.from_numpy(rounded.scales.astype(np.float32)).to(h.device)
-    wanted = weight @ h
+    levels = codes.T.contiguous().float() - every
+    w = weight.T.contiguous()
+    wanted = h @ w
     float16 = rounded.scales.dtype == np.float16
     for _ in range(passes):
         scales = _fit_scales(levels, scales, wanted, h, float16)
-        levels = _descend(weight, h, levels, scales, low - zeros, high - zeros)
+        levels = _descend(w, h, levels, GroupLevels(scales, low - zeros, high - zeros))
     scales = _fit_scales(levels, scales, wanted, h, float16)
-    return (levels + every).to(codes.dtype).cpu().numpy(), scales.cpu().numpy()
+    found = (levels + every).to(codes.dtype).T.contiguous()
+    return found.cpu().numpy(), scales.T.contiguous().cpu().numpy()
 
 
 def _fit_scales(levels: Tensor, scales: Tensor, wanted: Tensor, h: Tensor, float16: bool) -> Tensor:
-    """The least-squares scales (N, G) of `levels` (N, K); the old ones of rows that would get worse."""
-    n, k = levels.shape
-    groups = scales.shape[1]
+    """The least-squares scales (G, N) of `levels` (K, N); the old ones of rows that would get worse."""
+    k, n = levels.shape
+    groups = len(scales)
     width = k // groups
-    a = torch.empty(n, groups, groups, device=h.device)
+    a = torch.empty(groups, groups, n, device=h.device)
     for g in range(groups):
-        own = slice(g * width, (g + 1) * width)
-        behind = slice(g * width, k)  # A is symmetric
-        products = (levels[:, own] @ h[own, behind]).mul_(levels[:, behind])
-        a[:, g, g:] = products.reshape(n, groups - g, width).sum(dim=2)
-        a[:, g:, g] = a[:, g, g:]
-    b = (levels * wanted).reshape(n, groups, width).sum(dim=2)
+        own, behind = slice(g * width, (g + 1) * width), slice(g * width, k)  # A is symmetric
+        products = (h[behind, own] @ levels[own]).mul_(levels[behind])
+        a[g, g:] = products.reshape(groups - g, width, n).sum(dim=1)
+        a[g + 1 :, g] = a[g, g + 1 :]
+    a = a.permute(2, 0, 1).contiguous()
+    b = (levels * wanted).reshape(groups, width, n).sum(dim=1).T
+    before = scales.T
     ridge = _RIDGE * a.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_(min=1e-30)[:, None]
     damped = a.double()
     damped.diagonal(dim1=1, dim2=2).add_(ridge)
-    fitted = torch.linalg.solve(damped, (b + ridge * scales).double()).float()
-    fitted = torch.where((fitted > 0) & fitted.isfinite(), fitted, scales)
+    fitted = torch.linalg.solve(damped, (b + ridge * before).double()).float()
+    fitted = torch.where((fitted > 0) & fitted.isfinite(), fitted, before)
     if float16:
         largest = float(np.finfo(np.float16).max)
         fitted = torch.from_numpy(storable(fitted.clamp(max=largest).cpu().numpy())).to(h.device)
@@ -98,18 +102,16 @@ def _fit_scales(levels: Tensor, scales: Tensor, wanted: Tensor, h: Tensor, float
         """Of each row, without the part that does not depend on the scales."""
         return ((a @ s[:, :, None])[:, :, 0] * s).sum(dim=1) - 2 * (b * s).sum(dim=1)
 
-    better = error(fitted) < error(scales)
-    return torch.where(better[:, None], fitted, scales)
+    better = error(fitted) < error(before)
+    return torch.where(better[:, None], fitted, before).T.contiguous()
 
 
-def _descend(weight: Tensor, h: Tensor, levels: Tensor, scales: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`levels` (N, K) after one pass over the columns; low, high (N, G) bound them. Works on the transposed
-    weight, where a column is contiguous."""
-    k = weight.shape[1]
-    width = k // scales.shape[1]
-    bounds = GroupLevels(*(part.T.contiguous() for part in (scales, low, high)))
-    q = (levels * scales.repeat_interleave(width, dim=1)).T.contiguous()
-    slope = h @ (q - weight.T)  # (K, N): half the error's gradient
+def _descend(w: Tensor, h: Tensor, levels: Tensor, bounds: GroupLevels) -> Tensor:
+    """`levels` (K, N) of `w` (K, N) after one pass over the columns."""
+    k = len(w)
+    width = k // len(bounds.steps)
+    q = levels * bounds.steps.repeat_interleave(width, dim=0)
+    slope = h @ (q - w)  # half the error's gradient
     gains, groups = (1 / h.diagonal()).tolist(), [j // width for j in range(k)]
     found = torch.empty_like(q)
     for start in range(0, k, BLOCK):
@@ -118,4 +120,4 @@ def _descend(weight: Tensor, h: Tensor, levels: Tensor, scales: Tensor, low: Ten
         # What comes back is how far each column has moved, backwards.
         found[own], moved = round_block(slope[own], h[own, own], groups[own], bounds, base)
         slope[own.stop :].addmm_(h[own.stop :, own], moved, alpha=-1)
-    return found.T.contiguous()
+    return found
