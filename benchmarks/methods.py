@@ -273,7 +273,8 @@ def keep(short: str, result: dict[str, Any], command: str) -> Path:
         return write(f"methods_{short}", result, command=command)
     made = {row["row"]: row | {"command": command, "date": result["date"]} for row in result["rows"]}
     rows = {row["row"]: row for row in record["result"]["rows"]} | made
-    order = {name: place for place, name in enumerate((*ROWS, *ENCODER_ROWS))}
+    listed = ENCODER_ROWS if "cosine_mean" in result["rows"][0] else ROWS
+    order = {name: place for place, name in enumerate(listed)}
     record["result"]["rows"] = sorted(rows.values(), key=lambda row: order.get(row["row"], len(order)))
     write_record(path, record)
     return path
