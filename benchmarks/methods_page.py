@@ -38,7 +38,8 @@ def table(path: Path) -> str:
     caption = f"**{result['model']}**, {result['judged']}"
     if "speed" in result:
         speed = result["speed"]
-        caption += f"; speed on {speed['threads']} threads of an {speed['hardware']['name']}"
+        threads = f"{speed['threads']} thread{'s' if speed['threads'] > 1 else ''}"
+        caption += f"; speed by {threads} on {speed['hardware']['name']}"
     return f"{caption}\n\n" + "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ still make up for it; the groups and their scales are those of the original colu
 stored like any other.
 
 A whole model is rounded layer by layer (compress/layers.py says how, and what it takes). Trade-off: about
-four seconds of one core for a layer of 3.5 million weights and 8,192 tokens, and less error than rounding to
+three seconds of one core for a layer of 3.5 million weights and 8,192 tokens, and less error than rounding to
 nearest; it believes the calibration text, so more of it is better: 20,000 tokens instead of 6,000 left 6 to
 16 % less error on other text (docs/log.md).
 

@@ -9,7 +9,7 @@
              A s = b with A[g, h] = c_g^T H[g, h] c_h and b[g] = c_g^T (H w)_g
 
 Neither step can raise the error; scales are kept as they will be stored (float16), and only where that is
-better. Trade-off: two passes take some four times as long as GPTQ's sweep, and left 2 to 8 % less error on
+better. Trade-off: two passes take twice as long as the rest of GPTQ, and left 2 to 8 % less error on
 other text at 3 bits (docs/log.md); at 8 bits there is nothing to gain.
 
 Legend: N rows, K columns, G groups of a row.
