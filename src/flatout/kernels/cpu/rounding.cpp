@@ -9,6 +9,7 @@ namespace FLATOUT_ISA {
 
 // Four vectors of rows: their sums do not wait for each other, and a factor is fetched once for all.
 constexpr int kVectors = kBlockRows / kLanes;
+constexpr float kSmallest = 1e-30f;
 
 void round_block(const RoundBlock& b, int first, int count) {
   alignas(64) float errors[kMostColumns][kVectors * kLanes];
@@ -21,14 +22,18 @@ void round_block(const RoundBlock& b, int first, int count) {
       const f32x16 factor = splat(-b.factor[(size_t)i * b.columns + j]);
       for (int v = 0; v < kVectors; ++v) x[v] = fma(factor, load<f32x16>(errors[i] + v * kLanes), x[v]);
     }
-    for (int v = 0; v < kVectors && lanes(v); ++v) {
+    for (int v = 0; v < kVectors; ++v) {
+      if (lanes(v) == 0) {
+        store(errors[j] + v * kLanes, splat(0.0f));
+        continue;
+      }
       const auto read = [&](const float* p) { return load_some(p + v * kLanes, lanes(v)); };
       f32x16 origin = x[v], wanted = x[v];
       if (b.base) {
         origin = read(b.base + at);
         wanted = fma(splat(-b.gain[j]), x[v], origin);
       }
-      const f32x16 step = read(b.steps + group);
+      const f32x16 step = max(read(b.steps + group), splat(kSmallest));  // rows that are not there have none
       const f32x16 inside = min(max(wanted / step, read(b.low + group)), read(b.high + group));
       const f32x16 level = to_float(round_to_int(inside)), error = fma(-level, step, origin);
       store(errors[j] + v * kLanes, error);
