@@ -81,7 +81,7 @@ def reference(
     values: Tensor, factor: Tensor, groups: Sequence[int], levels: GroupLevels, base: Base | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `round_block`, in PyTorch, wherever the tensors lie."""
-    chosen = list(groups)
+    chosen = torch.tensor(groups, device=values.device)
     steps, low, high = (part[chosen].unbind() for part in (levels.steps, levels.low, levels.high))
     x = values.clone()
     c, e = torch.empty_like(x), torch.empty_like(x)
