@@ -25,8 +25,8 @@ from flatout.fpga.model import IntegerLinear, IntegerModel, IntegerNorm
 BITS, LANES, COLUMNS, KEPT = (4, 8), (32, 64, 128), tuple(range(1, 9)), (1.0, 0.75, 0.5)
 GROUP = 64
 ACCEPTANCE = 0.54
-"""Chance that a guess comes true after those before it: with it a pass of four gives the 1.99 tokens that were
-measured on three texts (docs/fpga.md), passes for which prompt lookup found nothing included."""
+"""Chance that a guess comes true after those before it: with it a pass of four gives the 1.99 tokens
+that were measured on three texts (docs/fpga.md), passes for which prompt lookup found nothing included."""
 TIER = "predicted: cycles by the model of cycles, resources counted, no weights, accuracy not looked at"
 
 
