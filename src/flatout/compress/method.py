@@ -76,7 +76,11 @@ def format_in(recipe: Recipe, name: str) -> Format:
 
 def is_made(source: Source, recipe: Recipe, name: str) -> bool:
     """Whether weight `name` becomes integers that a method chooses, not those of the file."""
-    fmt = format_in(recipe, name)
+    return is_rounded(source, name, format_in(recipe, name))
+
+
+def is_rounded(source: Source, name: str, fmt: Format) -> bool:
+    """Whether weight `name` has to be rounded for `fmt`: to integers, and not those of the file."""
     return fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name
 
 

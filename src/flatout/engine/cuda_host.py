@@ -29,6 +29,7 @@ from torch.nn import functional
 from flatout.core.spec import ModelSpec
 from flatout.kernels.gpu import Activations, Product
 from flatout.kernels.packed import PackedWeight
+from flatout.models.llama import rms_norm
 
 if TYPE_CHECKING:
     from flatout.engine.cuda_weights import LayerWeights
@@ -105,23 +106,17 @@ class HostLayer:
         """The residual stream x float32 (T, D) on the GPU, after this layer; x_bf16 likewise."""
         layer, eps = self.weights, spec.rms_norm_eps
         there = x.cpu()
-        qkv = _product(_normed(there, layer.input_norm, eps), layer.qkv)
+        qkv = _product(rms_norm(there, layer.input_norm.float(), eps).bfloat16(), layer.qkv)
         read = attend(Product(qkv.float().to(x.device)), layer).values.cpu()
         there += _product(read, layer.o)
         # Rows of gate and up take turns (`cuda_weights`).
-        both = _product(_normed(there, layer.post_norm, eps), layer.gate_up).float()
+        both = _product(rms_norm(there, layer.post_norm.float(), eps).bfloat16(), layer.gate_up).float()
         gate, up = both[:, ::2], both[:, 1::2]
         tanh = spec.activation == "gelu_tanh"
         activated = functional.gelu(gate, approximate="tanh") if tanh else functional.silu(gate)
         there += _product((activated * up).bfloat16(), layer.down)
         x.copy_(there)
         x_bf16.copy_(x)
-
-
-def _normed(x: Tensor, gains: Tensor, eps: float) -> Tensor:
-    """bfloat16 (T, D): x / rms(x) * gains."""
-    scale = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps)
-    return (x * scale * gains.float()).bfloat16()
 
 
 def _product(x: Tensor, weight: PackedWeight) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from flatout.core.artifact import is_artifact, load_artifact
@@ -83,14 +84,14 @@ def load(
     if draft is not None:
         taken = _resident(loaded.spec, loaded.recipe, tokens)
         guessing, words, _ = _open(draft, None, tokens, taken)
-        check_vocabulary(loaded.spec, tokenizer.get(), guessing.spec, words.get())
+        check_vocabulary(loaded.spec, tokenizer(), guessing.spec, words())
     judge = _runner(loaded, runner, threads, pages)
     speculator = None
     if guessing is not None:
         speculator = Speculator(NgramProposer(), DraftProposer(_runner(guessing, runner, threads, pages)))
     elif speculate == "ngram" or (speculate == "auto" and exact):
         speculator = Speculator(NgramProposer())
-    return Engine(judge, tokenizer.get(), max_batch=max_batch, speculator=speculator)
+    return Engine(judge, tokenizer(), max_batch=max_batch, speculator=speculator)
 
 
 def _load_cuda(
@@ -123,13 +124,13 @@ def _load_cuda(
     proposer = NgramProposer()
     if draft is not None:
         guessing, words, _ = _open(draft, None, max_tokens, cached=False)
-        check_vocabulary(loaded.spec, tokenizer.get(), guessing.spec, words.get())
+        check_vocabulary(loaded.spec, tokenizer(), guessing.spec, words())
         size = weight_bytes(guessing.spec, guessing.recipe)
         beside = claim(guessing.spec, guessing.recipe, size, PAGE_TOKENS)
         judge = open_runner(loaded, *arguments, beside)
         drafting = open_runner(guessing, size, judge.num_pages * PAGE_TOKENS, PAGE_TOKENS, max_batch)
         speculator = Speculator(proposer, DraftProposer(drafting, UNSETTLED), UNSETTLED)
-        return Engine(judge, tokenizer.get(), max_batch=max_batch, speculator=speculator)
+        return Engine(judge, tokenizer(), max_batch=max_batch, speculator=speculator)
     runner: Runner
     if gpus > 1:
         from flatout.engine.cuda_parallel import open_parallel
@@ -138,7 +139,7 @@ def _load_cuda(
     else:
         runner = open_runner(loaded, *arguments)
     lookup = Speculator(proposer, unsettled=UNSETTLED) if speculate == "ngram" else None
-    return Engine(runner, tokenizer.get(), max_batch=max_batch, speculator=lookup)
+    return Engine(runner, tokenizer(), max_batch=max_batch, speculator=lookup)
 
 
 def _inexact(found: str) -> ConfigError:
@@ -202,7 +203,7 @@ def _open(
     max_tokens: int | None,
     taken: float = 0,
     cached: bool = True,
-) -> tuple[Model, Later[Tokenizer], int]:
+) -> tuple[Model, Callable[[], Tokenizer], int]:
     """The model, its tokenizer, and how many tokens its KV cache holds: in this machine's memory, if
     `cached`. A checkpoint's tokenizer is built while the runner packs the weights."""
     if is_artifact(model):
@@ -211,7 +212,7 @@ def _open(
         loaded, tokenizer, _ = load_artifact(model)
         tokens = max_tokens or cache_tokens(loaded.spec, loaded.recipe.kv_cache)
         check_memory(loaded.spec, loaded.recipe, tokens if cached else 0, read=True, taken=taken)
-        return loaded, Later(lambda: tokenizer), tokens
+        return loaded, lambda: tokenizer, tokens
     checkpoint = open_checkpoint(model)
     if recipe is None:
         recipe = native_recipe(checkpoint, kv_cache="bf16")
@@ -221,7 +222,7 @@ def _open(
     if cached:  # a GPU gets weights one after another
         check_memory(checkpoint.spec, recipe, tokens, read=False, taken=taken)
     words = Later(lambda: checkpoint.tokenizer)
-    return assemble(checkpoint, recipe, True, checkpoint.forget), words, tokens
+    return assemble(checkpoint, recipe, True, checkpoint.forget), words.get, tokens
 
 
 def choose_runner(runner: str) -> str:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from flatout.compress.inputs import Documents, Text
 from flatout.compress.library import Library
+from flatout.compress.method import is_rounded
 from flatout.compress.rtn import round_to_nearest
 from flatout.core.formats import Format, parse_format
-from flatout.core.fuse import Source, float_weight, native_format
+from flatout.core.fuse import Source, float_weight
 from flatout.kernels.linear import BYTE, FIFTEEN_BITS, as_tensor, quantize_activations
 from flatout.models.llama import decoder_layer, rms_norm, round_keys_or_values
 
@@ -58,8 +59,7 @@ def float_weights(source: Source) -> Callable[[str], Tensor]:
 
 def is_spread(library: Library, name: str, fmt: Format) -> bool:
     """Whether smooth-gptq rounds this weight by GPTQ: heads are rounded to nearest."""
-    stored = fmt.is_native or native_format(library.source, name) == fmt.name
-    return name != "head" and fmt.is_integer and not stored
+    return name != "head" and is_rounded(library.source, name, fmt)
 
 
 def is_measured(place: str, name: str) -> bool:
@@ -107,7 +107,7 @@ def divergences(
             if fmt.scales_tokens:
                 s = as_tensor(library.smoothing(name))
                 x, w = x / s, w * s
-            if fmt.is_integer and not fmt.is_native and native_format(source, name) != fmt.name:
+            if is_rounded(source, name, fmt):
                 rounded = (
                     library.rounded(name, fmt.scales_tokens, fmt)
                     if by_gptq

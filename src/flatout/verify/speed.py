@@ -141,8 +141,7 @@ def ab_test(
     with without_garbage_collection():
         started = time.perf_counter()
         while True:
-            a_first = draw.random() < 0.5
-            pairs += [_time_pair(run_a, run_b, first, settle_s, allowed) for first in (a_first, not a_first)]
+            pairs += _block(run_a, run_b, draw, settle_s, allowed)
             clean = [pair for pair in pairs if not pair.noisy]
             if progress is not None:
                 progress(min(len(clean), min_pairs), min_pairs)
@@ -176,8 +175,7 @@ def turns(
     with without_garbage_collection():
         started = time.perf_counter()
         while len(pairs) < min_pairs or time.perf_counter() - started < max_seconds:
-            a_first = draw.random() < 0.5
-            pairs += [_time_pair(run_a, run_b, first, settle_s, allowed) for first in (a_first, not a_first)]
+            pairs += _block(run_a, run_b, draw, settle_s, allowed)
     clean = [pair for pair in pairs if not pair.noisy] or pairs
     return statistics.median(pair.a / pair.b for pair in clean)
 
@@ -212,6 +210,12 @@ def time_sample(
     if not (math.isfinite(value) and value > 0):
         raise EvidenceError("a timing must be positive", f"{value} s", "a longer run")
     return Sample(value, load, load is not None and load > allowed + _METER_S / value)
+
+
+def _block(run_a: Timed, run_b: Timed, draw: random.Random, settle_s: float, allowed: float) -> list[_Pair]:
+    """Two pairs, A first in one of them, in random order."""
+    a_first = draw.random() < 0.5
+    return [_time_pair(run_a, run_b, first, settle_s, allowed) for first in (a_first, not a_first)]
 
 
 def _time_pair(run_a: Timed, run_b: Timed, a_first: bool, settle_s: float, allowed: float) -> _Pair:
