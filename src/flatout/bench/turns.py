@@ -15,11 +15,12 @@ import numpy as np
 
 from flatout.bench.peers import Listener
 from flatout.bench.phases import Phase
+from flatout.core.garbage import without_garbage_collection
 from flatout.engine.cpu import CpuRunner
 from flatout.engine.score import score_documents
 from flatout.verify.drivers import RunnerDriver
 from flatout.verify.foreign_load import MAX_FOREIGN, Ticks, read_ticks
-from flatout.verify.speed import SETTLE_S, Sample, time_sample, without_garbage_collection
+from flatout.verify.speed import SETTLE_S, Sample, time_sample
 
 Prompts = Sequence[Sequence[int]]
 

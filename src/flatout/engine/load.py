@@ -13,6 +13,7 @@ from flatout.core.costs import kv_bytes_per_token, weight_bytes
 from flatout.core.files import shown
 from flatout.core.formats import Recipe
 from flatout.core.fuse import assemble, native_recipe
+from flatout.core.garbage import without_garbage_collection
 from flatout.core.later import Later
 from flatout.core.model import Model, expected_weights
 from flatout.core.spec import ModelSpec
@@ -31,6 +32,8 @@ _CACHE_BYTES = 256 << 20  # of KV cache unless told otherwise, but no less than 
 _CACHE_TOKENS = 4096
 
 
+# A vocabulary is 10^5 objects that stay, and going through them again and again took a seventh of the time.
+@without_garbage_collection()
 def load(
     model: str | Path,
     runner: str = "auto",

@@ -12,15 +12,14 @@ so.
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from flatout.core.garbage import without_garbage_collection
 from flatout.core.types import Measurement, measurement
 from flatout.errors import ConfigError, EvidenceError
 from flatout.hardware.detect import available_cores
@@ -178,19 +177,6 @@ def turns(
             pairs += _block(run_a, run_b, draw, settle_s, allowed)
     clean = [pair for pair in pairs if not pair.noisy] or pairs
     return statistics.median(pair.a / pair.b for pair in clean)
-
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """A collection would hit one side of a pair."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def time_sample(
