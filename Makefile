@@ -41,7 +41,7 @@ demo/result.json: $(VENV)/package
 		{ code=$$?; test $$code -eq 3 || exit $$code; }
 
 demo/native/report.html: $(VENV)/package
-	$(BIN)/flatout optimize $(MODEL) --recipe native --max-loss 1% --out demo/native
+	$(BIN)/flatout optimize $(MODEL) --recipe native-s8 --max-loss 1% --out demo/native
 
 demo/prompts/report.html: $(VENV)/package
 	$(BIN)/flatout optimize $(MODEL) --recipe 'w8a8/smooth,layers.*.down=w8a16' --max-loss 1% --out demo/prompts
@@ -55,7 +55,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 PEERS := llama.cpp,openvino,onnxruntime,ctranslate2,transformers
-# Ours twice, each certified at 1%: 8 bits, which read prompts fastest, and the file's own blocks, which decode fastest.
+# Ours twice, each certified at 1%: 8 bits, which read prompts fastest, and the file's own codes, which decode fastest.
 bench: $(VENV)/package demo/prompts/report.html demo/native/report.html
 	mkdir -p build
 	$(BIN)/flatout bench demo/prompts demo/native --original $(MODEL) --against $(PEERS) --out build/bench.json

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flatout.compress.apply import compress
+from flatout.core.byte_scales import with_byte_scales
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.model import Model
 from flatout.core.quantized import QuantizedTensor
@@ -107,6 +108,8 @@ def tiny_tensors(spec: ModelSpec, seed: int = 0) -> dict[str, np.ndarray]:
 def native_blocks(name: str, n: int, k: int, seed: int) -> QuantizedTensor:
     """Random blocks of a native format with sensible scales."""
     fmt = parse_format(name)
+    if fmt.scale_bits == 8:
+        return with_byte_scales(native_blocks(fmt.blocks, n, k, seed), fmt)
     rng = np.random.default_rng([seed, n, k])
     scales = (rng.uniform(0.5, 1.5, (n, k // 32)) / (np.sqrt(k) * 2 ** (fmt.bits - 2))).astype(np.float16)
     if fmt.bits == 8:

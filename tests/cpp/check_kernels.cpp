@@ -32,11 +32,22 @@ static Half random_half() {
   return {(uint16_t)((exponent + 15) << 10 | mantissa), std::ldexp(1.0f + (float)mantissa / 1024, exponent)};
 }
 
+// -127 to 127 times a power of two that all of a row share.
+static Half byte_half(size_t row) {
+  const int code = (int)(random_bits() % 255) - 127, exponent = (int)(row % 25) - 20;
+  const float value = std::ldexp((float)code, exponent);
+  int power;
+  const float fraction = std::frexp(std::fabs(value), &power);  // in [0.5, 1)
+  const int biased = power - 1 + 15, sign = code < 0 ? 0x8000 : 0;
+  const int bits = code == 0 ? 0 : biased > 0 ? biased << 10 | (int)(fraction * 2048 - 1024) : (int)std::ldexp(fraction, power + 24);
+  return {(uint16_t)(sign | bits), value};
+}
+
 struct Format {
   const char* name;
   int bits, group, planes, activation_group;
   Zero zero;
-  bool half;
+  bool half, byte = false;  // scales
 };
 constexpr Format kFormats[] = {
     {"w8a8", 8, 0, 1, 0, Zero::kSymmetric, false},       {"w8a8-g64-asym", 8, 64, 1, 64, Zero::kAsymmetric, false},
@@ -46,6 +57,8 @@ constexpr Format kFormats[] = {
     {"q8_0", 8, 32, 1, 32, Zero::kSymmetric, true},      {"w6a8", 6, 0, 1, 0, Zero::kSymmetric, true},
     {"w5a8-g32", 5, 32, 1, 32, Zero::kSymmetric, false}, {"w5a16", 5, 0, 2, 0, Zero::kSymmetric, false},
     {"w6a16-g64-asym", 6, 64, 2, 0, Zero::kAsymmetric, false},
+    {"q4_0-s8", 4, 32, 1, 32, Zero::kSymmetric, true, true},
+    {"q4_1-s8", 4, 32, 1, 32, Zero::kMinimum, true, true},
 };
 
 static void check_integer_linear(const Ops& ops, const Format& f, int m, int n, int k) {
@@ -55,14 +68,14 @@ static void check_integer_linear(const Ops& ops, const Format& f, int m, int n, 
   std::vector<uint16_t> half_scales(scales.size()), half_minima(scales.size());
   for (uint8_t& c : codes) c = (uint8_t)(random_bits() % (1u << f.bits));
   for (size_t i = 0; i < scales.size(); ++i) {
-    const Half s = random_half(), low = random_half();
+    const Half s = f.byte ? byte_half(i / groups) : random_half(), low = f.byte ? byte_half(i / groups + 1) : random_half();
     scales[i] = s.value, half_scales[i] = s.bits, minima[i] = low.value, half_minima[i] = low.bits;
     zeros[i] = (uint8_t)(random_bits() % (1u << f.bits));
   }
   Source source;
   source.kind = WeightKind::kInteger;
   source.n = n, source.k = k, source.bits = f.bits, source.group = f.group, source.zero = f.zero;
-  source.half_scales = f.half, source.planes = f.planes, source.activation_group = f.activation_group;
+  source.half_scales = f.half, source.byte_scales = f.byte, source.planes = f.planes, source.activation_group = f.activation_group;
   source.codes = codes.data(), source.zeros = zeros.data();
   source.scales = f.half ? (const void*)half_scales.data() : scales.data();
   source.minima = f.half ? (const void*)half_minima.data() : minima.data();

@@ -6,6 +6,7 @@ import torch
 
 from flatout import _cpu
 from flatout.compress.rtn import round_to_nearest
+from flatout.core.byte_scales import with_byte_scales
 from flatout.core.formats import parse_format
 from flatout.core.quantized import QuantizedTensor
 from flatout.kernels.linear import linear_reference
@@ -34,6 +35,8 @@ FORMATS = [
     "q4_0",
     "q4_1",
     "q8_0",
+    "q4_0-s8",
+    "q4_1-s8",
 ]
 # (tokens, rows, columns): one of everything, rows that fill no panel, odd panels, more than a token block.
 SHAPES = [(1, 1, 128), (2, 17, 384), (5, 48, 128), (6, 16, 256), (16, 33, 128), (23, 96, 384), (131, 40, 256)]
@@ -44,11 +47,18 @@ def random_weight(rng, rows, columns, name):
     if not fmt.is_native:
         return round_to_nearest(rng.standard_normal((rows, columns)).astype(np.float32), fmt)
     scales = rng.uniform(0.01, 0.1, (rows, columns // 32)).astype(np.float16)
-    minima = rng.standard_normal(scales.shape).astype(np.float16) if name == "q4_1" else None
+    minima = rng.standard_normal(scales.shape).astype(np.float16) if fmt.zero == "minimum" else None
     if name == "q8_0":
         codes = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
     else:
         codes = rng.integers(0, 16, (rows, columns)).astype(np.uint8)
+    if fmt.scale_bits == 8:
+        if rows > 2:  # a row without scales, one whose minima are far larger, one of the least numbers
+            scales[0] = 0
+            scales[1] *= np.float16(1e-4)
+            scales[2] = np.float16(2.0**-24)
+        blocks = QuantizedTensor(format=parse_format(fmt.blocks), codes=codes, scales=scales, minima=minima)
+        return with_byte_scales(blocks, fmt)
     return QuantizedTensor(format=fmt, codes=codes, scales=scales, minima=minima)
 
 
@@ -66,6 +76,7 @@ def run(isa, x, weight):
         fmt.zero,
         fmt.activation,
         fmt.activation_group,
+        fmt.scale_bits == 8,
     )
 
 
@@ -152,6 +163,9 @@ def test_largest_codes_do_not_overflow(isa):
         ({"activation": "int4"}, "int8 or int16"),
         ({"x": np.ones((1, 64), np.float32)}, "as wide as the weight"),
         ({"scales": np.ones((16, 2), np.float64)}, "float16 or float32"),
+        ({"byte_scales": True}, "are float16"),
+        ({"byte_scales": True, "scales": np.array([[1, 0.01]] * 16, np.float16)}, "-127 to 127 times"),
+        ({"byte_scales": True, "scales": np.array([[1, np.nan]] * 16, np.float16)}, "-127 to 127 times"),
     ],
 )
 def test_misshapen_arguments_are_refused(change, message):

@@ -80,7 +80,7 @@ def test_what_an_earlier_sequence_left_in_its_pages_changes_nothing(isa, kv_cach
 # bits of mantissa at every linear. Integers: the cache's and the attention weights' 8 bits, which the
 # reference rounds per page or not at all.
 BOUNDS = {"fp32": 2e-3, "bf16": 3e-2} | dict.fromkeys(
-    ["w8a8", "w4a8-g32", "w3a16-g32", "w8a16", "q4_1", "q8_0"], 5e-2
+    ["w8a8", "w4a8-g32", "w3a16-g32", "w8a16", "q4_1", "q8_0", "q4_1-s8"], 5e-2
 )
 
 

@@ -68,7 +68,7 @@ def assert_same_model(a: Model, b: Model) -> None:
     "recipe",
     [
         uniform(name, head=name)
-        for name in ("fp32", "bf16", "w8a8", "w4a8-g32", "w4a16-g32-asym", "q4_0", "q4_1", "q8_0")
+        for name in ("fp32", "bf16", "w8a8", "w4a8-g32", "w4a16-g32-asym", "q4_0", "q4_1", "q8_0", "q4_1-s8")
     ]
     + [MIXED],
     ids=lambda recipe: recipe.name,
@@ -82,7 +82,7 @@ def test_round_trip(recipe: Recipe, family: str, tokenizer: Tokenizer, tmp_path:
     assert_same_model(model, loaded)
     assert loaded_tokenizer.sha256 == tokenizer.sha256
     assert manifest["measurements"] == [1, 2]
-    assert manifest["loads_in"]["transformers"].startswith("no" if recipe.name == "q4_1" else "yes")
+    assert manifest["loads_in"]["transformers"].startswith("no" if recipe.name.startswith("q4_1") else "yes")
     assert [p.name for p in out.parent.iterdir()] == ["b"]
 
 

@@ -105,11 +105,11 @@ def test_symmetric_codes_become_blocks_of_the_same_numbers(name: str, n: int, wi
     np.testing.assert_array_equal(theirs, tensor.dequantize())
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0", "q4_0-s8", "q4_1-s8"])
 def test_native_blocks_stay(name: str) -> None:
     tensor = native_blocks(name, 3, 96, seed=1)
     raw = weight_blocks(tensor).reshape(3, -1)
-    theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name.upper()])
+    theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tensor.format.blocks.upper()])
     np.testing.assert_array_equal(theirs, tensor.dequantize())
 
 

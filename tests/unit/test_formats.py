@@ -24,6 +24,8 @@ TABLE = {
     "q4_0": (4, 32, "symmetric", "int8", 32),
     "q4_1": (4, 32, "minimum", "int8", 32),
     "q8_0": (8, 32, "symmetric", "int8", 32),
+    "q4_0-s8": (4, 32, "symmetric", "int8", 32),
+    "q4_1-s8": (4, 32, "minimum", "int8", 32),
     "w8a8": (8, 0, "symmetric", "int8", 0),
     "w8a8-g64": (8, 64, "symmetric", "int8", 64),
     "w8a8-asym": (8, 0, "asymmetric", "int8", 0),
@@ -45,6 +47,7 @@ def test_names_mean(name: str) -> None:
     assert fmt.name == name
     assert fmt.is_integer == (fmt.bits < 16)
     assert fmt.is_native == name.startswith("q")
+    assert fmt.scale_bits == (8 if name.endswith("-s8") else 16)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,9 @@ def test_names_mean(name: str) -> None:
         "w8",
         "w8a8-g",
         "w8a8-g0",
+        "q8_0-s8",
+        "w4a8-g32-s8",
+        "q4_1-s8-s8",
         "w8a8-g48",
         "w4a8",
         "w4a16-asym",

@@ -42,8 +42,8 @@ FLOAT, BLOCKS = space_of(FakeSource(native=False)), space_of(FakeSource())
 def test_the_space_fits_the_model() -> None:
     assert set(FLOAT.linears) == set(SPEC.linears())
     assert all("w4a8-g32" in formats for formats in FLOAT.linears.values())
-    assert "q4_1" not in FLOAT.linears["down"]
-    assert "q4_1" in BLOCKS.linears["down"]
+    assert "q4_1-s8" not in FLOAT.linears["down"]
+    assert "q4_1-s8" in BLOCKS.linears["down"]
     assert BLOCKS.heads == ("q8_0",)
     narrow = ModelSpec(**{**to_json(SPEC), "hidden_size": 48, "rope_scaling": None, "eos_token_ids": ()})
     assert "w4a8-g32" not in space_of(FakeSource(native=False, spec=narrow)).linears["qkv"]
@@ -70,8 +70,8 @@ def test_a_recipe_says_what_was_chosen(data: st.DataObject) -> None:
 
 def test_what_cannot_be_smoothed_is_not_asked_for() -> None:
     pairs = conflicts(BLOCKS)
-    assert (("layers.2.down", "w8a8"), ("layers.2.gate_up", "q4_1")) in pairs
-    assert (("layers.0.o", "w8a8"), ("layers.0.qkv", "q4_1")) in pairs
+    assert (("layers.2.down", "w8a8"), ("layers.2.gate_up", "q4_1-s8")) in pairs
+    assert (("layers.0.o", "w8a8"), ("layers.0.qkv", "q4_1-s8")) in pairs
     smoothed = [name for name in BLOCKS.linears["down"] if parse_format(name).scales_tokens]
     assert smoothed == ["w8a8", "w6a8", "w5a8"]
     assert len(pairs) == 2 * SPEC.num_layers * len(smoothed)

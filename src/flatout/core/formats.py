@@ -7,6 +7,7 @@ Grammar of a format name (docs/formats.md has the table):
     w{8,6,5,4,3}a8[-g{32,64,128}][-asym]     integer codes times int8 activations, exact int32 sums
     w{8,6,5,4,3}a16[-g{32,64,128}][-asym]    integer codes times 15-bit activations, exact int32 sums
     q4_0 | q4_1 | q8_0                       the GGUF blocks as stored (32 wide), times int8 activations
+    q4_0-s8 | q4_1-s8                        the same codes, scales and minima rounded to 8 bits
 
 Every integer weight is   w[n, k] = scale[n, k // group] * (code[n, k] - zero[n, k // group])
 or, for q4_1,             w[n, k] = scale[n, k // group] * code[n, k] + minimum[n, k // group].
@@ -33,6 +34,7 @@ METHODS = (
 """How codes are made: to nearest, by GPTQ, by tuning whole layers, each also behind a change of the model
 (compress/apply.py), or as the file has."""
 _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmetric")}
+_BYTE_SCALES = "-s8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,8 @@ class Format:
     bits: 3, 4, 5, 6 or 8 for integer codes, 16 or 32 for floats. group: weights sharing a scale along K, 0 =
     the whole row. zero: "symmetric" (codes are signed around zero), "asymmetric" (integer zero point a group)
     or "minimum" (float minimum a group). activation: "int8" (dynamic), "bf16" or "fp32". activation_group:
-    activations sharing one dynamic scale along K, 0 = the whole token.
+    activations sharing one dynamic scale along K, 0 = the whole token. scale_bits: 16, or 8 for scales and
+    minima of -127 to 127 times a power of two of their row (core/byte_scales.py).
     """
 
     name: str
@@ -51,6 +54,7 @@ class Format:
     zero: str = "symmetric"
     activation: str = "int8"
     activation_group: int = 0
+    scale_bits: int = 16
 
     @property
     def is_integer(self) -> bool:
@@ -58,8 +62,13 @@ class Format:
 
     @property
     def is_native(self) -> bool:
-        """Taken from the GGUF file without re-rounding."""
-        return self.name in _NATIVE
+        """Taken from the GGUF file, codes without re-rounding."""
+        return self.blocks in _NATIVE
+
+    @property
+    def blocks(self) -> str:
+        """Name of the format whose codes, and for scales of 16 bits also scales, these are."""
+        return self.name.removesuffix(_BYTE_SCALES)
 
     @property
     def scales_tokens(self) -> bool:
@@ -72,12 +81,14 @@ class Format:
 
     def weight_bytes(self, n: int, k: int) -> int:
         """Bytes streamed to multiply by an (n, k) weight once: codes (of 3 bits in 4, as every runner holds
-        them), 16-bit scales and minima."""
+        them), scales and minima of 16 bits, or of 8 and two exponents a row."""
         codes = n * k * max(self.bits, 4) // 8
         if not self.is_integer:
             return codes
-        per_group = 2 if self.zero == "symmetric" else 4
-        return codes + n * self.groups(k) * per_group
+        values = 1 if self.zero == "symmetric" else 2
+        if self.scale_bits == 8:
+            return codes + n * (values * self.groups(k) + 2)
+        return codes + n * values * self.groups(k) * 2
 
 
 def parse_format(name: str) -> Format:
@@ -88,13 +99,15 @@ def parse_format(name: str) -> Format:
         return Format(name=name, bits=16, activation="bf16")
     if name == "fp8":
         return Format(name=name, bits=8, activation="bf16")
-    if name in _NATIVE:
-        bits, zero = _NATIVE[name]
-        return Format(name=name, bits=bits, group=32, zero=zero, activation_group=32)
+    blocks = name.removesuffix(_BYTE_SCALES)
+    if blocks in _NATIVE and (blocks == name or _NATIVE[blocks][0] == 4):
+        bits, zero = _NATIVE[blocks]
+        scale_bits = 16 if blocks == name else 8
+        return Format(name=name, bits=bits, group=32, zero=zero, activation_group=32, scale_bits=scale_bits)
     match = _GRAMMAR.fullmatch(name)
     if match is None:
         raise ConfigError(
-            "a format is fp32, bf16, fp8, q4_0, q4_1, q8_0 or w{8,6,5,4,3}a{8,16}[-g{32,64,128}][-asym]",
+            "a format is fp32, bf16, fp8, q4_{0,1}[-s8], q8_0 or w{8,6,5,4,3}a{8,16}[-g{32,64,128}][-asym]",
             repr(name),
             "w8a8-g64",
         )

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the fused weights of a Model, without rounding anything.
+"""From a checkpoint's tensors to the fused weights of a Model, without rounding any code.
 
 `Source` is the little of a Checkpoint that is needed: a spec, float tensors by Hugging Face name and, where
 the file has them, GGUF blocks as stored. Fused names are those of `core.model.expected_weights`.
@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from flatout.core.byte_scales import with_byte_scales
 from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.gguf_blocks import BlockTensor, concatenate_blocks
 from flatout.core.model import Model, OnDemand, Weight
@@ -63,13 +64,13 @@ def float_weight(source: Source, fused: str) -> np.ndarray:
 
 
 def native_weight(source: Source, fused: str, fmt: Format) -> QuantizedTensor:
-    """The fused weight as the blocks of `fmt` stored in the file. Raises UnsupportedModelError when a part
-    has none."""
+    """The fused weight as the blocks of `fmt` stored in the file, scales rounded where `fmt` has 8 bits for
+    them. Raises UnsupportedModelError when a part has none."""
     parts: list[QuantizedTensor] = []
     wrong: list[str] = []
     for name in source_names(source.spec, fused):
         part = source.native(name)
-        if part is None or part.format != fmt:
+        if part is None or part.format.name not in (fmt.name, fmt.blocks):
             wrong.append(f"{name} is {'float' if part is None else part.format.name}")
         else:
             parts.append(part)
@@ -79,10 +80,14 @@ def native_weight(source: Source, fused: str, fmt: Format) -> QuantizedTensor:
             ", ".join(wrong),
             "the format of the file, or a rounded format such as w8a8-g64",
         )
-    if len(parts) == 1:
-        return parts[0]
     blocks = [part for part in parts if isinstance(part, BlockTensor)]
-    return concatenate_blocks(blocks) if len(blocks) == len(parts) else concatenate_rows(parts)
+    if len(parts) == 1:
+        joined = parts[0]
+    elif len(blocks) == len(parts):
+        joined = concatenate_blocks(blocks)
+    else:
+        joined = concatenate_rows(parts)
+    return joined if joined.format == fmt else with_byte_scales(joined, fmt)
 
 
 def native_format(source: Source, fused: str) -> str | None:

@@ -127,7 +127,7 @@ def block_kind(weight: QuantizedTensor) -> str:
     """The block type that holds this weight. Raises UnsupportedModelError where none does."""
     fmt = weight.format
     if fmt.is_native:
-        return fmt.name.upper()
+        return fmt.blocks.upper()
     if weight.scales.dtype != np.float16:
         raise UnsupportedModelError(
             "scales of GGUF blocks are float16", f"{fmt.name} with float32 scales", "bf16 for this model"

@@ -181,6 +181,7 @@ def set_weight(target: Any, name: str, weight: Weight, fmt: Format) -> None:
             fmt.zero if zeros is None else "asymmetric",
             fmt.activation,
             fmt.activation_group,
+            fmt.scale_bits == 8,
         )
     else:
         target.set_float(name, np.ascontiguousarray(weight, dtype=np.float32), fmt.name)

@@ -198,7 +198,8 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], fmt: Format) -> We
     if fmt.bits == 8 and fmt.zero == "symmetric":
         codes = np.maximum(codes.view(np.int8), -127)
     groups = (n, fmt.groups(k))
-    scales = np.full(groups, 4 / (levels * math.sqrt(k)), np.float16)
+    # A power of two, which scales of 8 bits can be as well.
+    scales = np.full(groups, 2.0 ** round(math.log2(4 / (levels * math.sqrt(k)))), np.float16)
     return QuantizedTensor(
         format=fmt,
         codes=codes,

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from flatout.core.byte_scales import with_short_scales
 from flatout.core.costs import kv_bytes_per_token
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.fuse import Source, native_format
@@ -81,6 +82,7 @@ def space_of(source: Source) -> Space:
     for linear, (_, width) in spec.linears().items():
         stored = {native_format(source, f"layers.{i}.{linear}") for i in range(spec.num_layers)}
         own = stored.pop() if len(stored) == 1 else None
+        own = with_short_scales(own) if own else None  # the same loss, as far as can be told, in less time
         linears[linear] = tuple(f for f in (*_LAYERS, *([own] if own else [])) if fits(f, width))
     own = native_format(source, "head") if native_format(source, "embedding") == "q8_0" else None
     heads = (own,) if own == "q8_0" else tuple(f for f in _HEADS if fits(f, spec.hidden_size))

@@ -2,7 +2,8 @@
 
     BODY[/METHOD][,PLACE=FORMAT]...
 
-BODY is a format for all layers or `native` (the blocks of a GGUF file as they are); METHOD makes the codes
+BODY is a format for all layers or `native` (the blocks of a GGUF file as they are; `native-s8`: those of 4
+bits with scales of 8 bits); METHOD makes the codes
 (rtn if not given); PLACE is head, embedding, kv or an override such as layers.*.down. Every recipe that the
 search prints can be given back to `--recipe`:
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from flatout.core.byte_scales import with_short_scales
 from flatout.core.formats import METHODS, Recipe, parse_format
 from flatout.core.fuse import Source, float_recipe, native_format, native_recipe
 from flatout.core.spec import ModelSpec
@@ -59,12 +61,14 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
     methods = [known for known in METHODS if known != "native"]
     if method not in ("", *methods):
         raise ConfigError(f"after the slash stands {', '.join(methods)}", repr(method), f"{body}/gptq")
-    if body == "native":
-        recipe = _native(source)
-        if recipe is None:
+    if body in ("native", "native-s8"):
+        native = _native(source) if body == "native" else _byte_scales(source)
+        if native is None:
+            blocks = "q4_0, q4_1 and q8_0" if body == "native" else "q4_0 and q4_1"
             raise ConfigError(
-                "native takes the blocks q4_0, q4_1 and q8_0 of a GGUF file", "none in this model", "w8a8-g64"
+                f"{body} takes the blocks {blocks} of a GGUF file", "none in this model", "w8a8-g64"
             )
+        recipe = native
     else:
         recipe = _uniform(body, source)
     if method and parse_format(recipe.layers).is_integer:
@@ -133,6 +137,19 @@ def _native(source: Source) -> Recipe | None:
     return recipe if all(fmt.is_native for fmt in places) else replace(recipe, method="rtn")
 
 
+def _byte_scales(source: Source) -> Recipe | None:
+    """The same with scales of 8 bits in layers of 4-bit blocks; None when no layer has them."""
+    native = _native(source)
+    if native is None:
+        return None
+
+    layers = with_short_scales(native.layers)
+    overrides = tuple((at, with_short_scales(name)) for at, name in native.overrides)
+    if (layers, overrides) == (native.layers, native.overrides):
+        return None
+    return replace(native, name="native-s8", layers=layers, overrides=overrides)
+
+
 _SMOOTH = "w8a8/smooth,layers.*.down=w8a16"
 """The input of down holds a gated model's massive activations (Sun et al. 2024), which smoothing alone does
 not tame: 0.92 % loss with 8 bits there, 0.70 % with 15, on SmolLM2-135M (docs/log.md)."""
@@ -144,6 +161,9 @@ def candidates(source: Source) -> list[Candidate]:
     native = _native(source)
     if native is not None:
         found.append(Candidate(recipe=native, why="the file's own blocks: no weight is rounded again"))
+    shorter = _byte_scales(source)
+    if shorter is not None:
+        found.append(Candidate(recipe=shorter, why="the file's own codes, scales in 8 bits"))
     for name, why, relative in (
         ("w8a8-g64", "8-bit codes, a scale for 64 weights", None),
         ("w8a8-g32", "8-bit codes, a scale for 32 weights", "w8a8-g64"),

@@ -94,7 +94,7 @@ void check_rows(const AnyMatrix& a, const Source& s, const char* what) {
 // The caller's arrays as a Source; it borrows them.
 Source quantized_source(const AnyMatrix& codes, const AnyMatrix& scales, const nb::object& zeros_object,
                         const nb::object& minima_object, int bits, int group, const std::string& zero,
-                        const std::string& activation, int activation_group) {
+                        const std::string& activation, int activation_group, bool byte_scales) {
   Source s;
   s.kind = WeightKind::kInteger;
   s.n = (int)codes.shape(0);
@@ -113,6 +113,8 @@ Source quantized_source(const AnyMatrix& codes, const AnyMatrix& scales, const n
   if (s.zero == Zero::kMinimum && s.planes == 2)
     throw std::invalid_argument("weights with a float minimum take int8 activations");
   s.half_scales = is_half(scales);
+  if (byte_scales && !s.half_scales) throw std::invalid_argument("scales that pack into bytes are float16");
+  s.byte_scales = byte_scales;
   s.activation_group = activation_group;
   s.codes = (const uint8_t*)codes.data();
   s.scales = scales.data();
@@ -135,8 +137,9 @@ Source quantized_source(const AnyMatrix& codes, const AnyMatrix& scales, const n
 template <class M>
 void set_quantized(M& model, const std::string& name, const AnyMatrix& codes, const AnyMatrix& scales,
                    const nb::object& zeros, const nb::object& minima, int bits, int group, const std::string& zero,
-                   const std::string& activation, int activation_group) {
-  const Source s = quantized_source(codes, scales, zeros, minima, bits, group, zero, activation, activation_group);
+                   const std::string& activation, int activation_group, bool byte_scales) {
+  const Source s =
+      quantized_source(codes, scales, zeros, minima, bits, group, zero, activation, activation_group, byte_scales);
   nb::gil_scoped_release release;
   model.set_weight(name, s);
 }
@@ -191,7 +194,7 @@ void bind_weights(nb::class_<M>& c) {
       .def("set_float", &set_matrix<M>)
       .def("set_quantized", &set_quantized<M>, nb::arg("name"), nb::arg("codes"), nb::arg("scales"),
            nb::arg("zeros").none(), nb::arg("minima").none(), nb::arg("bits"), nb::arg("group"), nb::arg("zero"),
-           nb::arg("activation"), nb::arg("activation_group"))
+           nb::arg("activation"), nb::arg("activation_group"), nb::arg("byte_scales") = false)
       .def("finalize", &M::finalize)
       .def_prop_ro("isa", &M::isa)
       .def_prop_ro("weight_bytes", &M::weight_bytes);
@@ -300,13 +303,13 @@ NB_MODULE(_cpu, m) {
   m.def("linear_quantized",
         [](const std::string& isa, const Matrix<float>& x, const AnyMatrix& codes, const AnyMatrix& scales,
            const nb::object& zeros, const nb::object& minima, int bits, int group, const std::string& zero,
-           const std::string& activation, int activation_group) {
+           const std::string& activation, int activation_group, bool byte_scales) {
           return run_linear(isa, x, quantized_source(codes, scales, zeros, minima, bits, group, zero, activation,
-                                                     activation_group));
+                                                     activation_group, byte_scales));
         },
         nb::arg("isa"), nb::arg("x"), nb::arg("codes"), nb::arg("scales"), nb::arg("zeros").none(),
         nb::arg("minima").none(), nb::arg("bits"), nb::arg("group"), nb::arg("zero"), nb::arg("activation"),
-        nb::arg("activation_group"));
+        nb::arg("activation_group"), nb::arg("byte_scales") = false);
   m.def("linear_float", [](const std::string& isa, const Matrix<float>& x, const Matrix<float>& weight,
                            const std::string& format) { return run_linear(isa, x, float_source(weight, format)); });
   // Elementwise kernels of the encoder, row by row, likewise.

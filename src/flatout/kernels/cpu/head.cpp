@@ -19,7 +19,8 @@ static uint8_t bound_of(float squares) {
 static uint32_t first_bits(uint32_t bytes) { return (bytes * 0x01020408u) >> 24 & 15; }
 
 bool screenable(const Linear& w) {
-  return w.kind == WeightKind::kInteger && w.bits == 8 && w.zero == Zero::kSymmetric && w.n % (2 * kLanes) == 0 &&
+  return w.kind == WeightKind::kInteger && w.bits == 8 && w.zero == Zero::kSymmetric && w.scales != Scales::kByte &&
+         w.n % (2 * kLanes) == 0 &&
          w.k == w.k_padded && w.group % kScreenBlock == 0 && w.group <= 2 * kScreenBlock && w.groups <= 1000;
 }
 

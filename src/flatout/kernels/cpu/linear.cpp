@@ -45,12 +45,14 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const ui
   const bool fetch = packed[0] == panel[0];
   const size_t distance = fetch ? std::min(PANELS * w.panel_bytes, kFarthest) : 0;
   const size_t group_extra = fetch ? (w.panel_bytes - w.scales_offset) / w.groups : 0;
-  f32x16 acc[PANELS][MB];
+  const bool bytes = w.scales == Scales::kByte;
+  f32x16 acc[PANELS][MB], powers[PANELS];
   const uint8_t *line[PANELS], *ahead[PANELS];
   const int8_t* codes[PLANES][MB];
 #pragma GCC unroll 16
   for (int p = 0; p < PANELS; ++p) {
     line[p] = packed[p], ahead[p] = packed[p] + distance;
+    if (bytes) powers[p] = minimum_powers(w, panel[p]);
     for (int m = 0; m < MB; ++m) acc[p][m] = splat(0.0f);
   }
 #pragma GCC unroll 16
@@ -115,6 +117,8 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const ui
     for (int p = 0; p < PANELS; ++p) {
       const uint8_t *scales = panel[p] + w.scales_offset, *extra = panel[p] + w.extra_offset;
       const f32x16 scale = load_scale(w, scales, g);
+      f32x16 minimum = splat(0.0f);
+      if (w.zero == Zero::kMinimum) minimum = bytes ? load_scale(w, extra, g) * powers[p] : load_scale(w, extra, g);
 #pragma GCC unroll 16
       for (int m = 0; m < MB; ++m) {
         const f32x16 c = splat(a_scale[m]) * scale;
@@ -126,7 +130,7 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const ui
           acc[p][m] = fma(to_float(total), plane + 1 < PLANES ? c * splat(128.0f) : c, acc[p][m]);
         }
         if (w.zero == Zero::kMinimum)
-          acc[p][m] = fma(splat(a.scaled_sums[values + g * kTileRows + m]), load_scale(w, extra, g), acc[p][m]);
+          acc[p][m] = fma(splat(a.scaled_sums[values + g * kTileRows + m]), minimum, acc[p][m]);
       }
       line[p] += 64 * lines;
       __builtin_prefetch(ahead[p], 0, 2);
@@ -137,8 +141,10 @@ static void integer_block(const Linear& w, const uint8_t* const* panel, const ui
       for (int c = 0; c < PLANES; ++c) codes[c][m] += w.group;
   }
 #pragma GCC unroll 16
-  for (int p = 0; p < PANELS; ++p)
-    for (int m = 0; m < MB; ++m) store(out[p] + (size_t)m * kLanes, acc[p][m]);
+  for (int p = 0; p < PANELS; ++p) {
+    if (bytes) powers[p] = scale_powers(w, panel[p]);
+    for (int m = 0; m < MB; ++m) store(out[p] + (size_t)m * kLanes, bytes ? acc[p][m] * powers[p] : acc[p][m]);
+  }
 }
 
 template <int BITS, int PLANES, int MB, int PANELS>

@@ -71,6 +71,7 @@ static void grouped_rows(const Linear& w, const uint8_t* panel, const int8_t* sc
   const float *a_scale = a.scales + values, *a_sum = a.scaled_sums + values;
   const uint8_t* scales = panel + w.scales_offset;
   const uint8_t* extra = panel + w.extra_offset;
+  const bool bytes = w.scales == Scales::kByte;
   f32x16 acc[kTileRows];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) acc[r] = splat(0.0f);
@@ -86,7 +87,7 @@ static void grouped_rows(const Linear& w, const uint8_t* panel, const int8_t* sc
     const f32x16 scale = load_scale(w, scales, g);
     f32x16 minimum = {};
     i32x16 zero = {};
-    if constexpr (MINIMUM) minimum = load_scale(w, extra, g);
+    if constexpr (MINIMUM) minimum = bytes ? load_scale(w, extra, g) * minimum_powers(w, panel) : load_scale(w, extra, g);
     if constexpr (ASYMMETRIC) {
       zero = widen_u8(extra + g * kLanes) - splat_i32(w.bits == 8 ? 128 : 0);
     }
@@ -115,7 +116,7 @@ static void grouped_rows(const Linear& w, const uint8_t* panel, const int8_t* sc
   }
   for (int i = std::max(0, products - kBehind); i < products; ++i) add(i);
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) store(out + (size_t)r * kLanes, acc[r]);
+  for (int r = 0; r < ROWS; ++r) store(out + (size_t)r * kLanes, bytes ? acc[r] * scale_powers(w, panel) : acc[r]);
 }
 
 template <int PLANES, bool MINIMUM, bool ASYMMETRIC>

@@ -28,8 +28,15 @@ static inline __m256i spread(const void* p) {
   return _mm256_set1_epi32(v);
 }
 static inline __m256 load_scales(const Linear& w, const uint8_t* base, int at) {
-  return w.half_scales ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(base + 2 * at)))
-                       : _mm256_loadu_ps((const float*)base + at);
+  if (w.scales == Scales::kByte)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(base + at))));
+  return w.scales == Scales::kHalf ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(base + 2 * at)))
+                                   : _mm256_loadu_ps((const float*)base + at);
+}
+// As scale_powers and minimum_powers, of 8 lanes.
+static inline __m256 load_powers(const Linear& w, const uint8_t* panel, int at) {
+  const __m128i exponents = _mm_loadl_epi64((const __m128i*)(panel + w.powers_offset + at));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(exponents), 23));
 }
 // Sums are added one at a time: in the order that the compiler likes, more are alive than there are registers.
 static inline void add_now(__m256i& sum, __m256i v, bool words = false) {
@@ -127,6 +134,7 @@ static void integer_block(const Linear& w, const uint8_t* panel, const Activatio
 #pragma GCC unroll 16
   for (int m = 0; m < MB; ++m) acc[0][m] = acc[1][m] = _mm256_setzero_ps();
   const uint8_t* line = panel;
+  const bool bytes = w.scales == Scales::kByte;
   for (int g = 0; g < w.groups; ++g, line += 64 * lines) {
     __m256i sums[2][kChains][STREAMS];
 #pragma GCC unroll 16
@@ -172,6 +180,11 @@ static void integer_block(const Linear& w, const uint8_t* panel, const Activatio
     for (int half = 0; half < 2; ++half) {
       const int lane = g * kLanes + 8 * half;
       const __m256 scale = load_scales(w, panel + w.scales_offset, lane);
+      __m256 minimum = _mm256_setzero_ps();
+      if (w.zero == Zero::kMinimum) {
+        minimum = load_scales(w, panel + w.extra_offset, lane);
+        if (bytes) minimum = _mm256_mul_ps(minimum, load_powers(w, panel, kLanes + 8 * half));
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < MB; ++m) {
         const __m256 c = _mm256_mul_ps(_mm256_set1_ps(a.scales[at + m]), scale);
@@ -189,14 +202,16 @@ static void integer_block(const Linear& w, const uint8_t* panel, const Activatio
           acc[half][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), factor, acc[half][m]);
         }
         if (w.zero == Zero::kMinimum)
-          acc[half][m] = _mm256_fmadd_ps(_mm256_set1_ps(a.scaled_sums[at + m]),
-                                         load_scales(w, panel + w.extra_offset, lane), acc[half][m]);
+          acc[half][m] = _mm256_fmadd_ps(_mm256_set1_ps(a.scaled_sums[at + m]), minimum, acc[half][m]);
       }
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MB; ++m)
-    for (int half = 0; half < 2; ++half) _mm256_storeu_ps(out + m * kLanes + 8 * half, acc[half][m]);
+    for (int half = 0; half < 2; ++half) {
+      const __m256 sum = bytes ? _mm256_mul_ps(acc[half][m], load_powers(w, panel, 8 * half)) : acc[half][m];
+      _mm256_storeu_ps(out + m * kLanes + 8 * half, sum);
+    }
 }
 
 // fp32, and bf16 without a bf16 instruction (products and sums in fp32, even column first). PANELS at once: one token alone

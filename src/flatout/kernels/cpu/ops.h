@@ -27,13 +27,17 @@ constexpr int chunk_columns(int bits) { return bits == 5 ? 32 : 16; }
 
 enum class WeightKind { kFloat32, kBFloat16, kInteger };
 enum class Zero { kSymmetric, kAsymmetric, kMinimum };
+// Of scales and minima: floats, IEEE halves, or signed bytes that count a power of two of their row. A sum is made of bytes
+// alone and multiplied by the power at its end, which gives the same bits.
+enum class Scales { kFloat, kHalf, kByte };
 
 // A packed (n, k) weight. Panels of 16 rows go in pairs, and each thread's pairs lie one after another, behind those of the
 // weight that it multiplies before, so that fetching past an end is never wasted. In a panel:
 //   integer  [k / 4][16 rows][4 columns] codes (4 bits: byte b of line i holds column group 2i in its low nibble and
 //            2i + 1 in its high nibble; 5 and 6 bits: chunks of chunk_lines, the lower four bits of 32 or 16 columns
 //            like that, then a line whose byte b holds the upper bits of column group 0 lowest, then of 1, 2, ...),
-//            then scales [groups][16], then minima [groups][16] or zeros [groups][16] bytes
+//            then scales [groups][16], then minima [groups][16] or zeros [groups][16] bytes; behind those
+//            of bytes exponents of each row's powers, [16] of scales and [16] by which those of minima are more, 127 added
 //   fp32     [k][16]                   bf16  [k / 2][16][2]
 // Integer codes are stored unsigned: w = scale * (code - zero), zero constant (symmetric), per group, or a float minimum.
 struct Linear {
@@ -43,13 +47,15 @@ struct Linear {
   int bits = 32, group = 0, groups = 1;  // group: columns a scale covers (k_padded when one scale a row)
   Zero zero = Zero::kSymmetric;
   int integer_zero = 0;
-  bool half_scales = false;  // scales and minima as IEEE half, otherwise float
+  Scales scales = Scales::kFloat;  // and minima
   int planes = 0;            // activations: 0 floats, 1 signed bytes, 2 signed 15-bit numbers as 128 * high + low
   int activation_group = 0;  // 0: one activation scale a token
-  size_t panel_bytes = 0, scales_offset = 0, extra_offset = 0;
+  size_t panel_bytes = 0, scales_offset = 0, extra_offset = 0, powers_offset = 0;
   std::vector<const uint8_t*> shares;  // of each thread
 
-  size_t scale_bytes() const { return (size_t)groups * (half_scales ? 2 : 4); }  // of a row
+  size_t scale_bytes() const {  // of a row
+    return (size_t)groups * (scales == Scales::kByte ? 1 : scales == Scales::kHalf ? 2 : 4);
+  }
   int pairs() const { return (panels + 1) / 2; }
   int first_pair(int share) const { return (int)((int64_t)pairs() * share / (int64_t)shares.size()); }
   const uint8_t* pair(int p) const {

@@ -3,10 +3,14 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
+#include "half.h"
 #include "threads.h"
 
 namespace flatout {
@@ -149,26 +153,66 @@ void pack_codes(const Source& s, const Linear& w, int lane, const uint8_t* in, u
   }
 }
 
+float half_at(const void* halves, int i) {
+  uint16_t half;
+  std::memcpy(&half, (const uint8_t*)halves + 2 * (size_t)i, 2);
+  return half_to_float(half);
+}
+
 template <class T>
 void pack_values(const Linear& w, const void* in, int lane, uint8_t* out) {
   for (int g = 0; g < w.groups; ++g)
     std::memcpy(out + ((size_t)g * kLanes + lane) * sizeof(T), (const uint8_t*)in + g * sizeof(T), sizeof(T));
 }
 
-void pack_row(const Source& s, const Linear& w, int lane, int row, uint8_t* panel, std::vector<uint8_t>& scratch) {
-  if (s.kind != WeightKind::kInteger) return pack_floats(s, w, lane, row, panel);
+// The least power of two that largest of `values` halves counts fewer than 128 times; of zeros any.
+int power_of(const void* halves, int values) {
+  float largest = 0.0f;
+  for (int i = 0; i < values; ++i) largest = std::max(largest, std::fabs(half_at(halves, i)));
+  return largest > 0.0f && std::isfinite(largest) ? std::ilogb(largest) - 6 : 0;
+}
+
+// Whether the bytes are the same numbers.
+bool pack_bytes(const Linear& w, const void* halves, int power, int lane, uint8_t* out) {
+  bool exact = true;
+  const float per_unit = std::ldexp(1.0f, -power);
+  for (int g = 0; g < w.groups; ++g) {
+    const float code = half_at(halves, g) * per_unit;
+    exact &= std::fabs(code) <= 127.0f && code == std::nearbyint(code);
+    out[(size_t)g * kLanes + lane] = exact ? (uint8_t)(int8_t)code : 0;
+  }
+  return exact;
+}
+
+// A row's scales and minima; false where bytes cannot hold them.
+bool pack_scales_and_minima(const Linear& w, const SourceRow& in, int lane, uint8_t* panel) {
+  uint8_t *scales = panel + w.scales_offset, *minima = panel + w.extra_offset;
+  const bool both = w.zero == Zero::kMinimum;
+  if (w.scales != Scales::kByte) {
+    pack_scales(w, in.scales, lane, scales);
+    if (both) pack_scales(w, in.minima, lane, minima);
+    return true;
+  }
+  const int of_scales = power_of(in.scales, w.groups), of_minima = both ? power_of(in.minima, w.groups) : of_scales;
+  panel[w.powers_offset + lane] = (uint8_t)(of_scales + 127);
+  panel[w.powers_offset + kLanes + lane] = (uint8_t)(of_minima - of_scales + 127);
+  return pack_bytes(w, in.scales, of_scales, lane, scales) && (!both || pack_bytes(w, in.minima, of_minima, lane, minima));
+}
+
+bool pack_row(const Source& s, const Linear& w, int lane, int row, uint8_t* panel, std::vector<uint8_t>& scratch) {
+  if (s.kind != WeightKind::kInteger) return pack_floats(s, w, lane, row, panel), true;
   const SourceRow in = source_row(s, row, scratch);
   pack_codes(s, w, lane, in.codes, panel);
-  pack_scales(w, in.scales, lane, panel + w.scales_offset);
-  if (s.zero == Zero::kMinimum) pack_scales(w, in.minima, lane, panel + w.extra_offset);
+  const bool exact = pack_scales_and_minima(w, in, lane, panel);
   if (s.zero == Zero::kAsymmetric)
     pack_values<uint8_t>(w, s.zeros + (size_t)row * w.groups, lane, panel + w.extra_offset);
+  return exact;
 }
 
 }  // namespace
 
 void pack_scales(const Linear& w, const void* in, int lane, uint8_t* out) {
-  w.half_scales ? pack_values<uint16_t>(w, in, lane, out) : pack_values<float>(w, in, lane, out);
+  w.scales == Scales::kHalf ? pack_values<uint16_t>(w, in, lane, out) : pack_values<float>(w, in, lane, out);
 }
 
 Linear plan_linear(const Source& s, bool interleaved) {
@@ -178,7 +222,7 @@ Linear plan_linear(const Source& s, bool interleaved) {
   w.k = s.k;
   w.bits = s.bits;
   w.zero = s.zero;
-  w.half_scales = s.half_scales;
+  w.scales = s.byte_scales ? Scales::kByte : s.half_scales ? Scales::kHalf : Scales::kFloat;
   w.planes = s.planes;
   w.activation_group = s.activation_group;
   w.panels = interleaved ? 2 * round_up(s.n / 2, kLanes) / kLanes : round_up(s.n, kLanes) / kLanes;
@@ -196,6 +240,8 @@ Linear plan_linear(const Source& s, bool interleaved) {
     w.panel_bytes = w.extra_offset;
     if (s.zero == Zero::kMinimum) w.panel_bytes += scale_bytes;
     if (s.zero == Zero::kAsymmetric) w.panel_bytes += (size_t)w.groups * kLanes;
+    w.powers_offset = w.panel_bytes;
+    if (w.scales == Scales::kByte) w.panel_bytes += 2 * kLanes;
     w.panel_bytes = (w.panel_bytes + 63) / 64 * 64;
   } else {
     w.panel_bytes = (size_t)w.k_padded * kLanes * s.bits / 8;
@@ -216,11 +262,14 @@ void fill_panels(Linear& w, std::span<Arena> arenas, ThreadPool& pool, const std
 
 Linear pack_linear(const Source& s, bool interleaved, std::span<Arena> arenas, ThreadPool& pool) {
   Linear w = plan_linear(s, interleaved);
+  std::atomic<bool> exact = true;
   fill_panels(w, arenas, pool, [&](int p, uint8_t* panel) {
     std::vector<uint8_t> scratch;
     for (int lane = 0; lane < kLanes; ++lane)  // zero scales elsewhere: a padded row yields zero
-      if (const int row = row_of(s, interleaved, p, lane); row >= 0) pack_row(s, w, lane, row, panel, scratch);
+      if (const int row = row_of(s, interleaved, p, lane); row >= 0)
+        if (!pack_row(s, w, lane, row, panel, scratch)) exact = false;
   });
+  if (!exact) throw std::invalid_argument("scales and minima must be -127 to 127 times a power of two of their row");
   return w;
 }
 

@@ -34,6 +34,7 @@ struct Source {
   int n = 0, k = 0, bits = 32, group = 0;  // group 0: one scale a row
   Zero zero = Zero::kSymmetric;
   bool half_scales = false;
+  bool byte_scales = false;  // halves that pack into Scales::kByte: -127 to 127 times a power of two of their row
   int planes = 0, activation_group = 0;  // as in Linear
   const uint8_t* codes = nullptr;
   const void *scales = nullptr, *minima = nullptr;
@@ -70,8 +71,9 @@ Linear plan_linear(const Source&, bool interleaved);
 // Each of `arenas` takes the share of one thread, which fills it panel by panel: the system puts the pages near the thread
 // that touches them first.
 void fill_panels(Linear&, std::span<Arena> arenas, ThreadPool&, const std::function<void(int panel, uint8_t* memory)>& fill);
+// Raises std::invalid_argument for scales that the bytes asked for cannot hold.
 Linear pack_linear(const Source&, bool interleaved, std::span<Arena> arenas, ThreadPool&);
-// A row's scales or minima into those of its panel.
+// A row's scales or minima, floats or halves, into those of its panel.
 void pack_scales(const Linear&, const void* in, int lane, uint8_t* out);
 
 uint16_t round_to_bf16(float);

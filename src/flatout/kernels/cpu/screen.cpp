@@ -153,7 +153,7 @@ void collect_panel(const Linear& w, const uint8_t* codes, const uint8_t* scales,
       std::memcpy(panel + (size_t)k * kLanes + 4 * lane, &four, 4);
     }
   for (; k < w.k_padded; k += 4) store(panel + (size_t)k * kLanes, splat_i32((int32_t)0x80808080u));
-  if (w.half_scales)
+  if (w.scales == Scales::kHalf)
     collect_scales<uint16_t>(w, scales, rows, panel + w.scales_offset);
   else
     collect_scales<float>(w, scales, rows, panel + w.scales_offset);

@@ -248,9 +248,30 @@ static inline i32x16 widen_u8(const uint8_t* p) {
   return load<i32x16>(v);
 #endif
 }
-// A panel's scales or minima of group g.
+static inline i32x16 widen_i8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return i32x16((IntPart)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+                (IntPart)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))));
+#else
+  int32_t v[16];
+  for (int i = 0; i < 16; ++i) v[i] = p[i];
+  return load<i32x16>(v);
+#endif
+}
+// A panel's scales or minima of group g, bytes as they are.
 static inline f32x16 load_scale(const Linear& w, const uint8_t* base, int g) {
-  return w.half_scales ? from_half((const uint16_t*)base + g * kLanes) : load<f32x16>((const float*)base + g * kLanes);
+  if (w.scales == Scales::kByte) return to_float(widen_i8((const int8_t*)base + g * kLanes));
+  return w.scales == Scales::kHalf ? from_half((const uint16_t*)base + g * kLanes)
+                                   : load<f32x16>((const float*)base + g * kLanes);
+}
+// The powers that a panel's bytes count: of scales, and of minima over those of scales.
+static inline f32x16 scale_powers(const Linear& w, const uint8_t* panel) {
+  return (f32x16)(widen_u8(panel + w.powers_offset) << 23);
+}
+static inline f32x16 minimum_powers(const Linear& w, const uint8_t* panel) {
+  return (f32x16)(widen_u8(panel + w.powers_offset + kLanes) << 23);
 }
 // 64 integers in [-128, 127] (SIGNED) or [0, 255] as bytes.
 template <bool SIGNED>
