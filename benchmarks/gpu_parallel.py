@@ -39,7 +39,8 @@ from flatout.engine.scheduler import MAX_DRAFTED_ROWS
 from flatout.kernels import gpu, gpu_attention, gpu_linear
 from flatout.kernels.gpu import Exchange
 from flatout.perf.gpu_routes import Setting, attention_settings, few_settings, tune
-from gpu_engine import LLAMA_8B, RECIPES, Bench, Wordless, ceilings, check, median_ms, save, table
+from gpu_checks import check
+from gpu_engine import LLAMA_8B, RECIPES, Bench, Wordless, ceilings, median_ms, save, table
 
 SILENCE_S = 90
 _begin = time.perf_counter()
