@@ -96,6 +96,8 @@ ROWS = [
 ]
 """(kind, shape, recipe, sequences, prompt)."""
 NEW_TOKENS = 128
+POWER_S = 1.5
+"""Least seconds of which the power is the mean: the card renews its energy counter every 20 to 100 ms."""
 
 
 class Wordless:
@@ -192,13 +194,16 @@ class Bench:
         return Engine(runner, Wordless(), max_batch=sequences, prefix_reuse=False, speculator=speculator)
 
     def decode(self, sequences: int, prompt: int, new: int = NEW_TOKENS) -> dict[str, Any]:
-        """Steps in which all sequences get a token."""
-        engine = self.engine(sequences, prompt + new + 64)
+        """Steps in which all sequences get a token. One sequence goes on until its power is known."""
+        layers = self.weights.layers
+        goes_on = sequences == 1 and not isinstance(layers, StreamedLayers)
+        more = round(POWER_S / self.decode_floor(1, prompt)) if goes_on else 0
+        engine = self.engine(sequences, prompt + new + more + 64)
         meter = Meter(nvml_counters())
         self._fill(engine, sequences, prompt, min(new, 24))
         while engine.has_work:  # compiles and captures
             engine.step()
-        self._fill(engine, sequences, prompt, new)
+        self._fill(engine, sequences, prompt, new + more)
         seconds: list[float] = []
         tokens = 0
         while engine.has_work:
@@ -208,13 +213,12 @@ class Bench:
                 meter.start()
             begin = time.perf_counter()
             engine.step()
-            if full and len(engine.scheduler.running) == sequences:
+            if full and len(engine.scheduler.running) == sequences and len(seconds) < new:
                 seconds.append(time.perf_counter() - begin)
                 tokens = len(engine.scheduler.running[0].tokens)
         energy = meter.stop()
         context = tokens - len(seconds) / 2
         floor = self.decode_floor(sequences, context)
-        layers = self.weights.layers
         if isinstance(layers, StreamedLayers):
             floor = layers.streamed_bytes / self.peaks["host"]
         # The stretch ends with steps of fewer sequences, which are few.
@@ -227,22 +231,28 @@ class Bench:
         """One prompt to its first token."""
         engine = self.engine(1, prompt + 64)
         meter = Meter(nvml_counters())
-        seconds = []
-        for i in range(10):
-            if i == 3:
-                meter.start()
+        seconds: list[float] = []
+
+        def once() -> None:
             self._fill(engine, 1, prompt, 1)
             begin = time.perf_counter()
             while engine.has_work:
                 engine.step()
             seconds.append(time.perf_counter() - begin)
+
+        for _ in range(3):
+            once()
+        count = max(7, round(POWER_S / seconds[-1]))
+        meter.start()
+        for _ in range(count):
+            once()
         energy = meter.stop()
         linears = 2.0 * prompt * sum(w.n * w.k for layer in self.weights.layers for w in layer.linears)
         attention = 2.0 * prompt**2 * self.spec.q_size * self.spec.num_layers
         fast = "fp8" if self.recipe.layers == "fp8" else "bf16"
         floor = linears / self.peaks[fast] + attention / self.peaks["bf16"]
-        joules = {k: v / 7 / prompt for k, v in energy.joules.items()}
-        return self.row(seconds[3:], prompt, floor, joules, energy.missing)
+        joules = {k: v / count / prompt for k, v in energy.joules.items()}
+        return self.row(seconds[3:10], prompt, floor, joules, energy.missing)
 
     def decode_floor(self, sequences: int, context: float) -> float:
         size = 1 if self.recipe.kv_cache == "fp8" else 2

@@ -20,7 +20,7 @@ from flatout.errors import ModelFileError, ResourceError
 
 FLAGS = {
     "doctor": {"--json"},
-    "profile": {"--batch", "--prompt", "--output", "--threads", "--tune", "--json"},
+    "profile": {"--batch", "--prompt", "--output", "--threads", "--tune", "--power-cap", "--json"},
     "optimize": {
         "--out", "--max-loss", "--recipe", "--objective", "--workload", "--text", "--trace", "--portable",
         "--max-memory", "--dollars-per-hour", "--threads", "--recover", "--fresh", "--resume", "--json",

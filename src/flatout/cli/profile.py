@@ -13,7 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flatout.cli.output import aligned, log, print_json
 from flatout.core.types import Workload
-from flatout.errors import BackendError
+from flatout.engine.load import shape_and_recipe
+from flatout.errors import BackendError, ConfigError
+from flatout.perf.power import H100, capped
 from flatout.perf.profile import Profile
 from flatout.perf.profile import profile as run_profile
 from flatout.perf.timing import Progress as Callback
@@ -29,10 +31,19 @@ def profile(
         bool,
         typer.Option(help="Measure how this GPU's kernels are best launched for such steps, and keep it."),
     ] = False,
+    power_cap: Annotated[
+        str | None,
+        typer.Option(
+            help="Predict, without a GPU, what power limits of an H100 would do, e.g. 700,500,300 watts."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: ceilings, floor, ops.")] = False,
 ) -> None:
     """Measure where the time of a model goes, and how far each op is from the least time it could take."""
     workload = Workload(batch=batch, prompt=prompt, output=output)
+    if power_cap is not None:
+        _power(model, workload, _limits(power_cap), as_json)
+        return
     if tune:
         _tune(model, workload, as_json)
         return
@@ -62,6 +73,38 @@ def _tune(model: str, workload: Workload, as_json: bool) -> None:
             aligned([[kernel, " ".join(map(str, setting))] for kernel, setting in found.items()], right=False)
         )
         log(f"kept in {path}")
+
+
+def _limits(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            "power limits are watts with commas between", repr(text), "--power-cap 700,500,300"
+        ) from error
+
+
+def _power(model: str, workload: Workload, limits: list[float], as_json: bool) -> None:
+    """Predictions alone: no limit is set, and nothing runs."""
+    spec, recipe = shape_and_recipe(model)
+    found = [capped(spec, recipe, H100, workload, limit) for limit in limits]
+    if as_json:
+        print_json({"model": model, "recipe": recipe, "workload": workload, "card": H100, "predicted": found})
+        return
+    rows = [["limit W", "step", "MHz", "W", "ms (interval)", "tokens/s", "J/token (interval)"]]
+    for times in found:
+        for name, step in (("prefill", times.prefill), ("decode", times.decode)):
+            ms, joules = step.seconds, step.joules_per_token
+            rows.append([
+                f"{times.limit_w:g}", name, f"{step.clock_hz / 1e6:,.0f}", f"{step.watts:.0f}",
+                f"{1e3 * ms.mid:,.3f} ({1e3 * ms.low:,.3f} to {1e3 * ms.high:,.3f})",
+                f"{step.tokens_per_s:,.0f}",
+                f"{joules.mid:.3g} ({joules.low:.2g} to {joules.high:.2g})",
+            ])  # fmt: skip
+    print(
+        f"predicted, not measured: {model} ({recipe.name}) on an {H100.name} under power limits\n"
+        f"batch {workload.batch}, prompt {workload.prompt}, output {workload.output}\n\n{aligned(rows)}"
+    )
 
 
 @contextmanager

@@ -228,6 +228,15 @@ def _open(
     return assemble(checkpoint, recipe, True, checkpoint.forget), words.get, tokens
 
 
+def shape_and_recipe(model: str | Path) -> tuple[ModelSpec, Recipe]:
+    """Of an artifact, or of a checkpoint as it is stored; no weights are packed."""
+    if is_artifact(model):
+        loaded, _, _ = load_artifact(model)
+        return loaded.spec, loaded.recipe
+    checkpoint = open_checkpoint(model)
+    return checkpoint.spec, native_recipe(checkpoint, kv_cache="bf16")
+
+
 def choose_runner(runner: str) -> str:
     """`runner`, or for "auto" the one that this installation has. Raises ConfigError for another name."""
     if runner not in RUNNERS:

@@ -21,15 +21,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from flatout.core.artifact import is_artifact, load_artifact
-from flatout.core.checkpoint import open_checkpoint
 from flatout.core.files import write_bytes
 from flatout.core.formats import Recipe
-from flatout.core.fuse import native_recipe
 from flatout.core.sources import cache_dir
 from flatout.core.spec import ModelSpec
 from flatout.engine.cuda import CudaRunner, open_device
 from flatout.engine.cuda_weights import random_weights
+from flatout.engine.load import shape_and_recipe
 from flatout.errors import ConfigError
 from flatout.kernels import gpu, gpu_attention, gpu_linear
 from flatout.kernels.gpu import Card
@@ -276,12 +274,7 @@ def tune_model(
     `context` tokens of that model, and keep it for this machine: the file, and what was measured. Raises
     BackendError without a GPU and ConfigError for steps whose kernels have no settings."""
     open_device()
-    if is_artifact(model):
-        loaded, _, _ = load_artifact(model)
-        spec, recipe = loaded.spec, loaded.recipe
-    else:
-        checkpoint = open_checkpoint(model)
-        spec, recipe = checkpoint.spec, native_recipe(checkpoint, kv_cache="bf16")
+    spec, recipe = shape_and_recipe(model)
     if not supported(recipe, rows):
         raise ConfigError(
             f"kernels for {recipe.name} have settings for up to {max(FEW_ROWS.values())} sequences",
