@@ -15,7 +15,7 @@ def test_the_page_computes_what_it_says() -> None:
     blocks = re.findall(
         r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL
     )
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace: dict[str, Any] = {}
     for code, expected in blocks:
         printed = io.StringIO()
