@@ -51,10 +51,12 @@ def test_products_are_tiled(a: int, b: int, needed: int) -> None:
     assert tiles(a, b) == needed
 
 
-def test_each_column_adds_its_lanes_twice() -> None:
-    """Once for weights, two rows a block, and once for values."""
-    more = dsp_blocks(Shape(columns=5)) - dsp_blocks(Shape(columns=4))
-    assert 2 * 64 <= more < 2 * 64 + 20
+def test_columns_and_heads_of_a_group_add_their_lanes() -> None:
+    """A column adds one multiplier a lane, for weights of two rows; a head of a group one, for values."""
+    four = dsp_blocks(Shape(columns=4, group_heads=3))
+    assert 64 <= dsp_blocks(Shape(columns=5, group_heads=3)) - four < 64 + 20
+    assert 64 <= dsp_blocks(Shape(columns=4, group_heads=4)) - four < 64 + 5
+    assert dsp_blocks(Shape(columns=4, group_heads=8)) == dsp_blocks(Shape(columns=4, group_heads=4))
 
 
 def test_what_does_not_suffice_is_named() -> None:
@@ -162,5 +164,5 @@ def test_the_nearest_thing_that_fits_is_named() -> None:
     with pytest.raises(ResourceError, match=r"layers\.0\.qkv: groups of 32.*try: .*recipe w4a8-g64"):
         compile_model(model, Shape(), 40)
     model = integer_model(tiny_model(tiny_spec(), uniform("w4a8-g32")), 16)
-    with pytest.raises(ResourceError, match=r"positions: 65 > 64; try: positions up to 64"):
+    with pytest.raises(ResourceError, match=r"positions: 65 > 64; try: 64 tokens, context 63"):
         compile_model(model, SHAPE, 65)

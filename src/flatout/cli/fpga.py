@@ -59,7 +59,7 @@ def fpga(
     from flatout.core.formats import uniform
     from flatout.data.passages import load_passages
     from flatout.fpga.boards import board as board_of
-    from flatout.fpga.compile import Shape
+    from flatout.fpga.compile import shape_for
     from flatout.fpga.evaluate import evaluate
     from flatout.fpga.synthesis import find_tool, synthesise
     from flatout.hardware.verilator import require_verilator
@@ -80,7 +80,7 @@ def fpga(
         text += tokenizer.encode(passage.text, add_bos=not text)
         if len(text) > max(tokens, context) + 1:
             break
-    shape = Shape(columns=columns)
+    shape = shape_for(loaded.spec, columns=columns)
     if synth:
         find_tool("yosys")
     found = evaluate(
