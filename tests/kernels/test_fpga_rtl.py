@@ -173,7 +173,9 @@ def test_the_whole_path_reports_what_it_found() -> None:
     assert found.cycles_per_token == found.decode.cycles
     assert (found.decode.context, found.together.tokens) == (20, 2)
     assert 0 < found.mbu < 1
-    with pytest.raises(ConfigError, match="within a text of 90"):
+    with pytest.raises(ConfigError, match=r"within a text of 30.*at most 29"):
+        evaluate(model, BOARDS["kv260"], text[:30], shape=SHAPE, tokens=7, context=30)
+    with pytest.raises(ResourceError, match="positions: 91 > 64; try: 64 tokens, context 63"):
         evaluate(model, BOARDS["kv260"], text, shape=SHAPE, tokens=7, context=90)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import tiny_model, tiny_spec
 
 from flatout.core.formats import uniform
-from flatout.errors import BackendError, ConfigError
+from flatout.errors import BackendError, ConfigError, ResourceError
 from flatout.fpga.chip import write_chip
 from flatout.fpga.compile import Compiled, Shape, cache_region, compile_model
 from flatout.fpga.emit import emit
@@ -85,3 +85,5 @@ def test_vendor_files_hold_the_design(tmp_path: Path) -> None:
     compile((tmp_path / "driver.py").read_text(), "driver.py", "exec")
     with pytest.raises(ConfigError, match="beats of 64 bytes"):
         emit(compiled(16, 1), tmp_path)
+    with pytest.raises(ResourceError, match=r"output folder must be writable.*weights\.bin"):
+        emit(design, tmp_path / "weights.bin")

@@ -36,6 +36,13 @@ def test_an_unknown_board_is_answered_with_the_nearest(capsys: pytest.CaptureFix
     assert (error["value"], error["remedy"]) == ("'kv26'", "kv260")
 
 
+def test_a_page_that_cannot_be_written_is_refused_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fpga", "smollm2-135m", "--report", str(tmp_path / "none" / "page.html")]) == 2
+    assert "folder of the report must exist" in capsys.readouterr().err
+
+
 def test_a_missing_simulator_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
