@@ -29,7 +29,7 @@ from flatout.core.formats import uniform
 from flatout.core.types import to_json
 from flatout.data.passages import Passage, load_passages
 from flatout.fpga.boards import BOARDS
-from flatout.fpga.compile import Shape, compile_model
+from flatout.fpga.compile import Shape, compile_model, shape_for
 from flatout.fpga.evaluate import losses, memory_model
 from flatout.fpga.model import IntegerModel, KeyValues, forward, integer_model
 from record import measured_here, write
@@ -61,8 +61,7 @@ def trace_rtl(model: str, recipe: str, tokens: int) -> dict[str, Any]:
         text += checkpoint.tokenizer.encode(passage.text)
         if len(text) >= tokens:
             break
-    shape = Shape()
-    design = compile_model(integers, shape, tokens)
+    design = compile_model(integers, shape_for(integers.spec), tokens)
     found = trace(
         design, np.array(text[:tokens]), memory_model(BOARDS["kv260"], CLOCK_MHZ), lambda *a: say(*a)
     )
@@ -94,7 +93,7 @@ def speculate(model: str, recipe: str, tokens: int, columns: int) -> dict[str, A
     rows = []
     for kind in ("repeat", "code", "prose"):
         prompt = np.array(prompts(kind, checkpoint))
-        shape = Shape(columns=columns)
+        shape = shape_for(integers.spec, columns=columns)
         design = compile_model(integers, shape, len(prompt) + tokens + 2 * columns)
         found = decode(design, prompt, tokens, memory_model(BOARDS["kv260"], CLOCK_MHZ), lambda *a: say(*a))
         answer = checkpoint.tokenizer.decode(list(found.tokens))

@@ -119,6 +119,14 @@ def test_beats_of_eight_bytes() -> None:
 
 @pytest.mark.fpga
 @simulated
+def test_eight_tokens_share_each_weight() -> None:
+    """With fewer units for weighing values than columns, and heads of one chunk."""
+    shape = dataclasses.replace(SHAPE, columns=8, group_heads=2, head_chunks=1)
+    run(compiled(shape=shape), [8, 1, 5, 8, 3], MemoryModel(latency=7))
+
+
+@pytest.mark.fpga
+@simulated
 def test_cascades_of_dsp_blocks_are_the_plain_sums() -> None:
     """rtl/mac_chain.sv with our model of a DSP48E2; AMD's own is not in this repository."""
     run(compiled(), [2, 1], MemoryModel(), primitives=Path(__file__).parents[1] / "rtl" / "DSP48E2.sv")
@@ -165,7 +173,9 @@ def test_the_whole_path_reports_what_it_found() -> None:
     assert found.cycles_per_token == found.decode.cycles
     assert (found.decode.context, found.together.tokens) == (20, 2)
     assert 0 < found.mbu < 1
-    with pytest.raises(ConfigError, match="within a text of 90"):
+    with pytest.raises(ConfigError, match=r"within a text of 30.*at most 29"):
+        evaluate(model, BOARDS["kv260"], text[:30], shape=SHAPE, tokens=7, context=30)
+    with pytest.raises(ResourceError, match="positions: 91 > 64; try: 64 tokens, context 63"):
         evaluate(model, BOARDS["kv260"], text, shape=SHAPE, tokens=7, context=90)
 
 
@@ -212,7 +222,9 @@ def test_a_pass_refuses_what_it_cannot_hold() -> None:
 def test_a_model_that_does_not_fit_is_told_every_limit() -> None:
     with pytest.raises(ResourceError, match=r"hidden size 64 is not a multiple of 128.*and \d+ more"):
         compiled(shape=Shape(lanes=128, columns=2))
-    with pytest.raises(ResourceError, match=r"query heads a key head: 2 > 1"):
+    with pytest.raises(ResourceError, match=r"query heads a key head: 2 > 1; try: columns=2"):
         compiled(shape=dataclasses.replace(SHAPE, columns=1))
+    with pytest.raises(ResourceError, match=r"chunks of a head: 2 > 1"):
+        compiled(shape=dataclasses.replace(SHAPE, lanes=8, head_chunks=1))
     with pytest.raises(ConfigError, match="one of 256 rows"):
         compiled(shape=dataclasses.replace(SHAPE, rows_log2=9))

@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import tiny_model, tiny_spec
 
 from flatout.core.formats import uniform
-from flatout.errors import ConfigError
+from flatout.errors import BackendError, ConfigError, ResourceError
 from flatout.fpga.chip import write_chip
 from flatout.fpga.compile import Compiled, Shape, cache_region, compile_model
 from flatout.fpga.emit import emit
@@ -41,13 +41,16 @@ def test_cells_of_submodules_are_counted_as_often_as_they_occur() -> None:
     stat = {
         "modules": {
             "\\accelerator": {"num_cells_by_type": {"column": 3, "FDRE": 5}},
-            "\\column": {"num_cells_by_type": {"half": 2, "LUT6": 7}},
+            "\\column": {"num_cells_by_type": {"half": 2, "LUT6": 5, "INV": 2}},
             "\\half": {"num_cells_by_type": {"DSP48E2": 1, "RAM32M16": 1, "RAMB18E2": 1, "FDSE": 2}},
         }
     }
     found = summary(count_cells(stat), "xcup", 1.0, "yosys")
     assert (found.dsps, found.ffs, found.luts) == (6, 5 + 12, 21 + 6 * 8)
     assert (found.memory_luts, found.bram36) == (48, 3)
+    stat["modules"]["\\half"]["num_cells_by_type"] |= {"$add": 1}
+    with pytest.raises(BackendError, match=r"found: \$add"):
+        count_cells(stat)
 
 
 def test_a_chip_holds_the_whole_image_and_program(tmp_path: Path) -> None:
@@ -82,3 +85,5 @@ def test_vendor_files_hold_the_design(tmp_path: Path) -> None:
     compile((tmp_path / "driver.py").read_text(), "driver.py", "exec")
     with pytest.raises(ConfigError, match="beats of 64 bytes"):
         emit(compiled(16, 1), tmp_path)
+    with pytest.raises(ResourceError, match=r"output folder must be writable.*weights\.bin"):
+        emit(design, tmp_path / "weights.bin")

@@ -36,6 +36,13 @@ def test_an_unknown_board_is_answered_with_the_nearest(capsys: pytest.CaptureFix
     assert (error["value"], error["remedy"]) == ("'kv26'", "kv260")
 
 
+def test_a_page_that_cannot_be_written_is_refused_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fpga", "smollm2-135m", "--report", str(tmp_path / "none" / "page.html")]) == 2
+    assert "folder of the report must exist" in capsys.readouterr().err
+
+
 def test_a_missing_simulator_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,10 +58,12 @@ def test_products_are_tiled(a: int, b: int, needed: int) -> None:
     assert tiles(a, b) == needed
 
 
-def test_each_column_adds_its_lanes_twice() -> None:
-    """Once for weights, two rows a block, and once for values."""
-    more = dsp_blocks(Shape(columns=5)) - dsp_blocks(Shape(columns=4))
-    assert 2 * 64 <= more < 2 * 64 + 20
+def test_columns_and_heads_of_a_group_add_their_lanes() -> None:
+    """A column adds one multiplier a lane, for weights of two rows; a head of a group one, for values."""
+    four = dsp_blocks(Shape(columns=4, group_heads=3))
+    assert 64 <= dsp_blocks(Shape(columns=5, group_heads=3)) - four < 64 + 20
+    assert 64 <= dsp_blocks(Shape(columns=4, group_heads=4)) - four < 64 + 5
+    assert dsp_blocks(Shape(columns=4, group_heads=8)) == dsp_blocks(Shape(columns=4, group_heads=4))
 
 
 def test_what_does_not_suffice_is_named() -> None:
@@ -162,5 +171,5 @@ def test_the_nearest_thing_that_fits_is_named() -> None:
     with pytest.raises(ResourceError, match=r"layers\.0\.qkv: groups of 32.*try: .*recipe w4a8-g64"):
         compile_model(model, Shape(), 40)
     model = integer_model(tiny_model(tiny_spec(), uniform("w4a8-g32")), 16)
-    with pytest.raises(ResourceError, match=r"positions: 65 > 64; try: positions up to 64"):
+    with pytest.raises(ResourceError, match=r"positions: 65 > 64; try: 64 tokens, context 63"):
         compile_model(model, SHAPE, 65)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flatout.cli.output import Progress, aligned, log, print_json
+from flatout.errors import ConfigError
 
 if TYPE_CHECKING:
     from flatout.fpga.boards import Board
@@ -59,12 +60,14 @@ def fpga(
     from flatout.core.formats import uniform
     from flatout.data.passages import load_passages
     from flatout.fpga.boards import board as board_of
-    from flatout.fpga.compile import Shape
+    from flatout.fpga.compile import shape_for
     from flatout.fpga.evaluate import evaluate
     from flatout.fpga.synthesis import find_tool, synthesise
     from flatout.hardware.verilator import require_verilator
 
     target = board_of(board)
+    if report and not Path(report).absolute().parent.is_dir():
+        raise ConfigError("the folder of the report must exist", report, "another folder")
     if explore:
         return _explore(model, target, context, as_json)
     require_verilator()
@@ -80,20 +83,16 @@ def fpga(
         text += tokenizer.encode(passage.text, add_bos=not text)
         if len(text) > max(tokens, context) + 1:
             break
-    shape = Shape(columns=columns)
+    shape = shape_for(loaded.spec, columns=columns)
     if synth:
         find_tool("yosys")
     found = evaluate(
         loaded, target, np.array(text), shape=shape,
         synthesise=(lambda: synthesise(shape, "xcup")) if synth else None,
         tokens=tokens, context=context,
-        answer=answer, out=Path(out) if out else None,        progress=None if as_json else Progress(),
+        answer=answer, out=Path(out) if out else None,
+        progress=None if as_json else Progress(),
     )  # fmt: skip
-    if report:
-        from flatout.core.types import to_json
-        from flatout.report.fpga import render
-
-        Path(report).write_text(render(model, to_json(found)), encoding="utf-8")
     if as_json:
         print_json(found)
     else:
@@ -122,6 +121,12 @@ def fpga(
         rows += [["does not fit", reason] for reason in found.fit.why_not]
         rows += [["resources", found.fit.tier], ["not done", "place and route, timing, any FPGA"]]
         print(aligned(rows, right=False))
+    if report:
+        from flatout.core.files import write_bytes
+        from flatout.core.types import to_json
+        from flatout.report.fpga import render
+
+        write_bytes(Path(report), render(model, to_json(found)).encode())
     same = found.speculative is None or found.speculative.identical
     return 0 if found.bit_exact and same and found.fit.fits else 3
 

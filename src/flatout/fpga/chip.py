@@ -65,7 +65,8 @@ def write_chip(compiled: Compiled, folder: Path) -> str:
         )
     bits = np.unpackbits(compiled.image[:fixed], axis=1, bitorder="little").astype("U1")
     values = parameters(shape)
-    del values["C"], values["CB"]
+    for name in ("C", "CB", "GROUP", "HEAD_CHUNKS"):  # as accelerator.sv has them
+        del values[name]
     values |= {
         "INSTRUCTIONS": len(compiled.program), "FIXED": fixed, "CACHE_LOG2": (cache - 1).bit_length(),
         "BLOCK_TOKENS": compiled.block_tokens, "CONTEXT": compiled.context,

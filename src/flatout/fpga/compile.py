@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError, ResourceError
 from flatout.fpga import model as integers
 from flatout.fpga.model import IntegerLinear, IntegerModel, KeyValues
@@ -22,10 +23,13 @@ from flatout.fpga.spec import FRACTIONS
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """What one generated accelerator can hold. lanes: 8-bit weights in a beat, columns: tokens (or query
-    heads) that share a beat. The rest: sizes of memories, in powers of two."""
+    heads) that share a beat, group_heads: query heads that share a key head, head_chunks: beats of a head,
+    1 to 4. The rest: sizes of memories, in powers of two."""
 
     lanes: int = 64
     columns: int = 4
+    group_heads: int = 4
+    head_chunks: int = 4
     program_log2: int = 10
     rows_log2: int = 8
     codes_log2: int = 6
@@ -40,8 +44,21 @@ class Shape:
         return self.lanes // 2
 
     @property
+    def weighing(self) -> int:
+        """Units that weigh values by the softmax: one for each query head of a group that has a column."""
+        return min(self.group_heads, self.columns)
+
+    @property
     def column_log2(self) -> int:
         return max(1, (self.columns - 1).bit_length())
+
+
+def shape_for(spec: ModelSpec, lanes: int = 64, columns: int = 4) -> Shape:
+    """An accelerator that attends as models of this spec do, and no more."""
+    return Shape(
+        lanes=lanes, columns=columns, group_heads=spec.num_heads // spec.num_kv_heads,
+        head_chunks=min(4, -(-spec.head_dim // lanes)),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,8 +111,13 @@ def check_shape(model: IntegerModel, shape: Shape, context: int) -> None:
             wrong.append((f"{name}: width {width} is not within {4 * lanes}..{63 * lanes}", f"{nearest}"))
     heads = spec.num_heads // spec.num_kv_heads
     rows = vector_rows(model, shape)["end"]
+    positions = min(1 << shape.context_log2, spec.max_positions)
+    remedies = {
+        "query heads a key head": f"columns={heads}",
+        "positions": f"{positions} tokens, context {positions - 1}",
+    }
     for name, found, limit in (
-        ("query heads a key head", heads, shape.columns),
+        ("query heads a key head", heads, shape.weighing),
         ("query heads", spec.num_heads, 1 << shape.heads_log2),
         ("rows of vector memory", rows, 1 << shape.rows_log2),
         (
@@ -103,11 +125,11 @@ def check_shape(model: IntegerModel, shape: Shape, context: int) -> None:
             max(spec.intermediate_size, shape.columns * spec.kv_size) // lanes,
             1 << shape.codes_log2,
         ),
-        ("chunks of a head", spec.head_dim // lanes, 4),
-        ("positions", context, min(1 << shape.context_log2, spec.max_positions)),
+        ("chunks of a head", spec.head_dim // lanes, shape.head_chunks),
+        ("positions", context, positions),
     ):
         if found > limit:
-            wrong.append((f"{name}: {found} > {limit}", f"{name} up to {limit}"))
+            wrong.append((f"{name}: {found} > {limit}", remedies.get(name, f"{name} up to {limit}")))
     if wrong:
         shown = "; ".join(what for what, _ in wrong[:4]) + (
             f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""

@@ -136,14 +136,15 @@ def evaluate(
     Raises ConfigError when the text is too short; UnsupportedModelError and ResourceError for a model that
     the accelerator cannot hold; BackendError without a simulator.
     """
-    if not 1 < tokens < len(text) or not 0 <= context < len(text):
-        raise ConfigError(
-            f"tokens and context lie within a text of {len(text)}", f"{tokens} and {context}", "fewer"
-        )
     say = progress or (lambda what, done, total: None)
     integers = integer_model(model, shape.lanes)
     room = PROMPT + answer + 2 * shape.columns if answer else 0
     design = compile_model(integers, shape, max(tokens, context + 1, room))
+    if not 1 < tokens < len(text) or not 0 <= context < len(text):
+        raise ConfigError(
+            f"tokens and context lie within a text of {len(text)}", f"{tokens} and {context}",
+            f"at most {len(text) - 1}",
+        )  # fmt: skip
     if out is not None:
         emit(design, out, CLOCKS_MHZ[-1])
     memory = memory_model(board, CLOCKS_MHZ[-1])

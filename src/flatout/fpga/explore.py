@@ -16,7 +16,7 @@ import numpy as np
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError, ResourceError
 from flatout.fpga.boards import Board
-from flatout.fpga.compile import Compiled, Shape, check_shape, compile_model
+from flatout.fpga.compile import Compiled, check_shape, compile_model, shape_for
 from flatout.fpga.cycles import predict_cycles
 from flatout.fpga.evaluate import memory_model
 from flatout.fpga.fit import fit
@@ -70,7 +70,7 @@ def _designs(
     width = int(spec.intermediate_size * kept) // lanes * lanes
     model = blank_model(replace(spec, intermediate_size=width), bits, lanes)
     bus, memory = lanes * clock_mhz * 1e6, memory_model(board, clock_mhz)
-    most = Shape(lanes=lanes, columns=max(COLUMNS))
+    most = shape_for(spec, lanes, max(COLUMNS))
     compiled: Compiled | None = None
     for columns in COLUMNS:
         shape, reasons = replace(most, columns=columns), []

@@ -62,7 +62,7 @@ def dsp_blocks(shape: Shape) -> int:
     vector = shape.words * lane + tiles(13, 17)
     read_out = max(1, lanes // 16) * rescale
     addresses = 4 * tiles(17, 9) + 2 * tiles(12, 9)
-    return columns * (dots + scaling + silu + weighing) + vector + read_out + addresses
+    return columns * (dots + scaling + silu) + shape.weighing * weighing + vector + read_out + addresses
 
 
 def block_rams(shape: Shape) -> int:

@@ -63,6 +63,7 @@ def parameters(shape: Shape) -> dict[str, int]:
         "KW": shape.lanes, "C": shape.columns, "CB": shape.column_log2, "PC": shape.program_log2,
         "ROWS_LOG2": shape.rows_log2, "CODES_LOG2": shape.codes_log2, "CONTEXT_LOG2": shape.context_log2,
         "FIFO_LOG2": shape.fifo_log2, "BURST_LOG2": shape.burst_log2, "HEADS_LOG2": shape.heads_log2,
+        "GROUP": shape.weighing, "HEAD_CHUNKS": shape.head_chunks,
     }  # fmt: skip
 
 

@@ -50,7 +50,8 @@ _LUTS_OF_MEMORY = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Synthesis:
-    """Cells of a whole design by kind. luts includes those that are memories or shift registers."""
+    """Cells of a whole design by kind. luts includes inverters and those that are memories or shift
+    registers."""
 
     family: str
     luts: int
@@ -148,7 +149,8 @@ def synthesise(shape: Shape, family: str) -> Synthesis:
         started = time.monotonic()
         run_yosys(
             f"read_verilog -sv {FAMILIES[family]} {names};"
-            f" synth_xilinx -family {family} -top accelerator -noiopad;"
+            # Its last step reads modules with cells of the vendor again and forgets what was made of them.
+            f" synth_xilinx -family {family} -top accelerator -noiopad -run begin:check;"
             " tee -q -o stat.json stat -json",
             folder,
         )
@@ -159,7 +161,8 @@ def synthesise(shape: Shape, family: str) -> Synthesis:
 
 
 def count_cells(stat: dict[str, dict[str, dict[str, dict[str, int]]]]) -> dict[str, int]:
-    """Cells of the top module of `stat -json`, those of its submodules included."""
+    """Cells of the top module of `stat -json`, those of its submodules included. Raises BackendError for what
+    was not synthesised."""
     modules = {name.lstrip("\\"): m["num_cells_by_type"] for name, m in stat["modules"].items()}
 
     def inside(name: str) -> dict[str, int]:
@@ -170,12 +173,17 @@ def count_cells(stat: dict[str, dict[str, dict[str, dict[str, int]]]]) -> dict[s
                 total[cell] = total.get(cell, 0) + count * each
         return total
 
-    return dict(sorted(inside("accelerator").items()))
+    cells = dict(sorted(inside("accelerator").items()))
+    if rest := [name for name in cells if name.startswith("$")]:
+        raise BackendError(
+            "all cells of a synthesised design are the device's", ", ".join(rest), "a report of this as a bug"
+        )
+    return cells
 
 
 def summary(cells: dict[str, int], family: str, seconds: float, tool: str) -> Synthesis:
     memory = sum(_LUTS_OF_MEMORY.get(name, 0) * n for name, n in cells.items())
-    luts = sum(n for name, n in cells.items() if re.fullmatch(r"LUT\d(_2)?", name))
+    luts = sum(n for name, n in cells.items() if re.fullmatch(r"INV|LUT\d(_2)?", name))
     return Synthesis(
         family=family,
         luts=luts + memory,

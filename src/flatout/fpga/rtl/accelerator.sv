@@ -14,6 +14,8 @@ module accelerator #(
     parameter int FIFO_LOG2 = 9,
     parameter int BURST_LOG2 = 6,
     parameter int HEADS_LOG2 = 5,  // query heads
+    parameter int GROUP = 4,  // query heads that share a key head, at most C
+    parameter int HEAD_CHUNKS = 4,  // of a head
     parameter int VL = KW / 2,
     parameter int BITS = KW * 8
 ) (
@@ -277,9 +279,10 @@ module accelerator #(
   assign logit_pair = four_bits;
   always_comb for (int c = 0; c < C; c++) logits[c*64+:64] = {word1[c*32+:32], word0[c*32+:32]};
   attention #(
-      .KW(KW), .C(C), .CONTEXT_LOG2(CONTEXT_LOG2)
+      .KW(KW), .C(GROUP), .HEAD_CHUNKS(HEAD_CHUNKS), .CONTEXT_LOG2(CONTEXT_LOG2)
   ) attend (
-      .clk, .rst, .use_column, .keys, .ready, .ready_unit, .word(word0), .values, .take, .unit, .take1, .first_unit1,
+      .clk, .rst, .use_column(use_column[GROUP-1:0]), .keys, .ready(ready[GROUP-1:0]), .ready_unit,
+      .word(word0[GROUP*32-1:0]), .values, .take, .unit, .take1, .first_unit1,
       .chunk1(chunk1[1:0]), .scale1(scale1[15:0]), .beat1, .finish, .code_factor, .head_chunks, .group_heads, .drained,
       .write(attention_write), .write_at(attention_at), .write_words(attention_words)
   );

@@ -1,9 +1,11 @@
 // Scores of a key head's queries as they become ready, then weighted sums of its values, divided and read out.
 //
-// A column is a query head. The sequencer says which phase it is; keys and values come from the walker.
+// A column is a query head: only the first columns of the accelerator have one. The sequencer says which phase it is; keys
+// and values come from the walker.
 module attention #(
     parameter int KW = 64,
     parameter int C = 4,
+    parameter int HEAD_CHUNKS = 4,
     parameter int CONTEXT_LOG2 = 11,
     parameter int BITS = KW * 8,
     parameter int DRAIN = KW < 16 ? 1 : KW / 16,
@@ -69,7 +71,7 @@ module attention #(
     always_ff @(posedge clk)
       if (keys && ready[c] && (ready_unit == 0 || largest < $signed(word[c*32+:32]))) largest <= word[c*32+:32];
     weighted_sum #(
-        .KW(KW)
+        .KW(KW), .CHUNKS(HEAD_CHUNKS)
     ) sums (
         .clk, .valid(value1 && use_column[c]), .first_token(first_unit1), .chunk(chunk1), .score, .largest,
         .scale(scale1), .codes10(beats[9*BITS+:BITS]), .total, .drain_index, .drain(drains[c*DRAIN*48+:DRAIN*48])

@@ -3,6 +3,7 @@
 // `total` sums the weights of whole tokens. Sums are complete 14 cycles after the last `valid`.
 module weighted_sum #(
     parameter int KW = 64,
+    parameter int CHUNKS = 4,  // of a head
     parameter int DRAIN = KW < 16 ? 1 : KW / 16,
     parameter int PLACES = $clog2(KW / DRAIN)
 ) (
@@ -68,7 +69,9 @@ module weighted_sum #(
   logic [PLACES-1:0] drain_word1, drain_word2;
   assign chunk10 = valids[10] ? chunks[19:18] : 2'(drain_index >> PLACES);
   for (genvar l = 0; l < KW; l++) begin : g_lane
-    value_lane lane (
+    value_lane #(
+        .CHUNKS(CHUNKS)
+    ) lane (
         .clk, .valid(valids[10]), .first(firsts[10]), .chunk(chunk10), .weight(weight10), .code(codes10[l*8+:8]),
         .sum(sums[l*48+:48])
     );
@@ -81,7 +84,9 @@ module weighted_sum #(
 endmodule
 
 // Weight times code, added to the sum of its chunk; two cycles later `sum` is that of `chunk`.
-module value_lane (
+module value_lane #(
+    parameter int CHUNKS = 4
+) (
     input logic clk,
     input logic valid,
     input logic first,
@@ -90,11 +95,9 @@ module value_lane (
     input logic [7:0] code,
     output logic [47:0] sum
 );
-  logic signed [47:0] sums[0:3];
   logic signed [34:0] product;
   // Each lane has its own: too much hangs on them.
   (* keep *) logic valid1, first1, valid2, first2;
-  (* keep *) logic [1:0] chunk1, chunk2;
 `ifdef USE_TREE
   // Multipliers of 18 bits: two, and their sum.
   logic signed [20:0] low1, high1;
@@ -112,11 +115,21 @@ module value_lane (
     product <= product1;
   end
 `endif
-  assign sum = sums[chunk2];
+  logic [47:0] next;
+  assign next = (first2 ? 48'sd0 : $signed(sum)) + 48'(product);
   always_ff @(posedge clk) begin
     {valid2, valid1} <= {valid1, valid};
     {first2, first1} <= {first1, first};
-    {chunk2, chunk1} <= {chunk1, chunk};
-    if (valid2) sums[chunk2] <= (first2 ? 48'sd0 : sum) + 48'(product);
+  end
+  if (CHUNKS == 1) begin : g_one
+    always_ff @(posedge clk) if (valid2) sum <= next;
+  end else begin : g_each
+    logic [47:0] sums[0:CHUNKS-1];
+    (* keep *) logic [1:0] chunk1, chunk2;
+    assign sum = sums[chunk2];
+    always_ff @(posedge clk) begin
+      {chunk2, chunk1} <= {chunk1, chunk};
+      if (valid2) sums[chunk2] <= next;
+    end
   end
 endmodule
