@@ -123,7 +123,7 @@ def test_parts_of_a_batch_know_their_mixed_rows() -> None:
     batch = pack(documents(), 24).take(np.arange(8))
     assert 2 < batch.mixed < 8
     for rows in (1, 2, 3, 8):
-        for part in batch.split(rows):
+        for part in batch.split(rows, torch.device("cpu")):
             several = (part.documents != part.documents[:, :1]).any(dim=1)
             assert several.tolist() == sorted(several.tolist(), reverse=True)
             assert int(several.sum()) == part.mixed
