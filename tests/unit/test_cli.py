@@ -248,9 +248,9 @@ def test_recovering_climbs_with_the_recipe(
 
     monkeypatch.setattr("flatout.search.recovery.recover", recover)
     arguments = ["optimize", "m", "--out", "o", "--recover", "--recipe", "w4a8-g64", "--max-loss", "3%"]
-    assert main(arguments) == code
+    assert main([*arguments, "--fresh"]) == code
     assert (seen["model"], seen["out"], seen["recipe"]) == ("m", Path("o"), "w4a8-g64")
-    assert seen["max_loss"] == "3%"
+    assert (seen["max_loss"], seen["fresh"]) == ("3%", True)
     assert capsys.readouterr().out == "gptq is certified\nnext: flatout run o\n"
 
 
@@ -262,7 +262,7 @@ def test_recovering_needs_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "option",
     ["--objective energy", "--workload 512+64x1", "--trace t.csv", "--portable vllm", "--max-memory 800MB",
-     "--dollars-per-hour 0", "--fresh"],
+     "--dollars-per-hour 0"],
 )  # fmt: skip
 def test_recovering_refuses_what_only_a_search_reads(
     option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -271,7 +271,7 @@ def test_recovering_refuses_what_only_a_search_reads(
     arguments = ["optimize", "m", "--out", "o", "--recover", "--recipe", "w4a8-g64", *option.split()]
     assert main(arguments) == 2
     name = option.split()[0]
-    rule = "--recover takes --recipe, --max-loss, --text and --threads"
+    rule = "--recover takes --recipe, --max-loss, --text, --threads and --fresh"
     assert f"{rule}; found: {name}; try: without" in capsys.readouterr().err
 
 

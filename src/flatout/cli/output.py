@@ -25,15 +25,17 @@ def log(message: str) -> None:
 
 
 class Progress:
-    """Stages on stderr, one line each; a terminal sees the count move, with the time left."""
+    """Stages on stderr, one line each; a terminal sees the count move, with the time left. What follows a
+    comma in a stage's name may change while it lasts."""
 
     def __init__(self) -> None:
         self._stage, self._start, self._shown = "", 0.0, 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now, last = time.monotonic(), done >= total
-        if stage != self._stage:
-            self._stage, self._start, self._shown = stage, now, 0.0
+        name = stage.partition(",")[0]
+        if name != self._stage:
+            self._stage, self._start, self._shown = name, now, 0.0
         if not sys.stderr.isatty():
             if last:
                 log(stage)
