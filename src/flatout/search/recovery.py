@@ -26,7 +26,7 @@ import numpy as np
 
 from flatout._version import __version__
 from flatout.compress.apply import compress
-from flatout.core.artifact import save_artifact, update_manifest
+from flatout.core.artifact import save_artifact
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.encoder_folder import is_encoder
 from flatout.core.files import sha256_of
@@ -42,6 +42,7 @@ from flatout.engine.runner import Runner
 from flatout.errors import ConfigError
 from flatout.hardware.detect import available_cores
 from flatout.kernels.linear import as_tensor
+from flatout.search.deliver import deliver
 from flatout.search.preflight import check_output
 from flatout.search.recipes import recipe_from_name
 from flatout.search.request import parse_max_loss
@@ -145,9 +146,10 @@ def climb(
             best = kept.save(climbed, better, source.tokenizer)
         assert best is not None
         passed = certificate if certificate is not None and certificate.passed else None
-        save_artifact(best, source.tokenizer, out, {"derived_from": source.sha256, "recovery": climbed})
+        manifest: dict[str, Any] = {"derived_from": source.sha256, "recovery": climbed}
         if passed is not None:
-            update_manifest(out, {"certificate": certificate_to_json(passed)})
+            manifest["certificate"] = certificate_to_json(passed)
+        deliver(best, source.tokenizer, out, manifest, serve(best), serve, texts.validation[0])
         kept.done()
     return Recovery(rungs=tuple(climbed), model=best, certificate=passed)
 
