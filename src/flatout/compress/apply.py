@@ -58,7 +58,7 @@ def apply(source: Source, data: Data, recipe: Recipe) -> tuple[Model, Report]:
         from flatout.compress.inputs import check_understood  # loads PyTorch
 
         check_text(source, data, recipe)
-        check_understood(source, data.documents, numbers=False)
+        check_understood(source, data.documents)
     if recipe.reduces:
         from flatout.compress.reduce import reduced  # loads PyTorch
 
