@@ -26,6 +26,7 @@ import hashlib
 import io
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -320,7 +321,7 @@ def main() -> int:
     if args.table:
         fill_page()
         return 0
-    command = " ".join(["python benchmarks/methods.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/methods.py", *sys.argv[1:]])
     torch.set_num_threads(args.threads)
     short = Path(args.model).name
     if args.speed:
