@@ -185,6 +185,22 @@ def test_a_climb_that_is_killed_in_a_rung_goes_on_there(
     assert steps[0] == on
 
 
+def test_ctrl_c_ends_the_climb_not_the_rung(source: Checkpoint, texts: Texts, tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def interrupt(what: str, step: int, total: int) -> None:
+        if what.startswith("training"):
+            done.append(step)
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    climbing = {"rungs": ("rtn", "full-kd"), "keep": tmp_path / "keep", "progress": interrupt}
+    with pytest.raises(KeyboardInterrupt):
+        ascend(source, texts, tmp_path, 1e-6, **climbing)
+    assert len(ascend(source, texts, tmp_path, 1e-6, **climbing).rungs) == 2
+    assert done == list(range(1, CONFIG.steps + 1))
+
+
 def test_a_recipe_must_leave_the_method_open_and_lose_something(
     source: Checkpoint, texts: Texts, tmp_path: Path
 ) -> None:

@@ -213,7 +213,11 @@ def test_ctrl_c_ends_after_the_step_and_saves(tmp_path: Path) -> None:
     outcome = train(fresh(), text_loss, packed, CONFIG, tmp_path / "a", progress=interrupt)
     assert not outcome.finished
     assert signal.getsignal(signal.SIGINT) is handler
-    resumed = train(fresh(), text_loss, packed, CONFIG, tmp_path / "a")
+    steps: list[int] = []
+    resumed = train(
+        fresh(), text_loss, packed, CONFIG, tmp_path / "a", progress=lambda _, done, __: steps.append(done)
+    )
+    assert steps[0] == outcome.steps + 1 == 7
     assert resumed.finished
     train(fresh(), text_loss, packed, CONFIG, tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")

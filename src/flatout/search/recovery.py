@@ -312,7 +312,7 @@ def distilled(
         seed=config.seed,
     )
     teacher = make_trainable(source.spec, source_weights(source), device=device, frozen=True)
-    train(
+    outcome = train(
         student,
         distillation(teacher, Distillation()),
         pack(documents, config.length),
@@ -321,4 +321,6 @@ def distilled(
         purpose=rung,
         progress=progress,
     )
+    if not outcome.finished:
+        raise KeyboardInterrupt  # the step that it came in is kept
     return to_model(student, start.recipe, kept)

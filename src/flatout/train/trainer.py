@@ -91,7 +91,8 @@ def train(
     first, loss = load_state(folder, parameters, optimizer, identity)
     tokens, warm, began, step = 0, 0.0, time.perf_counter(), first
     with open_log(folder, first, note) as log, _deterministic(device), _patient() as stopping:
-        while step < config.steps and not stopping.is_set():
+        last = step == config.steps
+        while not last:
             start = time.perf_counter()
             batch = data.step(step, config.rows, config.seed)
             total = add_gradients(model, objective, batch, config)
