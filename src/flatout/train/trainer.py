@@ -121,7 +121,8 @@ def train(
             if saving:  # after the log, whose lines are dropped where the state does not reach
                 save_state(folder, parameters, optimizer, step, loss, identity)
             if progress is not None:
-                progress(f"training, loss {loss:.4f}", step, config.steps)
+                known = "" if math.isnan(loss) else f", loss {loss:.4f}"
+                progress(f"training{known}", step, config.steps)
     return Outcome(
         loss=loss,
         steps=step,
