@@ -58,7 +58,7 @@ from flatout.train.distill import Distillation, Objective, distillation, text_lo
 from flatout.train.recipe import encode
 from flatout.train.state import read_log
 from flatout.train.trainable import Trainable, make_trainable, source_weights, to_source
-from flatout.train.trainer import mean_loss, open_device, train
+from flatout.train.trainer import add_gradients, mean_loss, open_device, train
 
 LENGTH, TOGETHER = 512, 16
 CALIBRATION = 16  # rows of the training text whose activations choose what stays
@@ -116,13 +116,10 @@ def pace(bench: Bench, student: Trainable, config: TrainConfig) -> float:
     seconds = []
     for step in range(WARMING + PACE):
         start = time.perf_counter()
-        for part in bench.data.step(step, config.rows, 1).split(config.together):
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = bench.objective(student, part.to(bench.device))
-            loss.backward()
+        loss = add_gradients(student, bench.objective, bench.data.step(step, config.rows, 1), config)
         for tensor in student.trained().values():
             tensor.grad = None
-        float(loss.detach())
+        float(loss)
         seconds.append(time.perf_counter() - start)
     return sorted(seconds[WARMING:])[PACE // 2]
 

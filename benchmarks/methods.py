@@ -26,6 +26,7 @@ import hashlib
 import io
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -49,6 +50,7 @@ from flatout.core.files import write_bytes
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.fuse import assemble, float_recipe
 from flatout.core.model import Model, dense, expected_weights
+from flatout.core.sparsity import parse_sparsity
 from flatout.data.passages import load_passages
 from flatout.engine.cpu import CpuRunner
 from flatout.engine.encoder import Encoder
@@ -76,7 +78,9 @@ ROWS = (
     f"{FOUR}/gptq,head=w4a16-g64-asym,embedding=w4a16-g64-asym",
     "bf16,kv=int8",
     "bf16,kv=int4",
-)
+    *(f"bf16,sparsity={method}-{share}" for share in ("50%", "2:4")
+      for method in ("magnitude", "wanda", "sparsegpt")),
+)  # fmt: skip
 ENCODER_ROWS = (
     "bf16", "w8a8", "w8a16", "w8a8-g32", "w8a8/gptq",
     *(f"{fmt}{method}" for fmt in ("w4a16-g32", "w4a16-g64-asym", "w4a16-g32-asym")
@@ -99,13 +103,16 @@ def read(tokenizer: Any, path: Path | None, split: str) -> list[int]:
 
 
 def bits_per_weight(model: Model) -> float:
-    """Of the layers' linears, packed: codes, 16-bit scales, zeros of as many bits as codes."""
-    bits = weights = 0
+    """Of the layers' linears, packed: codes, 16-bit scales, zeros of as many bits as codes; of n:m, the
+    weights that stay and a bit mask (core/sparse.py)."""
+    sparsity = parse_sparsity(model.recipe.sparsity) if model.recipe.sparsity else None
+    kept, mask = (sparsity.kept / sparsity.of, 1) if sparsity is not None and sparsity.of else (1.0, 0)
+    bits = weights = 0.0
     for name, shape, fmt in expected_weights(model.spec, model.recipe):
         if len(shape) == 2 and name.startswith("layers."):
             n, k = shape
             each = 16 + (fmt.bits if fmt.zero == "asymmetric" else 0) if fmt.is_integer else 0
-            bits += n * k * fmt.bits + n * fmt.groups(k) * each
+            bits += n * k * (fmt.bits * kept + mask) + n * fmt.groups(k) * each
             weights += n * k
     return bits / weights
 
@@ -320,7 +327,7 @@ def main() -> int:
     if args.table:
         fill_page()
         return 0
-    command = " ".join(["python benchmarks/methods.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/methods.py", *sys.argv[1:]])
     torch.set_num_threads(args.threads)
     short = Path(args.model).name
     if args.speed:

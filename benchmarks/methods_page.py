@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, ROOT
+from record import RESULTS, ROOT, without_folders
 
 PAGE = ROOT / "docs" / "methods.md"
 _BEGIN, _END = "<!-- tables -->", "<!-- end of tables -->"
@@ -20,7 +20,8 @@ def newest(short: str) -> Path | None:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(without_folders(record), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def fill_page() -> None:

@@ -5,8 +5,9 @@
     texts      an encoder's, of 128 tokens, one at a time, 300 times
 
 Medians, on the CPU engine. Codes do not change how long a product takes, so rows of the same formats share
-one measurement, of weights rounded to nearest, whatever method chose their codes. What the engine does not
-run is left out, with the reason in `no_speed`.
+one measurement, of weights rounded to nearest, whatever method chose their codes; it multiplies zeros like
+other weights, so pruned rows are as fast as whole ones. What the engine does not run is left out, with the
+reason in `no_speed`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def add_speeds(
         if " " in name:
             reason = {"no_speed": "another program's weights, judged as floats"}
             return name, lambda: reason
-        recipe = replace(recipe_of(name), name="timed", method="rtn")
+        recipe = replace(recipe_of(name), name="timed", method="rtn", sparsity="")
         return repr(recipe), lambda: _decoder_speed(source, recipe, threads)
 
     return _fill(path, speed, threads, command)

@@ -50,7 +50,7 @@ def make_record(result: Mapping[str, Any], command: str | None, commit: str) -> 
         "date": date[:10],
         "hardware": f"{hardware['name']}, {hardware['cores']} cores",
         "versions": result.get("versions", {}),
-        "result": _without_folders(result),
+        "result": without_folders(result),
     }
 
 
@@ -101,14 +101,15 @@ def _cut(command: str) -> str:
     return " ".join(Path(word).name if word.startswith("/") else word for word in command.split(" "))
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
+    """JSON with the last part alone of absolute paths."""
     if isinstance(value, dict):
         return {
-            key: _cut(item) if key == "command" and isinstance(item, str) else _without_folders(item)
+            key: _cut(item) if key == "command" and isinstance(item, str) else without_folders(item)
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [_without_folders(item) for item in value]
+        return [without_folders(item) for item in value]
     if isinstance(value, str) and value.startswith("/") and "\n" not in value:
         return Path(value).name
     return value

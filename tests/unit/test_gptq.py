@@ -177,7 +177,7 @@ def test_whole_model_is_closer_than_rounding() -> None:
         errors[method] = float((Llama(model).forward(tokens) - exact).norm())
     assert errors["gptq"] < 0.9 * errors["rtn"]
     assert all(done <= total for _, done, total in steps)
-    assert steps[-1][0] == "done"
+    assert steps[-1][0] == "rounded"
 
 
 def test_gptq_is_repeatable() -> None:

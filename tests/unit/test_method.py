@@ -76,7 +76,7 @@ def test_groups_that_do_not_divide() -> None:
         compress(tiny_source(SPEC), recipe("gptq", "w4a16-g128"), DOCUMENTS)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq-gptq", "tune"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "native"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite(method: str, value: float) -> None:
     def spoil(array: np.ndarray) -> np.ndarray:
@@ -88,12 +88,13 @@ def test_weights_that_are_not_finite(method: str, value: float) -> None:
         compress(source, recipe(method), DOCUMENTS)
 
 
-def test_activations_that_overflow() -> None:
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_activations_that_overflow(method: str) -> None:
     """Finite weights whose products are not: found at the layer, which is named."""
     source = changed("model.layers.0.mlp.up_proj.weight", lambda array: array * np.float32(3e38))
     match = "activations must be finite; found: infinity or NaN in the inputs of layers.0.down; try: "
     with pytest.raises(ConfigError, match=match):
-        compress(source, replace(recipe("gptq"), overrides=(("layers.0.gate_up", "fp32"),)), DOCUMENTS)
+        compress(source, replace(recipe(method), overrides=(("layers.0.gate_up", "fp32"),)), DOCUMENTS)
 
 
 @pytest.mark.parametrize("method", ["gptq", "tune", "awq", "rotate-gptq"])
@@ -105,7 +106,8 @@ def test_one_token_again_and_again(method: str, monkeypatch: pytest.MonkeyPatch)
         assert np.isfinite(getattr(weight, "scales", weight)).all()
 
 
-def test_a_layer_that_becomes_constant() -> None:
+@pytest.mark.parametrize("method", ["rtn", "gptq", "tune", "smooth-gptq"])
+def test_a_layer_that_becomes_constant(method: str) -> None:
     """One weight a row 10,000 times the others: with a scale a row the rest rounds to nothing."""
 
     def outliers(array: np.ndarray) -> np.ndarray:
@@ -115,8 +117,8 @@ def test_a_layer_that_becomes_constant() -> None:
     source = changed("model.layers.1.mlp.down_proj.weight", outliers)
     match = r"must not be constant.*100% of the groups of layers.1.down in w8a16; try: a smaller group"
     with pytest.raises(ConfigError, match=match):
-        compress(source, recipe("rtn", "w8a16"), DOCUMENTS)
-    compress(source, replace(recipe("rtn", "w8a16"), overrides=(("layers.1.down", "bf16"),)))
+        compress(source, recipe(method, "w8a16"), DOCUMENTS)
+    compress(source, replace(recipe(method, "w8a16"), overrides=(("layers.1.down", "bf16"),)), DOCUMENTS)
 
 
 def test_constants_stay_constants() -> None:

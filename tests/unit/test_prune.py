@@ -229,18 +229,16 @@ def test_weights_that_are_not_finite_are_named(name: str) -> None:
     bad = source.tensors["model.layers.1.mlp.up_proj.weight"].copy()
     bad[3, 5] = np.nan
     broken = TinySource(spec, {**source.tensors, "model.layers.1.mlp.up_proj.weight": bad})
-    with pytest.raises((ConfigError, EvidenceError), match=r"up_proj|better than random"):
+    with pytest.raises(ConfigError, match="up_proj"):
         prune(broken, parse_sparsity(name), documents())
 
 
 def test_activations_that_overflow_are_named() -> None:
     spec = tiny_spec()
     source = tiny_source(spec)
-    changed = {**source.tensors, "model.layers.1.mlp.up_proj.weight": np.full((128, 64), 3e38, np.float32)}
+    changed = {**source.tensors, "model.layers.1.mlp.up_proj.weight": np.full((128, 64), 1e38, np.float32)}
     layers = pruned_layers(TinySource(spec, changed), parse_sparsity("wanda-50%"), documents())
-    with pytest.raises(
-        EvidenceError, match=r"activations must be finite.*layers\.1\.down|better than random"
-    ):
+    with pytest.raises(ConfigError, match=r"activations must be finite.*layers\.1\.down"):
         list(layers)
 
 

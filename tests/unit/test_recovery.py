@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +14,17 @@ import pytest
 import torch
 from tests.tiny import tiny_checkpoint_folder, tiny_spec
 
+import flatout
 from flatout.core.artifact import load_artifact
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.formats import Recipe
-from flatout.core.model import Model
+from flatout.core.model import Model, dense
 from flatout.core.quantized import QuantizedTensor
 from flatout.engine.reference import ReferenceRunner
 from flatout.errors import ConfigError
 from flatout.models.llama import Llama
-from flatout.search.recovery import RUNGS, Recovery, Rung, climb, recover
+from flatout.search.recovery import RUNGS, Recovery, climb, recover
+from flatout.search.rungs import Rung
 from flatout.search.texts import Texts
 from flatout.train.config import TrainConfig
 from flatout.train.data import Batch
@@ -31,8 +37,9 @@ from flatout.verify.quality import Cluster
 SPEC = tiny_spec("llama")
 RECIPE = Recipe(name="w4", layers="w4a16-g64", embedding="fp32", head="fp32")
 CONFIG = TrainConfig(
-    steps=60, rows=8, length=32, learning_rate=3e-4, precision="fp32", device="cpu", warmup=5, log_every=20
-)
+    steps=60, rows=8, length=32, learning_rate=3e-4, precision="fp32", device="cpu", warmup=5, log_every=20,
+    save_every=10,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def texts(source: Checkpoint) -> Texts:
+    return sampled(source)
+
+
+def sampled(source: Checkpoint) -> Texts:
     """Sampled from the model itself: text that it knows, of which rounding makes it forget something."""
     model = make_trainable(SPEC, source_weights(source), frozen=True)
     draw = torch.Generator().manual_seed(0)
@@ -112,6 +123,82 @@ def test_without_a_chance_every_rung_is_climbed_and_nothing_is_opened(
     np.testing.assert_array_equal(stored.codes, found.model.weights["layers.1.down"].codes)  # type: ignore[union-attr]
     again = Llama(model).forward(texts.validation[0].tokens)
     assert torch.equal(again, Llama(found.model).forward(texts.validation[0].tokens))
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = [{root!r}, {unit!r}]
+from test_recovery import ascend, sampled
+from flatout.compress import kept
+from flatout.core.checkpoint import open_checkpoint
+
+def progress(what, done, total):
+    if (what.partition(",")[0], done) == {at!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+kept.EVERY_S = 0
+source = open_checkpoint({model!r})
+out = Path({out!r})
+ascend(source, sampled(source), out, 1e-6, rungs={rungs!r}, keep=out / "keep", progress=progress)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rungs", "at", "on"),
+    [
+        (("rtn", "gptq"), ("layers.1.qkv", 4), ("layers.1.qkv", 4)),
+        (("rtn", "full-kd"), ("training", 33), ("training", 31)),
+    ],
+    ids=["gptq", "full-kd"],
+)
+def test_a_climb_that_is_killed_in_a_rung_goes_on_there(
+    rungs: tuple[str, ...], at: tuple[str, int], on: tuple[str, int], source: Checkpoint, texts: Texts,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The same losses and codes as without the kill, and what was done before the last state stays."""
+    steps: list[tuple[str, int]] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the process that is killed: sums have one order
+    try:
+        whole = ascend(source, texts, tmp_path / "whole", 1e-6, rungs=rungs)
+        script = SCRIPT.format(
+            root=str(Path(__file__).parents[2]), unit=str(Path(__file__).parent), at=at,
+            model=str(source.path), out=str(tmp_path / "killed"), rungs=rungs,
+        )  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(Path(flatout.__file__).parents[1])}
+        killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+        assert killed.returncode == -signal.SIGKILL
+        found = ascend(
+            source, texts, tmp_path / "killed", 1e-6, rungs=rungs, keep=tmp_path / "killed" / "keep",
+            progress=lambda what, done, total: steps.append((what.partition(",")[0], done)),
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    assert [rung.name for rung in found.rungs] == list(rungs)
+    assert [rung.loss for rung in found.rungs] == [rung.loss for rung in whole.rungs]
+    for name, weight in whole.model.weights.items():
+        np.testing.assert_array_equal(dense(weight), dense(found.model.weights[name]))
+    assert not (tmp_path / "killed" / "keep").exists()
+    assert steps[0] == on
+
+
+def test_ctrl_c_ends_the_climb_not_the_rung(source: Checkpoint, texts: Texts, tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def interrupt(what: str, step: int, total: int) -> None:
+        if what.startswith("training"):
+            done.append(step)
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    climbing = {"rungs": ("rtn", "full-kd"), "keep": tmp_path / "keep", "progress": interrupt}
+    with pytest.raises(KeyboardInterrupt):
+        ascend(source, texts, tmp_path, 1e-6, **climbing)
+    assert len(ascend(source, texts, tmp_path, 1e-6, **climbing).rungs) == 2
+    assert done == list(range(1, CONFIG.steps + 1))
 
 
 def test_a_recipe_must_leave_the_method_open_and_lose_something(

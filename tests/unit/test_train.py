@@ -123,7 +123,7 @@ def test_parts_of_a_batch_know_their_mixed_rows() -> None:
     batch = pack(documents(), 24).take(np.arange(8))
     assert 2 < batch.mixed < 8
     for rows in (1, 2, 3, 8):
-        for part in batch.split(rows):
+        for part in batch.split(rows, torch.device("cpu")):
             several = (part.documents != part.documents[:, :1]).any(dim=1)
             assert several.tolist() == sorted(several.tolist(), reverse=True)
             assert int(several.sum()) == part.mixed
@@ -213,7 +213,11 @@ def test_ctrl_c_ends_after_the_step_and_saves(tmp_path: Path) -> None:
     outcome = train(fresh(), text_loss, packed, CONFIG, tmp_path / "a", progress=interrupt)
     assert not outcome.finished
     assert signal.getsignal(signal.SIGINT) is handler
-    resumed = train(fresh(), text_loss, packed, CONFIG, tmp_path / "a")
+    steps: list[int] = []
+    resumed = train(
+        fresh(), text_loss, packed, CONFIG, tmp_path / "a", progress=lambda _, done, __: steps.append(done)
+    )
+    assert steps[0] == outcome.steps + 1 == 7
     assert resumed.finished
     train(fresh(), text_loss, packed, CONFIG, tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")

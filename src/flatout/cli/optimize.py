@@ -74,14 +74,16 @@ def optimize(
         searching = (
             ("--objective", objective, "latency"), ("--workload", workload, None), ("--trace", trace, None),
             ("--portable", portable, None), ("--max-memory", max_memory, None),
-            ("--dollars-per-hour", dollars_per_hour, None), ("--fresh", fresh, False),
+            ("--dollars-per-hour", dollars_per_hour, None),
         )  # fmt: skip
         foreign = [option for option, given, default in searching if given != default]
         if foreign:
             raise ConfigError(
-                "--recover takes --recipe, --max-loss, --text and --threads", ", ".join(foreign), "without"
+                "--recover takes --recipe, --max-loss, --text, --threads and --fresh",
+                ", ".join(foreign),
+                "without",
             )
-        return _recover(model, out, recipe, max_loss, text, threads, as_json)
+        return _recover(model, out, recipe, max_loss, text, threads, fresh, as_json)
     from flatout.report.optimize import optimize as run
 
     with _progress() as (listen, note):
@@ -118,6 +120,7 @@ def _recover(
     max_loss: str,
     text: Path | None,
     threads: int | None,
+    fresh: bool,
     as_json: bool,
 ) -> int:
     """The recovery ladder, a line for each rung."""
@@ -132,6 +135,7 @@ def _recover(
         max_loss=max_loss,
         text=text,
         threads=threads,
+        fresh=fresh,
         tell=lambda rung: log(str(rung)),
         progress=Progress(),
     )

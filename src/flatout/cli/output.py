@@ -25,15 +25,17 @@ def log(message: str) -> None:
 
 
 class Progress:
-    """Stages on stderr, one line each; a terminal sees the count move, with the time left."""
+    """Stages on stderr, one line each; a terminal sees the count move, with the time left. What follows a
+    comma in a stage's name may change while it lasts."""
 
     def __init__(self) -> None:
-        self._stage, self._start, self._shown = "", 0.0, 0.0
+        self._stage, self._start, self._first, self._shown = "", 0.0, 0, 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now, last = time.monotonic(), done >= total
-        if stage != self._stage:
-            self._stage, self._start, self._shown = stage, now, 0.0
+        name = stage.partition(",")[0]
+        if name != self._stage:
+            self._stage, self._start, self._first, self._shown = name, now, done, 0.0
         if not sys.stderr.isatty():
             if last:
                 log(stage)
@@ -41,7 +43,8 @@ class Progress:
         if not last and now - self._shown < _REDRAW_S:
             return
         self._shown = now
-        left = (now - self._start) / done * (total - done) if done else 0.0
+        passed = done - self._first  # since then: what goes on from an earlier run is no measure
+        left = (now - self._start) / passed * (total - done) if passed else 0.0
         ending = "\n" if last else f", {seconds(left)} left" if left >= 1 else ""
         sys.stderr.write(f"\r\x1b[K{stage} {done:,}/{total:,}{ending}")
         sys.stderr.flush()

@@ -58,7 +58,7 @@ def apply(source: Source, data: Data, recipe: Recipe) -> tuple[Model, Report]:
         from flatout.compress.inputs import check_understood  # loads PyTorch
 
         check_text(source, data, recipe)
-        check_understood(source, data.documents, numbers=False)
+        check_understood(source, data.documents)
     if recipe.reduces:
         from flatout.compress.reduce import reduced  # loads PyTorch
 
@@ -94,7 +94,7 @@ def apply(source: Source, data: Data, recipe: Recipe) -> tuple[Model, Report]:
             check_rounded(name, weight, partial(float_weight, source, name))
         weights[name] = weight
     if data.progress is not None:
-        data.progress("done", len(expected), len(expected))
+        data.progress("rounded", len(expected), len(expected))
     seconds = report.seconds + (changed.seconds if changed is not None and report is not changed else 0.0)
     return Model(spec=spec, recipe=recipe, weights=weights), replace(
         report, method=recipe.method, seconds=seconds

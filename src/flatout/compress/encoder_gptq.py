@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flatout.compress.encoder import EncoderSource, compress_encoder
 from flatout.compress.gptq import round_linear
+from flatout.compress.inputs import check_activations
 from flatout.compress.layers import dequantized
 from flatout.compress.method import check_rounded, check_weight
 from flatout.compress.prune import FEWEST_TOKENS
@@ -44,10 +45,7 @@ class _Rounding(Bert):
         weight = self._vector(name)
         check_weight(name, weight.numpy())
         hessian = x.T @ x / len(x)
-        if not bool(torch.isfinite(hessian).all()):
-            raise ConfigError(
-                "activations must be finite", f"infinity or NaN in the inputs of {name}", "sound weights"
-            )
+        check_activations(name, hessian)
         rounded = round_linear(weight, hessian, self._fmt)
         check_rounded(name, rounded, weight.numpy)
         self.rounded[name] = rounded

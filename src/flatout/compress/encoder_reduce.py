@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flatout.compress.encoder import compress_encoder
+from flatout.compress.inputs import check_activations
 from flatout.compress.prune import FEWEST_TOKENS, Statistics, prune_weight
 from flatout.compress.structure import most
 from flatout.compress.vocabulary import kept_of, trimmed_contents
@@ -29,7 +30,7 @@ from flatout.core.encoder_folder import EncoderCheckpoint, open_encoder
 from flatout.core.files import corrupt, parse_json_object, read_json_object, read_text, write_bytes
 from flatout.core.safetensors import write_safetensors
 from flatout.core.sparsity import Sparsity
-from flatout.errors import ConfigError, EvidenceError
+from flatout.errors import ConfigError
 from flatout.models.bert import Bert
 
 _WORDS = "embeddings.word_embeddings.weight"
@@ -99,8 +100,7 @@ class _Watched(Bert):
         self._entered: Tensor | None = None
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        if not bool(torch.isfinite(x).all()):
-            raise EvidenceError("activations must be finite", f"not so before {name}", "sound weights")
+        check_activations(name, x)
         self.moments[name] = self.moments.get(name, torch.zeros(1)) + x.T @ x
         if name.endswith(".qkv"):
             self._left(int(name.split(".")[1]) - 1, x)

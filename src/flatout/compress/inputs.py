@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flatout.compress.method import check_weight
 from flatout.core.fuse import Source, float_weight
-from flatout.errors import EvidenceError
+from flatout.errors import ConfigError, EvidenceError
 from flatout.hardware.detect import detect
 from flatout.kernels.linear import as_tensor
 from flatout.models.llama import Cache, Linear, Llama, attention, decoder_layer, rms_norm, rope_turns
@@ -32,20 +32,30 @@ See = Callable[[str, Tensor, Tensor, np.ndarray], None]
 """see(name, inputs (T, K), hidden (T, D), weight (N, K)): hidden is the state that the layer started from."""
 
 
-def check_understood(source: Source, documents: Sequence[np.ndarray], numbers: bool = True) -> None:
+def check_understood(source: Source, documents: Sequence[np.ndarray]) -> None:
     """Raise EvidenceError where the model finds the beginning of the longest document less likely than random
-    tokens. numbers: a loss that is no number fails too; otherwise the layer that makes it is named later."""
+    tokens. A loss that is no number passes: the layer that makes it is named later."""
     ids = np.asarray(max(documents, key=len)[:_CHECKED_TOKENS], dtype=np.int64)
     if len(ids) < 2:
         return  # every document is one token: nothing to predict
     logits = Llama(source).forward(ids)
     loss = float(torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:])))
     guess = math.log(source.spec.vocab_size)
-    if loss >= guess + _WORSE_THAN_GUESSING or (numbers and math.isnan(loss)):
+    if loss >= guess + _WORSE_THAN_GUESSING:
         raise EvidenceError(
             f"the model must predict calibration text better than random tokens ({guess:.1f} nats each)",
             f"{loss:.1f} nats",
-            "text in the model's language, encoded by its own tokenizer; sound weights",
+            "text in the model's language, encoded by its own tokenizer",
+        )
+
+
+def check_activations(name: str, inputs: Tensor) -> None:
+    """Raise ConfigError, naming it, for a linear that receives `inputs` (any shape) which are not finite."""
+    if not bool(torch.isfinite(inputs).all()):
+        raise ConfigError(
+            "activations must be finite",
+            f"infinity or NaN in the inputs of {name}",
+            "a checkpoint whose weights do not overflow float32, or other calibration text",
         )
 
 
@@ -169,19 +179,22 @@ class Text:
 def linear_inputs(source: Source, documents: Sequence[np.ndarray], see: See) -> None:
     """Call `see` for every fused linear of `source` in execution order and then for the head, with what it
     receives from `documents`: token ids, each a sequence of its own that lies behind the one before. Weights
-    are used as they are."""
+    are used as they are. Raises ConfigError, naming the linear, for weights or activations that are not
+    finite."""
     spec, text = source.spec, Text(source, documents)
     x = text.embed()
 
     def linear(name: str, inputs: Tensor) -> Tensor:
         weight = float_weight(source, name)
         check_weight(name, weight)
+        check_activations(name, inputs)
         see(name, inputs, x, weight)
         return inputs @ as_tensor(weight).T
 
     for layer in range(spec.num_layers):
         x = text.layer(layer, x, linear)
     normed = rms_norm(x, as_tensor(float_weight(source, "norm")), spec.rms_norm_eps, spec.norm_offset)
+    check_activations("head", normed)
     see("head", normed, x, float_weight(source, "head"))
 
 

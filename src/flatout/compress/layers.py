@@ -24,13 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatout.compress.inputs import Text, exact_products, fast_products, gram, kept_memory, product
+from flatout.compress.inputs import (
+    Text,
+    check_activations,
+    exact_products,
+    fast_products,
+    gram,
+    kept_memory,
+    product,
+)
 from flatout.compress.kept import Kept
 from flatout.compress.method import Data, check_weight, format_in, is_made
 from flatout.core.formats import Recipe
 from flatout.core.fuse import Source, float_weight, native_weight
 from flatout.core.quantized import QuantizedTensor
-from flatout.errors import ConfigError
 from flatout.kernels.linear import as_tensor
 
 RoundLinear = Callable[[str, Tensor, Tensor], QuantizedTensor]
@@ -182,12 +189,7 @@ class _Layer:
         if sizes is not None:
             inputs = inputs / sizes
         hessian = gram(inputs).div_(len(inputs))
-        if not bool(torch.isfinite(hessian.diagonal()).all()):
-            raise ConfigError(
-                "activations must be finite",
-                f"infinity or NaN in the inputs of {name}",
-                "a checkpoint whose weights do not overflow float32, or other calibration text",
-            )
+        check_activations(name, hessian.diagonal())
         if not self._strength:
             return weight, hessian
         if sizes is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flatout.compress.gptq import DAMPING, Factor, factorise, round_linear, triangle_of, upper_of
 from flatout.compress.inputs import linear_inputs
-from flatout.compress.method import Progress
+from flatout.compress.method import Progress, check_rounded
 from flatout.compress.rescale import Rescaled, owner_of, rescaled
 from flatout.compress.rtn import to_nearest, with_scales
 from flatout.compress.smooth import factors_for, smoothable
@@ -86,14 +86,17 @@ class Library:
 
     def rounded(self, name: str, smoothed: bool, fmt: Format) -> QuantizedTensor:
         """Linear `name` spread and, where it is coarse, refined: what method gptq does to one linear, for the
-        activations of the original; smoothed ones if asked for. Made once."""
+        activations of the original; smoothed ones if asked for. Made once. Raises
+        ConfigError, naming it, for a linear that rounding has ruined."""
         key = (name, fmt.name, smoothed)
         if key not in self._rounded:
             weight = float_weight(self.source, name)
             if smoothed:
                 weight = weight * self.smoothing(name)
             factor = self.factor(name, smoothed)
-            self._rounded[key] = round_linear(weight, self.moments(name, smoothed), fmt, _PASSES, factor)
+            rounded = round_linear(weight, self.moments(name, smoothed), fmt, _PASSES, factor)
+            check_rounded(name, rounded, lambda: weight)
+            self._rounded[key] = rounded
         return self._rounded[key]
 
     def model(self, recipe: Recipe, progress: Progress | None = None) -> Model:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flatout.compress.gptq import Factor, factorise
-from flatout.compress.inputs import Text, check_understood
+from flatout.compress.inputs import Text, check_activations, check_understood
 from flatout.compress.magnitude import magnitude
 from flatout.compress.method import Progress, check_weight
 from flatout.compress.sparsegpt import sparsegpt
@@ -195,8 +195,7 @@ class _Work:
     def linear(self, name: str, inputs: Tensor) -> Tensor:
         self._tell(name)
         parts = source_names(self._source.spec, name)
-        if not bool(torch.isfinite(inputs).all()):
-            raise EvidenceError("activations must be finite", f"not so before {name}", "sound weights")
+        check_activations(name, inputs)
         if not all(part in self.weights for part in parts):
             statistics = Statistics.of(inputs, self._sparsity, name)
             for part in parts:

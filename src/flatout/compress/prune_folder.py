@@ -6,7 +6,7 @@ config.json come last of all, so an unfinished folder does not pose as a model. 
 one step under a key of everything it depends on; the next run takes it as it is where the key still holds.
 
 bfloat16 zeros stay exactly zero, so the folder loads anywhere. packed: two of four are stored as values and
-bit mask (core/sparse.py), 10 bits a weight for 16; flatout reads that, current transformers does not.
+bit mask (core/sparse.py), 9 bits a weight for 16; flatout reads that, current transformers does not.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from flatout.compress.method import check_weight
 from flatout.core.formats import Format
 from flatout.core.fuse import Source, float_weight, native_format, native_weight
 from flatout.core.model import Weight
@@ -168,9 +169,12 @@ def round_to_nearest(weight: np.ndarray, fmt: Format, search_clip: bool = False)
 
 
 def to_nearest(source: Source, name: str, fmt: Format) -> Weight:
-    """The fused weight in `fmt` without calibration: float, the file's own blocks, or rounded to nearest."""
+    """The fused weight in `fmt` without calibration: float, the file's own blocks, or rounded to nearest.
+    Raises ConfigError, naming it, for one that is not finite."""
     if not fmt.is_integer:
         return float_weight(source, name)
     if fmt.is_native or native_format(source, name) == fmt.name:
         return native_weight(source, name, fmt)
-    return round_to_nearest(float_weight(source, name), fmt, search_clip=fmt.bits < 8)
+    weight = float_weight(source, name)
+    check_weight(name, weight)
+    return round_to_nearest(weight, fmt, search_clip=fmt.bits < 8)

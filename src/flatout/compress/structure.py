@@ -4,9 +4,8 @@ vocabulary; and grouped-query conversion.
     channels C of a layer    y = down[:, C] (act(gate[C] x) * up[C] x)      exactly the sum over C alone
     groups                   q rows of their query heads, k and v rows, o columns: the sum over those heads
     layers                   a residual layer left out adds nothing
-    kv-heads                 k and v of neighbouring groups replaced by their mean (Ainslie et al., "GQA",
-    2023,
-                             arXiv 2305.13245), which training then repairs
+    kv-heads                 k and v of neighbouring groups replaced by their mean; training repairs the rest
+                             (Ainslie et al., "GQA", 2023, arXiv 2305.13245)
 
 What to cut follows Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation"
 (Minitron), 2024, arXiv 2407.14679: rank by activations (compress/importance.py), cut, distil. Trade-off:

@@ -7,7 +7,7 @@ along K that are not zero:
     bitmask      uint8 (N, ceil(K / 8)), a bit a weight, the lowest first: as large as two 2-bit positions a
     four shape        int64 (2, 1) = N, K
 
-10 bits a weight instead of 16, exactly the same numbers. It saves room in files; nothing here multiplies in
+9 bits a weight instead of 16, exactly the same numbers. It saves room in files; nothing here multiplies in
 this form, so a loaded weight is dense again. Current versions of compressed-tensors list the form as legacy
 and do not load it, which is why folders hold dense zeros unless this is asked for.
 """

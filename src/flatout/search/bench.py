@@ -22,26 +22,27 @@ import numpy as np
 
 import flatout
 from flatout.compress.apply import compress
-from flatout.core.artifact import check_output, load_artifact, save_artifact
+from flatout.core.artifact import save_artifact
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.costs import moment_bytes
 from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
-from flatout.core.scratch import replace_folder, scratch_folder
+from flatout.core.scratch import scratch_folder
 from flatout.core.sources import cache_dir
 from flatout.core.spec import ModelSpec
 from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import Hardware, Workload
 from flatout.engine.cpu import CpuRunner, extension
 from flatout.engine.runner import Runner
-from flatout.errors import BackendError, EvidenceError
+from flatout.errors import BackendError
 from flatout.hardware.ceilings import measure_ceilings
 from flatout.hardware.detect import available_cores, give_back_memory
 from flatout.hardware.energy import EnergyMeter, open_meter
 from flatout.perf.profile import Profile, profile_model
 from flatout.perf.tables import Table, latency_table, profile_stand_in
 from flatout.search.context import Losses, Step
+from flatout.search.deliver import SCRATCH, deliver
 from flatout.search.preflight import MOST_MOMENTS
 from flatout.search.recipes import ORIGINAL
 from flatout.search.rehearsal import rehearse
@@ -60,7 +61,6 @@ _PROFILE_STEPS = 16  # decode steps of a profile, from the middle of the output
 _KEPT = 3  # built recipes that stay loaded
 _CALIBRATION = 24  # passages that calibrate, about 11,000 tokens
 _LIBRARY = 10  # passages that calibrate mixed recipes, about 4,500 tokens
-_SCRATCH = ".flatout-work-"  # folders beside the output that are gone when the search ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -324,7 +324,7 @@ class CpuBench:
 
     def rehearse(self, recipe: Recipe, near: Path) -> None:
         near.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(near, _SCRATCH) as folder:
+        with scratch_folder(near, SCRATCH) as folder:
             rehearse(self._checkpoint, recipe, self.tokenizer, self._threads, folder)
 
     def runner_name(self, recipe: Recipe | None) -> str:
@@ -332,23 +332,14 @@ class CpuBench:
 
     def weights_sha256(self, recipe: Recipe, near: Path) -> str:
         near.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(near, _SCRATCH) as folder:
+        with scratch_folder(near, SCRATCH) as folder:
             out = save_artifact(self._model(recipe), self.tokenizer, folder / "candidate", {})
             return sha256_of([out / "model.safetensors"])
 
     def save(self, recipe: Recipe, out: Path, manifest: Mapping[str, Any], witness: Cluster) -> None:
         self._reference = self._baseline = None
-        expected = score_model(self._runner(recipe), [witness])
-        out = out.absolute()
-        check_output(out)
-        with scratch_folder(out.parent, _SCRATCH) as folder:
-            trial = save_artifact(self._model(recipe), self.tokenizer, folder / "candidate", manifest)
-            model, _, _ = load_artifact(trial)
-            again = CpuRunner(model, threads=self._threads, num_pages=self._pages)
-            if not np.array_equal(expected[0], score_model(again, [witness])[0]):
-                raise EvidenceError(
-                    "a reloaded artifact must score as the model that was certified",
-                    f"{recipe.name} does not",
-                    "report this: the artifact was not written",
-                )
-            replace_folder(trial, out)
+
+        def serve(model: Model) -> CpuRunner:
+            return CpuRunner(model, threads=self._threads, num_pages=self._pages)
+
+        deliver(self._model(recipe), self.tokenizer, out, manifest, self._runner(recipe), serve, witness)

@@ -10,13 +10,13 @@ A rung of distillation starts from the best model so far and follows the origina
 calibration text. Each rung is judged on the validation text by the runner that serves, and told with its
 minutes and what a minute brought. The sealed text is opened only for a rung that is likely to pass, since
 every opening makes the next one stricter (verify/examination.py), and the first certificate that passes ends
-the climb.
+the climb. A climb that is killed goes on in the middle of the rung (search/rungs.py).
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from flatout._version import __version__
 from flatout.compress.apply import compress
-from flatout.core.artifact import save_artifact, update_manifest
+from flatout.core.artifact import save_artifact
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.encoder_folder import is_encoder
 from flatout.core.files import sha256_of
@@ -33,6 +34,7 @@ from flatout.core.formats import Recipe
 from flatout.core.fuse import float_weight
 from flatout.core.model import Model, Weight, dense
 from flatout.core.quantized import QuantizedTensor
+from flatout.core.sources import cache_dir
 from flatout.core.spec import ModelSpec
 from flatout.core.types import to_json
 from flatout.engine.reference import ReferenceRunner
@@ -40,11 +42,14 @@ from flatout.engine.runner import Runner
 from flatout.errors import ConfigError
 from flatout.hardware.detect import available_cores
 from flatout.kernels.linear import as_tensor
+from flatout.search.deliver import deliver
 from flatout.search.preflight import check_output
 from flatout.search.recipes import recipe_from_name
 from flatout.search.request import parse_max_loss
-from flatout.search.rows import Loss, loss_of
+from flatout.search.rows import loss_of
+from flatout.search.rungs import Climb, Clock, Rung
 from flatout.search.texts import Texts, read_texts
+from flatout.search.trials import key_of
 from flatout.train.config import TrainConfig
 from flatout.train.constraints import Constraint, Mask, has_levels, inside, levels_of
 from flatout.train.data import pack
@@ -53,32 +58,12 @@ from flatout.train.trainable import make_trainable, source_weights, to_model
 from flatout.train.trainer import Progress, open_device, train
 from flatout.verify.certificate import Certificate, Side, certificate_to_json
 from flatout.verify.examination import Plan, examine, plan_opening
-from flatout.verify.quality import pair_scores, score_model
+from flatout.verify.quality import pair_scores, score_model, tokens_sha256
 
 RUNGS = ("rtn", "gptq", "tune", "lora-kd", "full-kd")
 _RANK = 16
 _PAGES = 33  # two texts of 1,024 tokens and one page
 _LIKELY = 0.5  # chance to pass that an opening takes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rung:
-    """One method tried. loss: on validation text; gain_per_minute: by how much it lowered the best perplexity
-    increase so far, a fraction, for each of its minutes; None for the first. verdict: of the certificate, ""
-    when the sealed text was not opened."""
-
-    name: str
-    minutes: float
-    loss: Loss
-    gain_per_minute: float | None
-    plan: Plan
-    verdict: str = ""
-
-    def __str__(self) -> str:
-        """One line for people."""
-        gain = "" if self.gain_per_minute is None else f", {100 * self.gain_per_minute:+.2f} points a minute"
-        judged = f"certificate {self.verdict.replace('_', ' ')}" if self.verdict else str(self.plan)
-        return f"{self.name}: loss {self.loss.value:+.2%} after {self.minutes:.1f} min{gain}; {judged}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,14 +87,16 @@ def climb(
     margin: float = 0.01,
     rungs: Sequence[str] = RUNGS,
     ledger: Path | None = None,
+    keep: Path | None = None,
     tell: Callable[[Rung], None] = lambda rung: None,
     progress: Progress | None = None,
 ) -> Recovery:
     """Climb `rungs` until one is certified, and write the best model to the folder `out`.
 
-    config: of both distillations. original: scores the checkpoint; serve: the runner of a model. Raises
-    ConfigError for a rung that is none, a recipe that names a method or rounds nothing, and what reading,
-    rounding and scoring raise.
+    config: of both distillations. original: scores the checkpoint; serve: the runner of a model. keep: a
+    folder of this climb alone, from which it goes on where it was interrupted; finished rungs are told again.
+    Raises ConfigError for a rung that is none, a recipe that names a method or rounds nothing, and what
+    reading, rounding and scoring raise.
     """
     unknown = [name for name in rungs if name not in RUNGS]
     if unknown or not rungs:
@@ -118,42 +105,52 @@ def climb(
     calibration = [cluster.tokens for cluster in texts.calibration]
     before = score_model(original, texts.validation)
     side = Side(source=source.name, sha256=source.sha256, recipe="original", runner=original.name)
-    climbed: list[Rung] = []
-    best: Model | None = None
     certificate: Certificate | None = None
-    for name in rungs:
-        start = time.perf_counter()
-        if name.endswith("-kd"):
-            model = distilled(source, best or compress(source, recipe), config, calibration, name, progress)
-        else:
-            model = compress(source, replace(recipe, method=name), calibration, progress)
-        minutes = (time.perf_counter() - start) / 60
-        runner = serve(model)
-        losses = pair_scores(texts.validation, before, score_model(runner, texts.validation))
-        loss, least = loss_of(losses), min((rung.loss.value for rung in climbed), default=None)
-        plan = plan_opening(losses, texts.holdout, side, margin=margin, ledger=ledger)
-        rung = Rung(
-            name=name,
-            minutes=minutes,
-            loss=loss,
-            gain_per_minute=None if least is None else (least - loss.value) / minutes,
-            plan=plan,
-        )
-        if best is None or least is None or loss.value < least:
-            best = model
-        if plan.chance >= _LIKELY:
-            certificate = _certify(source, model, runner, original, side, texts, plan, margin, ledger, out)
-            rung = replace(rung, verdict=certificate.verdict)
-        climbed.append(rung)
-        tell(rung)
-        if certificate is not None and certificate.passed:
-            best = model
-            break
-    assert best is not None
-    passed = certificate if certificate is not None and certificate.passed else None
-    save_artifact(best, source.tokenizer, out, {"derived_from": source.sha256, "recovery": climbed})
-    if passed is not None:
-        update_manifest(out, {"certificate": certificate_to_json(passed)})
+    with tempfile.TemporaryDirectory(prefix="flatout-") as temporary:
+        kept = Climb(keep or Path(temporary))
+        climbed, best = kept.load()
+        for rung in climbed:
+            tell(rung)
+        for name in rungs[len(climbed) :]:
+            work = kept.work(name)
+            clock = Clock(work, progress)
+            if name.endswith("-kd"):
+                start = best or compress(source, recipe)
+                model = distilled(source, start, config, calibration, name, work / "training", clock)
+            else:
+                model = compress(source, replace(recipe, method=name), calibration, clock, work / "layers")
+            minutes = clock.seconds / 60
+            runner = serve(model)
+            losses = pair_scores(texts.validation, before, score_model(runner, texts.validation))
+            loss, least = loss_of(losses), min((rung.loss.value for rung in climbed), default=None)
+            plan = plan_opening(losses, texts.holdout, side, margin=margin, ledger=ledger)
+            certificate = None
+            if plan.chance >= _LIKELY:
+                certificate = _certify(
+                    source, model, runner, original, side, texts, plan, margin, ledger, out
+                )
+            rung = Rung(
+                name=name,
+                minutes=minutes,
+                loss=loss,
+                gain_per_minute=None if least is None else (least - loss.value) / minutes,
+                plan=plan,
+                verdict="" if certificate is None else certificate.verdict,
+            )
+            climbed.append(rung)
+            tell(rung)
+            if certificate is not None and certificate.passed:
+                best = model
+                break
+            better = model if least is None or loss.value < least else None
+            best = kept.save(climbed, better, source.tokenizer)
+        assert best is not None
+        passed = certificate if certificate is not None and certificate.passed else None
+        manifest: dict[str, Any] = {"derived_from": source.sha256, "recovery": climbed}
+        if passed is not None:
+            manifest["certificate"] = certificate_to_json(passed)
+        deliver(best, source.tokenizer, out, manifest, serve(best), serve, texts.validation[0])
+        kept.done()
     return Recovery(rungs=tuple(climbed), model=best, certificate=passed)
 
 
@@ -169,10 +166,12 @@ def recover(
     learning_rate: float = 1e-4,
     rungs: Sequence[str] = RUNGS,
     ledger: Path | None = None,
+    fresh: bool = False,
     tell: Callable[[Rung], None] = lambda rung: None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """`climb` with a model, a recipe and a text by name, on the CPU engine; returns a JSON object.
+    """`climb` with a model, a recipe and a text by name, on the CPU engine; returns a JSON object. An
+    interrupted climb goes on from the cache folder with the same arguments, unless `fresh` is set.
 
     steps, learning_rate: of each distillation. Raises ConfigError for what does not fit, before any work.
     """
@@ -185,12 +184,20 @@ def recover(
     source = open_checkpoint(model)
     config = TrainConfig(
         steps=steps, rows=4, length=256, learning_rate=learning_rate, warmup=steps // 10,
-        weight_decay=0.0, precision="fp32", device="auto", log_every=10,
+        weight_decay=0.0, precision="fp32", device="auto", log_every=10, save_every=20,
     )  # fmt: skip
+    filled = recipe_from_name(recipe, source)
+    texts = read_texts(source.tokenizer, source.tokenizer.sha256, source.spec, text)
+    key = {"flatout": __version__, "model": source.sha256, "recipe": filled, "config": config}
+    key |= {"margin": margin, "rungs": rungs}
+    key |= {f"text {i}": tokens_sha256(used) for i, used in enumerate((texts.calibration, texts.validation))}
+    keep = cache_dir() / "recovery" / key_of(key)[:32]
+    if fresh:
+        shutil.rmtree(keep, ignore_errors=True)
     found = climb(
         source,
-        recipe_from_name(recipe, source),
-        read_texts(source.tokenizer, source.tokenizer.sha256, source.spec, text),
+        filled,
+        texts,
         Path(out),
         config,
         original=ReferenceRunner(source, _PAGES),
@@ -198,6 +205,7 @@ def recover(
         margin=margin,
         rungs=rungs,
         ledger=ledger,
+        keep=keep,
         tell=tell,
         progress=progress,
     )
@@ -271,13 +279,14 @@ def distilled(
     config: TrainConfig,
     documents: Sequence[Sequence[int]],
     rung: str,
+    folder: Path,
     progress: Progress | None = None,
 ) -> Model:
     """`start` after following the predictions of `source` on `documents`; blocks taken from a file stay, and
     so does what is pruned.
 
-    rung: "lora-kd", or "full-kd" for all weights. Weights start inside the cells of their codes, so the first
-    step has the loss of `start`.
+    rung: "lora-kd", or "full-kd" for all weights. folder: keeps state and log of the training. Weights start
+    inside the cells of their codes, so the first step has the loss of `start`.
     """
     device = open_device(config.device)
     weights, constraints, kept = {}, dict[str, Constraint](), dict[str, Weight]()
@@ -303,14 +312,15 @@ def distilled(
         seed=config.seed,
     )
     teacher = make_trainable(source.spec, source_weights(source), device=device, frozen=True)
-    with tempfile.TemporaryDirectory(prefix="flatout-") as folder:
-        train(
-            student,
-            distillation(teacher, Distillation()),
-            pack(documents, config.length),
-            replace(config, weight_decay=0.0),
-            folder,
-            purpose=rung,
-            progress=progress,
-        )
+    outcome = train(
+        student,
+        distillation(teacher, Distillation()),
+        pack(documents, config.length),
+        replace(config, weight_decay=0.0),
+        folder,
+        purpose=rung,
+        progress=progress,
+    )
+    if not outcome.finished:
+        raise KeyboardInterrupt  # the step that it came in is kept
     return to_model(student, start.recipe, kept)

@@ -36,29 +36,22 @@ class TrainConfig:
     log_every: int = 1
 
     def __post_init__(self) -> None:
+        def need(holds: bool, rule: str, names: str, remedy: str) -> None:
+            if not holds:
+                found = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+                raise ConfigError(rule, found, remedy)
+
         for name in ("steps", "rows", "length", "save_every", "judge_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1", str(getattr(self, name)), f"{name}=1")
-        if self.together < 0 or self.rows % (self.together or self.rows):
-            raise ConfigError(
-                "together must divide rows", f"{self.together} and {self.rows}", "together=1, or 0 for all"
-            )
-        if not self.learning_rate > 0 or not self.clip > 0 or not 0 <= self.final <= 1:
-            raise ConfigError(
-                "learning_rate and clip are positive, and final lies between 0 and 1",
-                f"{self.learning_rate}, {self.clip} and {self.final}",
-                "learning_rate=1e-3, clip=1.0, final=0.1",
-            )
-        if not 0 <= self.warmup <= self.steps or self.weight_decay < 0:
-            raise ConfigError(
-                "warmup lies between 0 and steps, and weight_decay is not negative",
-                f"{self.warmup} of {self.steps}, {self.weight_decay}",
-                "warmup=0",
-            )
-        if self.precision not in ("bf16", "fp32"):
-            raise ConfigError("the precision is bf16 or fp32", repr(self.precision), "bf16")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError("the device is auto, cpu or cuda", repr(self.device), "auto")
+            need(getattr(self, name) >= 1, f"{name} must be at least 1", name, f"{name}=1")
+        divides = self.together >= 0 and self.rows % (self.together or self.rows) == 0
+        need(divides, "together must divide rows", "together rows", "together=1, or 0 for all")
+        for name, usual in (("learning_rate", 1e-3), ("clip", 1.0)):
+            need(0 < getattr(self, name) < math.inf, f"{name} is positive", name, f"{name}={usual}")
+        need(0 <= self.final <= 1, "final lies between 0 and 1", "final", "final=0.1")
+        need(0 <= self.warmup <= self.steps, "warmup lies between 0 and steps", "warmup steps", "warmup=0")
+        need(self.weight_decay >= 0, "weight_decay is not negative", "weight_decay", "weight_decay=0.1")
+        need(self.precision in ("bf16", "fp32"), "the precision is bf16 or fp32", "precision", "bf16")
+        need(self.device in ("auto", "cpu", "cuda"), "the device is auto, cpu or cuda", "device", "auto")
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1..."""

@@ -38,21 +38,14 @@ class Batch:
         """Positions that predict something."""
         return int((self.targets != IGNORED).sum())
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(
-            tokens=self.tokens.to(device),
-            targets=self.targets.to(device),
-            documents=self.documents.to(device),
-            mixed=self.mixed,
-        )
-
-    def split(self, rows: int) -> Iterator[Batch]:
-        """The batch in parts of `rows` rows."""
+    def split(self, rows: int, device: torch.device) -> Iterator[Batch]:
+        """The batch in parts of `rows` rows, on `device`."""
         for at in range(0, len(self.tokens), rows):
+            part = slice(at, at + rows)
             yield Batch(
-                tokens=self.tokens[at : at + rows],
-                targets=self.targets[at : at + rows],
-                documents=self.documents[at : at + rows],
+                tokens=self.tokens[part].to(device),
+                targets=self.targets[part].to(device),
+                documents=self.documents[part].to(device),
                 mixed=min(max(self.mixed - at, 0), rows),
             )
 

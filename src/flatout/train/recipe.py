@@ -118,7 +118,7 @@ def run(
         purpose=f"{training.model} {training.teacher} {training.distillation} {training.rank}",
         progress=progress,
         note=note,
-        evaluate=None if heldout is None else lambda: {"heldout": judge(model, heldout)},
+        evaluate=dict if heldout is None else lambda: {"heldout": judge(model, heldout)},
     )
     write_folder(out, spec, tokenizer, to_source(model).arrays, "bfloat16")
     stored = make_trainable(spec, source_weights(open_checkpoint(out)), device=device, frozen=True)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,30 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(
-    folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW, step: int, identity: str
+    folder: Path,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    loss: float,
+    identity: str,
 ) -> None:
-    """Write everything that step `step` starts from."""
+    """Write everything that step `step`, counted from 0, starts from, and the loss of the one before."""
     arrays = {f"parameter.{name}": tensor for name, tensor in parameters.items()}
     for name, tensor in parameters.items():
         arrays |= {f"{moment}.{name}": optimizer.state[tensor][moment] for moment in _MOMENTS}
-    numbers = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
-    write_safetensors(folder / _STATE, numbers, {"step": str(step), "identity": identity})
+    stored = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
+    facts = {"step": str(step), "loss": repr(loss), "identity": identity}
+    write_safetensors(folder / _STATE, stored, facts)
 
 
+@torch.no_grad()
 def load_state(
-    folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW, identity: str
-) -> int:
-    """Continue from the folder's state: fills parameters and moments, returns the finished steps, 0 without a
-    state. Raises ConfigError for the state of another run."""
+    folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, identity: str
+) -> tuple[int, float]:
+    """Continue from the folder's state: fills parameters and moments, returns (finished steps, loss of the
+    last), (0, NaN) without a state. Raises ConfigError for the state of another run."""
     if not (folder / _STATE).exists():
-        return 0
+        return 0, math.nan
     file = open_safetensors(folder / _STATE)
     if file.metadata.get("identity") != identity:
         raise ConfigError(
@@ -52,58 +60,51 @@ def load_state(
             f"others in {folder / _STATE}",
             "another folder, or --fresh",
         )
+
+    def read(name: str, like: Tensor) -> Tensor:
+        return torch.tensor(file.array(name)).to(like.device)
+
     step = int(file.metadata["step"])
-    state: dict[int, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for place, (name, tensor) in enumerate(parameters.items()):
-            tensor.copy_(torch.tensor(file.array(f"parameter.{name}")))
-            state[place] = {moment: torch.tensor(file.array(f"{moment}.{name}")) for moment in _MOMENTS}
-            state[place]["step"] = torch.tensor(float(step))
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+    for name, tensor in parameters.items():
+        tensor.copy_(read(f"parameter.{name}", tensor))
+        moments = {moment: read(f"{moment}.{name}", tensor) for moment in _MOMENTS}
+        optimizer.state[tensor] = {"step": torch.tensor(float(step), device=tensor.device), **moments}
+    return step, float(file.metadata["loss"])
 
 
-class Log:
-    """Appends records with the key "step" to train.jsonl and to TensorBoard's files. last: the loss of the
-    last one that was there, NaN if none was."""
+@contextmanager
+def open_log(
+    folder: Path, step: int, note: Callable[[str], None]
+) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """A function that appends a record with the key "step" to train.jsonl and to TensorBoard's files; records
+    behind `step` go first."""
+    path = folder / _LOG
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    write_bytes(path, "".join(line for line in whole if json.loads(line)["step"] <= step).encode())
+    boards = []
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        note(f"TensorBoard is not installed (pip install 'flatout[train]'): the log is {path} alone")
+    else:
+        boards.append(SummaryWriter(str(folder), purge_step=step))
 
-    def __init__(self, folder: Path, step: int, note: Callable[[str], None]) -> None:
-        self._path = folder / _LOG
-        kept = _kept(self._path, step)
-        self.last: float = json.loads(kept[-1])["loss"] if kept else math.nan
-        write_bytes(self._path, "".join(kept).encode())
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            note(
-                f"TensorBoard is not installed (pip install 'flatout[train]'): the log is {self._path} alone"
-            )
-        else:
-            self._board = SummaryWriter(str(folder), purge_step=step)
-
-    def write(self, record: Mapping[str, float | int]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is not None:
+    def write(record: Mapping[str, float]) -> None:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        for board in boards:
             for name, value in record.items():
-                self._board.add_scalar(name, value, record["step"])
+                board.add_scalar(name, value, record["step"])
 
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            yield write
+        finally:
+            for board in boards:
+                board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of train.jsonl, in order."""
     return [json.loads(line) for line in (folder / _LOG).read_text(encoding="utf-8").splitlines()]
-
-
-def _kept(path: Path, step: int) -> list[str]:
-    """Whole lines of steps up to `step`."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-    return [line for line in lines if json.loads(line)["step"] <= step]

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from flatout.errors import BackendError, ConfigError
 from flatout.train.config import TrainConfig
-from flatout.train.data import Packed
+from flatout.train.data import Batch, Packed
 from flatout.train.distill import Objective
-from flatout.train.state import Log, load_state, save_state
+from flatout.train.state import load_state, open_log, save_state
 from flatout.train.trainable import Trainable
 
 Progress = Callable[[str, int, int], None]
@@ -70,7 +70,7 @@ def train(
     purpose: str = "",
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda message: None,
-    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluate: Callable[[], Mapping[str, float]] = dict,
 ) -> Outcome:
     """Train `model`, whose tensors change in place, and keep state and log in `folder`.
 
@@ -78,50 +78,51 @@ def train(
     join the log every `judge_every` steps. Raises ConfigError for token ids that the model does not have, and
     when the loss is no longer finite.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters = model.trained()
+    folder, parameters = Path(folder), model.trained()
     if not parameters:
         raise ConfigError("training needs something to train", "a frozen model", "frozen=False")
-    highest = int(data.tokens.max())
-    if highest >= model.spec.vocab_size:
-        raise ConfigError(
-            f"token ids are below {model.spec.vocab_size}", str(highest), "the model's own tokenizer"
-        )
+    highest, ids = int(data.tokens.max()), model.spec.vocab_size
+    if highest >= ids:
+        raise ConfigError(f"token ids are below {ids}", str(highest), "the model's own tokenizer")
+    folder.mkdir(parents=True, exist_ok=True)
     device = next(iter(parameters.values())).device
     optimizer = _adamw(parameters, config)
     identity = _identity(parameters, data, config, purpose)
-    first = load_state(folder, parameters, optimizer, identity)
+    first, loss = load_state(folder, parameters, optimizer, identity)
     tokens, warm, began, step = 0, 0.0, time.perf_counter(), first
-    with closing(Log(folder, first, note)) as log, _deterministic(device), _patient() as stopping:
-        loss = log.last
-        while step < config.steps and not stopping.is_set():
+    with open_log(folder, first, note) as log, _deterministic(device), _patient() as stopping:
+        last = step == config.steps
+        while not last:
             start = time.perf_counter()
+            batch = data.step(step, config.rows, config.seed)
+            total = add_gradients(model, objective, batch, config)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step)
-            total, norm, count = _step(model, objective, data, config, device, step, parameters)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             last = step == config.steps or stopping.is_set()
-            judging = evaluate is not None and (last or step % config.judge_every == 0)
-            saving, logging = last or step % config.save_every == 0, last or step % config.log_every == 0
+            saving, judging, logging = (
+                last or step % every == 0
+                for every in (config.save_every, config.judge_every, config.log_every)
+            )
             if saving or judging or logging:
                 loss = float(total)  # waits for the device
                 if not math.isfinite(loss):
-                    raise ConfigError(
-                        "the loss must stay finite", f"{loss} in step {step}", "a lower learning_rate"
-                    )
+                    found = f"{loss} in step {step}"
+                    raise ConfigError("the loss must stay finite", found, "a lower learning_rate")
             if step - first > _WARMING:
-                tokens, warm = tokens + count, warm + time.perf_counter() - start
+                tokens, warm = tokens + batch.count, warm + time.perf_counter() - start
             if judging or logging:
                 record = {"step": step, "loss": loss, "rate": config.rate(step - 1), "norm": float(norm)}
-                record |= {"seconds": time.perf_counter() - began}
-                log.write(record | dict(evaluate() if judging and evaluate is not None else {}))
+                record |= {"seconds": time.perf_counter() - began, **(evaluate() if judging else {})}
+                log(record)
             if saving:  # after the log, whose lines are dropped where the state does not reach
-                save_state(folder, parameters, optimizer, step, identity)
+                save_state(folder, parameters, optimizer, step, loss, identity)
             if progress is not None:
-                progress(f"training, loss {loss:.4f}", step, config.steps)
+                known = "" if math.isnan(loss) else f", loss {loss:.4f}"
+                progress(f"training{known}", step, config.steps)
     return Outcome(
         loss=loss,
         steps=step,
@@ -131,46 +132,32 @@ def train(
     )
 
 
+def add_gradients(model: Trainable, objective: Objective, batch: Batch, config: TrainConfig) -> Tensor:
+    """The loss a position, whose gradients are added to those of the model's parameters."""
+    device = next(iter(model.trained().values())).device
+    total = torch.zeros((), device=device)
+    for part in batch.split(config.together or config.rows, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = objective(model, part) / max(batch.count, 1)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return total
+
+
 @torch.no_grad()
 def mean_loss(model: Trainable, objective: Objective, data: Packed, rows: int = 8) -> float:
     """`objective` in nats a position over all of `data`, `rows` rows at a time, in float32."""
-    tensors = {**model.parameters, **model.fixed}
-    device = next(iter(tensors.values())).device
-    total, count = 0.0, 0
-    for at in range(0, len(data), rows):
-        batch = data.take(np.arange(at, min(at + rows, len(data))))
-        total, count = total + float(objective(model, batch.to(device))), count + batch.count
-    return total / count
-
-
-def _step(
-    model: Trainable,
-    objective: Objective,
-    data: Packed,
-    config: TrainConfig,
-    device: torch.device,
-    step: int,
-    parameters: Mapping[str, Tensor],
-) -> tuple[Tensor, Tensor, int]:
-    """(loss a position, norm of the gradient before clipping, positions) of a step, gradients in place."""
-    batch = data.step(step, config.rows, config.seed)
-    count = batch.count
-    total = torch.zeros((), device=device)
-    for part in batch.split(config.together or config.rows):
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = objective(model, part.to(device)) / max(count, 1)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    return total, torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip), count
+    device = next(iter({**model.parameters, **model.fixed}.values())).device
+    whole = data.take(np.arange(len(data)))
+    return sum(float(objective(model, part)) for part in whole.split(rows, device)) / whole.count
 
 
 def _adamw(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.AdamW:
     """Weight decay for matrices that are weights; norms, biases and scales keep their size."""
-    decayed = [t.ndim == 2 and not n.endswith(".stretch") for n, t in parameters.items()]
-    # One group a tensor keeps the order of `parameters`, which the state relies on.
+    decays = {name: t.ndim == 2 and not name.endswith(".stretch") for name, t in parameters.items()}
     groups = [
-        {"params": [tensor], "weight_decay": config.weight_decay if decays else 0.0}
-        for tensor, decays in zip(parameters.values(), decayed, strict=True)
+        {"params": [t for name, t in parameters.items() if decays[name] is matrix], "weight_decay": decay}
+        for matrix, decay in ((True, config.weight_decay), (False, 0.0))
     ]
     on_gpu = next(iter(parameters.values())).is_cuda
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=on_gpu or None)
@@ -203,18 +190,17 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _patient() -> Iterator[threading.Event]:
     """An event that Ctrl-C sets, instead of stopping in the middle of a step; the second one does stop."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may handle signals
-        return
-    before = signal.getsignal(signal.SIGINT)
+    asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    handles = threading.current_thread() is threading.main_thread()  # no other may
 
     def stop(number: int, frame: FrameType | None) -> None:
         asked.set()
         signal.signal(signal.SIGINT, before)
 
-    signal.signal(signal.SIGINT, stop)
+    if handles:
+        signal.signal(signal.SIGINT, stop)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        if handles:
+            signal.signal(signal.SIGINT, before)
