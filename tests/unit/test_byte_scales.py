@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tiny import tiny_source, tiny_spec
 
-from flatout.core.byte_scales import with_byte_scales, with_short_scales
-from flatout.core.formats import parse_format
+from flatout.core.byte_scales import with_byte_scales
+from flatout.core.formats import parse_format, with_short_scales
 from flatout.core.fuse import native_weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import UnsupportedModelError

@@ -250,7 +250,7 @@ def test_memory_is_not_won_by_a_recipe_that_is_no_smaller(tmp_path: Path) -> Non
 def test_what_is_predicted_to_be_slower_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding reads every weight: after q4_1 was timed, and nothing whose residual would widen the
     intervals, 8 bits are predicted too slow even optimistically."""
-    monkeypatch.setattr("flatout.search.recipes._byte_scales", lambda source: None)
+    monkeypatch.setattr("flatout.search.recipes._byte_scales", lambda native: None)
     speeds = SPEEDS | {"w4a8-g64": 0.5, "w4a8-g32": 0.5}
     bench = FakeBench(LOSSES, speeds)
     result = run(bench, tmp_path / "out", workload="1+512")

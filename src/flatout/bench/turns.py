@@ -75,7 +75,7 @@ def take_turns(
         listen("warming up", done, len(work))
         for side in sides:
             _run(side, phase, prompts)
-    with without_garbage_collection():
+    with without_garbage_collection(collect=True):
         for number in range(2 * rounds):
             todo = [item for item in work if _fewest_clean(samples, len(sides), item[0]) < rounds]
             for done, (phase, prompts) in enumerate(todo):

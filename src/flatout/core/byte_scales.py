@@ -17,11 +17,6 @@ _MOST = 127
 _LEAST_UNIT = 2.0**-24  # of float16
 
 
-def with_short_scales(name: str) -> str:
-    """Name of the format with the same codes and scales of 8 bits, where there is one; otherwise `name`."""
-    return f"{name}-s8" if name in ("q4_0", "q4_1") else name
-
-
 def with_byte_scales(weight: QuantizedTensor, fmt: Format) -> QuantizedTensor:
     """The codes of `weight` with scales s' and minima m' of 8 bits, as `fmt`.
 

@@ -91,6 +91,11 @@ class Format:
         return codes + n * values * self.groups(k) * 2
 
 
+def with_short_scales(name: str) -> str:
+    """Name of the format with the same codes and scales of 8 bits, where there is one; otherwise `name`."""
+    return name + _BYTE_SCALES if _NATIVE.get(name, (0, ""))[0] == 4 else name
+
+
 def parse_format(name: str) -> Format:
     """The format called `name`. Raises ConfigError with the grammar for anything else."""
     if name == "fp32":
@@ -100,7 +105,7 @@ def parse_format(name: str) -> Format:
     if name == "fp8":
         return Format(name=name, bits=8, activation="bf16")
     blocks = name.removesuffix(_BYTE_SCALES)
-    if blocks in _NATIVE and (blocks == name or _NATIVE[blocks][0] == 4):
+    if blocks in _NATIVE and name in (blocks, with_short_scales(blocks)):
         bits, zero = _NATIVE[blocks]
         scale_bits = 16 if blocks == name else 8
         return Format(name=name, bits=bits, group=32, zero=zero, activation_group=32, scale_bits=scale_bits)

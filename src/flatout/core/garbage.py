@@ -9,10 +9,12 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection(collect: bool = False) -> Iterator[None]:
     """For as long as a `with` block or a decorated function runs, in all threads; what is garbage by then can
-    be collected afterwards."""
+    be collected afterwards. collect: what is garbage now goes first."""
     enabled = gc.isenabled()
+    if collect:
+        gc.collect()
     gc.disable()
     try:
         yield

@@ -21,9 +21,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flatout.core.byte_scales import with_short_scales
 from flatout.core.costs import kv_bytes_per_token
-from flatout.core.formats import Recipe, parse_format
+from flatout.core.formats import Recipe, parse_format, with_short_scales
 from flatout.core.fuse import Source, native_format
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Hardware, Workload

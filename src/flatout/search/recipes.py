@@ -20,8 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flatout.core.byte_scales import with_short_scales
-from flatout.core.formats import METHODS, Recipe, parse_format
+from flatout.core.formats import METHODS, Recipe, parse_format, with_short_scales
 from flatout.core.fuse import Source, float_recipe, native_format, native_recipe
 from flatout.core.spec import ModelSpec
 from flatout.core.structure import SIZES
@@ -62,7 +61,9 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
     if method not in ("", *methods):
         raise ConfigError(f"after the slash stands {', '.join(methods)}", repr(method), f"{body}/gptq")
     if body in ("native", "native-s8"):
-        native = _native(source) if body == "native" else _byte_scales(source)
+        native = _native(source)
+        if body == "native-s8":
+            native = _byte_scales(native)
         if native is None:
             blocks = "q4_0, q4_1 and q8_0" if body == "native" else "q4_0 and q4_1"
             raise ConfigError(
@@ -137,12 +138,10 @@ def _native(source: Source) -> Recipe | None:
     return recipe if all(fmt.is_native for fmt in places) else replace(recipe, method="rtn")
 
 
-def _byte_scales(source: Source) -> Recipe | None:
-    """The same with scales of 8 bits in layers of 4-bit blocks; None when no layer has them."""
-    native = _native(source)
+def _byte_scales(native: Recipe | None) -> Recipe | None:
+    """`native` with scales of 8 bits in layers of 4-bit blocks; None when no layer has them."""
     if native is None:
         return None
-
     layers = with_short_scales(native.layers)
     overrides = tuple((at, with_short_scales(name)) for at, name in native.overrides)
     if (layers, overrides) == (native.layers, native.overrides):
@@ -161,7 +160,7 @@ def candidates(source: Source) -> list[Candidate]:
     native = _native(source)
     if native is not None:
         found.append(Candidate(recipe=native, why="the file's own blocks: no weight is rounded again"))
-    shorter = _byte_scales(source)
+    shorter = _byte_scales(native)
     if shorter is not None:
         found.append(Candidate(recipe=shorter, why="the file's own codes, scales in 8 bits"))
     for name, why, relative in (

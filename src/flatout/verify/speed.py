@@ -137,7 +137,7 @@ def ab_test(
         run_a()
         run_b()
     pairs: list[_Pair] = []
-    with without_garbage_collection():
+    with without_garbage_collection(collect=True):
         started = time.perf_counter()
         while True:
             pairs += _block(run_a, run_b, draw, settle_s, allowed)
@@ -171,7 +171,7 @@ def turns(
     nothing is claimed from it."""
     allowed, draw = max_foreign * (cores or available_cores()), random.Random(seed)
     pairs: list[_Pair] = []
-    with without_garbage_collection():
+    with without_garbage_collection(collect=True):
         started = time.perf_counter()
         while len(pairs) < min_pairs or time.perf_counter() - started < max_seconds:
             pairs += _block(run_a, run_b, draw, settle_s, allowed)
