@@ -3,7 +3,8 @@
 The workload runs as the engine would run it: every prompt in chunks of at most MAX_STEP_TOKENS tokens, then
 one token for all sequences at a time, sampled greedily. After a warm-up by the prompts' first tokens each
 repetition runs it twice: with the timers off, for the seconds of whole phases, and with them on, for the
-shares of the ops; once the time given is spent, with the timers off alone.
+shares of the ops; once the time given is spent, with the timers off alone. Where only the shares matter, it
+runs with the timers on alone: they take two thousandths of a small model's decode step.
 """
 
 from __future__ import annotations
@@ -61,9 +62,11 @@ def run_workload(
     progress: Progress,
     steps: int | None = None,
     min_repeats: int = MIN_REPEATS,
+    shares: bool = False,
 ) -> dict[str, PhaseSamples]:
     """Samples of "prefill" and "decode" for about max_seconds, at least `min_repeats` after a warm-up, one of
     them with timers. steps: of the decode steps only so many, from the middle of the output; all by default.
+    shares: all of them with timers, and none without.
 
     Raises ConfigError for a workload longer than the model allows, ResourceError when its pages do not fit.
     """
@@ -83,9 +86,12 @@ def run_workload(
         if repeat >= min_repeats and elapsed * (repeat + 1) / repeat > max_seconds:
             break
         progress("steps", repeat, _MAX_REPEATS)
-        _repetition(runner, tokens, pages, workload.prompt, decoded, samples, timed=False)
+        if not shares:
+            _repetition(runner, tokens, pages, workload.prompt, decoded, samples, timed=False)
         if repeat == 0 or time.perf_counter() - start < max_seconds:
             _repetition(runner, tokens, pages, workload.prompt, decoded, samples, timed=True)
+    for phase in samples.values() if shares else ():
+        phase.whole = [seconds for _, seconds in phase.ops]
     progress("steps", _MAX_REPEATS, _MAX_REPEATS)
     return samples
 

@@ -284,6 +284,7 @@ class CpuBench:
                 max_seconds=max_seconds,
                 steps=_PROFILE_STEPS,
                 min_repeats=MIN_REPEATS if recipe == ORIGINAL else 1,
+                shares=recipe != ORIGINAL,
             )
 
         if recipe != ORIGINAL:

@@ -48,9 +48,8 @@ from flatout.search.units import megabytes
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
 from flatout.verify.quality import ClusterLoss, pair_scores
-from flatout.verify.statistics import FEWEST_CLUSTERS
 
-QUICK, VALIDATION = 8, FEWEST_CLUSTERS
+QUICK, VALIDATION = 8, 24
 """Validation passages of the first look (about 3,600 tokens), and of the one that a plan is made from."""
 
 NEAR = 1.10
