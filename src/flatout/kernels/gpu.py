@@ -31,8 +31,8 @@ _NO_LAUNCH: dict[str, Any] = {}
 @dataclass(frozen=True, slots=True)
 class Card:
     """What a GPU offers. asm: PTX for unpacking; pdl: programmatic dependent launch; fp8: tensor cores that
-    multiply e4m3. tiles: shared memory for the tiles of `triton/gemm.py`. dry: kernels are compiled where
-    they would be launched, and nothing runs."""
+    multiply e4m3. tiles: shared memory for the tiles of `triton/gemm.py`. wgmma: what `cuda/wide.cu` is for.
+    dry: kernels are compiled where they would be launched, and nothing runs."""
 
     name: str
     units: int  # streaming multiprocessors
@@ -40,6 +40,7 @@ class Card:
     pdl: bool
     fp8: bool
     tiles: bool = False
+    wgmma: bool = False
     dry: bool = False
 
 
@@ -59,6 +60,7 @@ def card(device: torch.device) -> Card:
         pdl=nvidia and version >= (9, 0),
         fp8=nvidia and version >= (8, 9),
         tiles=nvidia and properties.major in (9, 10),  # 227 KB of shared memory a program
+        wgmma=nvidia and properties.major == 9,
     )
 
 
