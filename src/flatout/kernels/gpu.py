@@ -250,7 +250,9 @@ def activate(card: Card, product: Product, gelu: bool, fp8: bool) -> Activations
     """silu(gate) * up of a product whose columns are gate and up in turn."""
     tokens, size = product.tokens, product.values.shape[-1] // 2
     out, scales = _outputs(product.values, tokens, size, fp8)
-    block = min(2048, triton.next_power_of_2(size))
+    # For e4m3 a program has all of a token; in pieces of 4,096 a prompt takes 117 us a layer, not 125 (8B, H100).
+    most = 4096 if fp8 and product.token_scales is None else 2048
+    block = min(most, triton.next_power_of_2(size))
     chunks = triton.cdiv(size, block)
     kernel = start(
         card,
@@ -270,7 +272,7 @@ def activate(card: Card, product: Product, gelu: bool, fp8: bool) -> Activations
         BLOCK=block,
         CHUNKS=chunks if fp8 else 1,
         PDL=card.pdl,
-        num_warps=_warps(2 * block),
+        num_warps=min(8, _warps(2 * block)),
     )
     carve(card, kernel, MANY_SHARED)
     return Activations(out, scales)
