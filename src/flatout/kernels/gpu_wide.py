@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -140,7 +141,7 @@ def compiled(variant: Variant) -> bytes:
     return found
 
 
-def _bytes_of(size_of: ctypes._CFuncPtr, copy: ctypes._CFuncPtr, program: ctypes.c_void_p) -> bytes:
+def _bytes_of(size_of: Callable[..., int], copy: Callable[..., int], program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
     _check(size_of(program, ctypes.byref(size)), "NVRTC")
     room = ctypes.create_string_buffer(size.value)
