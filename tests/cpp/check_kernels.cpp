@@ -184,19 +184,19 @@ static void check_elementwise(const Ops& ops, int d) {
   expect(std::fabs(ops.log_sum_exp(x.data(), d) - std::log(total)) < 1e-5, name + " log_sum_exp");
 }
 
-static void check_attention(const Ops& ops, bool int8, int tokens, int e) {
+static void check_attention(const Ops& ops, CacheKind kind, int tokens, int e) {
   const int padded = (e + 15) / 16 * 16, pages = (tokens + kPage - 1) / kPage;
   const Floats k = random_floats((size_t)tokens * e), v = random_floats((size_t)tokens * e);
   const Floats q = random_floats((size_t)tokens * e);
-  Buffer cache(kv_head_bytes(padded, int8) * pages);
+  Buffer cache(kv_head_bytes(padded, kind) * pages);
   std::vector<int32_t> table(pages);
   for (int p = 0; p < pages; ++p) table[p] = pages - 1 - p;
   Attention a;
   a.head_dim = e, a.head_dim_padded = padded, a.q_stride = a.out_stride = e, a.pages = table.data();
-  a.cache = cache.data, a.page_stride = kv_head_bytes(padded, int8), a.scale = 1.0f / std::sqrt((float)e);
-  a.int8_cache = int8;
+  a.cache = cache.data, a.page_stride = kv_head_bytes(padded, kind), a.scale = 1.0f / std::sqrt((float)e);
+  a.cache_kind = kind;
   for (int t = 0; t < tokens; ++t)
-    ops.write_kv(&k[(size_t)t * e], &v[(size_t)t * e], e, padded, t % kPage, int8,
+    ops.write_kv(&k[(size_t)t * e], &v[(size_t)t * e], e, padded, t % kPage, kind,
                  cache.data + table[t / kPage] * a.page_stride);
   Floats got((size_t)tokens * e), alone(got);
   for (int t = 0; t < tokens; t += a.rows) {
@@ -220,8 +220,9 @@ static void check_attention(const Ops& ops, bool int8, int tokens, int e) {
     }
     for (int i = 0; i < e; ++i) want[(size_t)t * e + i] /= total;
   }
-  const std::string what = std::string(ops.name) + (int8 ? " attention, int8 cache" : " attention, bf16 cache");
-  expect_near(got, want, 0.1, what);  // 8 bits of key, value and weight, values up to 2
+  const int kept = (int)cached_bytes(kind);
+  const std::string what = std::string(ops.name) + " attention, cache of bytes a value: " + std::to_string(kept);
+  expect_near(got, want, kept == 4 ? 1e-5 : 0.1, what);  // 8 bits of key, value and weight, values up to 2
   expect(std::memcmp(got.data(), alone.data(), got.size() * 4) == 0, what + ": one query alone differs");
   add_to_digest(got);
 }
@@ -237,8 +238,8 @@ int main() {
     for (bool bf16 : {false, true})
       for (int m : {1, 3, 7, 33}) check_float_linear(ops, bf16, m, 37, 200);
     for (int d : {64, 200, 576}) check_elementwise(ops, d);
-    for (bool int8 : {true, false})
-      for (int e : {64, 24}) check_attention(ops, int8, 150, e);
+    for (CacheKind kind : {CacheKind::kInt8, CacheKind::kBFloat16, CacheKind::kFloat32})
+      for (int e : {64, 24}) check_attention(ops, kind, 150, e);
     if (!first) first = digest;
     expect(digest == first, isa + " gives other bits than " + usable_isas()[0]);
     std::fprintf(stderr, "%s: %d wrong\n", isa.c_str(), failures);

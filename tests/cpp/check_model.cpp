@@ -20,7 +20,7 @@ static Config config_of(bool options) {
   c.vocab_size = 512, c.hidden_size = 64, c.intermediate_size = 128, c.num_layers = 2;
   c.num_heads = 4, c.num_kv_heads = 2, c.head_dim = 16, c.max_positions = kColumns * kPage;
   c.rope_theta = 10000.0f, c.rms_norm_eps = 1e-5f, c.embedding_scale = 1.0f;
-  c.int8_cache = !options;
+  c.cache_kind = options ? CacheKind::kBFloat16 : CacheKind::kInt8;
   if (options) c.qkv_bias = c.qk_norm = c.gelu = true, c.norm_offset = 1.0f, c.embedding_scale = 8.0f, c.sliding_window = 270;
   return c;
 }

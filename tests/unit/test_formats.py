@@ -139,7 +139,7 @@ def test_last_matching_override_wins() -> None:
         ({"overrides": (("layers.1.up", "bf16"),)}, "an override names"),
         ({"overrides": (("layers.x", "bf16"),)}, "an override names"),
         ({"overrides": (("layers.0", "bf8"),)}, "a format is fp32"),
-        ({"kv_cache": "int2"}, "the KV cache is int8, bf16, fp8 or int4"),
+        ({"kv_cache": "int2"}, "the KV cache is one of int8, bf16, fp32"),
         ({"method": "magic"}, "the method is one of rtn, gptq, tune"),
     ],
 )

@@ -84,10 +84,11 @@ def test_the_workload_runs_as_the_engine_would_run_it(clock: list[float]) -> Non
     profile_model(runner, RECIPE, machine(), Workload(batch=2, prompt=1030, output=3), max_seconds=0.0)
     one = [([s], [n]) for _ in range(2) for s, n in ((0, 512), (512, 512), (1024, 6))]
     one += [([p, p], [1, 1]) for p in (1030, 1031, 1032)]
-    # A warm-up and three repetitions, the first of them with the timers off and on.
-    assert [(starts, lengths) for starts, lengths, _ in runner.steps] == one * 5
+    # A warm-up by the first tokens, and three repetitions, the first of them with the timers off and on.
+    warm = [([0], [64])] * 2 + one[-3:]
+    assert [(starts, lengths) for starts, lengths, _ in runner.steps] == warm + one * 4
     timed = [timed for _, _, timed in runner.steps]
-    assert timed == [on for on in (False, False, True, False, False) for _ in one]
+    assert timed == [False] * len(warm) + [on for on in (False, True, False, False) for _ in one]
     assert not runner.timing
 
 

@@ -18,7 +18,7 @@ SOURCE = FakeSource()
 
 def test_candidates_of_a_quantised_file() -> None:
     found = {c.recipe.name: c.recipe for c in candidates(SOURCE)}
-    assert [list(found)[i] for i in (0, -1)] == ["native", "bf16"]
+    assert [list(found)[i] for i in (0, 1, -1)] == ["native-s8", "native", "bf16"]
     native = found["native"]
     assert (native.layers, native.head, native.embedding) == ("q4_1", "q8_0", "q8_0")
     assert (native.kv_cache, native.method) == ("int8", "native")
@@ -58,8 +58,7 @@ def test_a_partly_native_file_is_rounded_where_it_must_be() -> None:
     source = FakeSource()
     for name in [n for n in source._native if n.endswith("down_proj.weight")]:
         del source._native[name]
-    recipe = candidates(source)[0].recipe
-    assert recipe.name == "native"
+    recipe = next(c.recipe for c in candidates(source) if c.recipe.name == "native")
     assert recipe.method == "rtn"
     assert recipe.format_of(0, "qkv").name == "q4_1"
     assert recipe.format_of(0, "down").name == "w8a8-g32"
@@ -115,7 +114,7 @@ def test_changes_take_effect_in_order(body: str, changes: list[str]) -> None:
         ("w8a8,head", "a change is PLACE=FORMAT"),
         ("w8a8,head=", "a change is PLACE=FORMAT"),
         ("w8a8,kv=int4", "the cpu runner has no int4 cache"),
-        ("w8a8,kv=int2", "the KV cache is int8, bf16, fp8 or int4"),
+        ("w8a8,kv=int2", "the KV cache is one of int8, bf16, fp32"),
         ("w8a8,kv=fp8", "the cpu runner has no fp8; found: the KV cache"),
         ("fp8", "the cpu runner has no fp8; found: layers"),
         ("w8a8,layers.x.down=w8a8", "an override names"),

@@ -10,7 +10,7 @@ from flatout.core.formats import Format, Recipe, parse_format
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Cost
 
-_KV_BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
+_KV_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
 _SCALE_BYTES = 4.0  # float32 scale per token and head of an int8 or int4 cache
 
 

@@ -31,6 +31,7 @@ METHODS = (
     "rotate", "rotate-gptq", "rotate-tune",
     "native",
 )  # fmt: skip
+KV_FORMATS = ("int8", "bf16", "fp32", "fp8", "int4")
 """How codes are made: to nearest, by GPTQ, by tuning whole layers, each also behind a change of the model
 (compress/apply.py), or as the file has."""
 _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmetric")}
@@ -139,10 +140,11 @@ class Recipe:
     `layers` applies to every fused linear of every layer unless `overrides` names it:
     "layers.7.down" (one), "layers.*.down" (that linear everywhere) or "layers.7" (the whole layer);
     the last matching override wins. method: one of METHODS.
-    kv_cache: "int8", "bf16", "fp8" (e4m3, on the GPU) or "int4" (reference runner only). A tied head is
-    stored once for look-up and once for multiplication, so `embedding` and `head` may differ. sparsity: which
-    weights of the linears are zero (core/sparsity.py), "" for none. structure: sizes of a smaller
-    architecture, as (name, size) pairs (core/structure.py); both are made before weights are rounded.
+    kv_cache: "int8", "bf16", "fp32" (not on the GPU), "fp8" (e4m3, on the GPU) or "int4" (reference runner
+    only). A tied head is stored once for look-up and once for multiplication, so `embedding` and `head` may
+    differ. sparsity: which weights of the linears are zero (core/sparsity.py), "" for none. structure: sizes
+    of a smaller architecture, as (name, size) pairs (core/structure.py); both are made before weights are
+    rounded.
     """
 
     name: str
@@ -168,8 +170,9 @@ class Recipe:
                     repr(pattern),
                     "layers.0.down",
                 )
-        if self.kv_cache not in ("int8", "bf16", "fp8", "int4"):
-            raise ConfigError("the KV cache is int8, bf16, fp8 or int4", repr(self.kv_cache), "int8")
+        if self.kv_cache not in KV_FORMATS:
+            known = ", ".join(KV_FORMATS)
+            raise ConfigError(f"the KV cache is one of {known}", repr(self.kv_cache), "int8")
         if self.method not in METHODS:
             raise ConfigError(f"the method is one of {', '.join(METHODS)}", repr(self.method), "rtn")
 

@@ -155,20 +155,21 @@ def profile_model(
     max_seconds: float = 10.0,
     steps: int | None = None,
     min_repeats: int = MIN_REPEATS,
+    shares: bool = False,
     remeasure: Callable[[], Hardware] | None = None,
     progress: Progress | None = None,
 ) -> Profile:
     """Run the workload for about max_seconds (at least `min_repeats`) and relate every op to its floor.
 
     recipe and threads: those of the runner; threads default to all cores. steps: decode steps that are timed,
-    from the middle of the output; all by default. remeasure: renews the ceilings
-    when a fraction of floor comes out above 1.05. Raises BackendError for a runner without timers,
-    ConfigError and ResourceError for a workload that does not fit.
+    from the middle of the output; all by default. shares: it is for these, and whole phases are timed with
+    the timers on. remeasure: renews the ceilings when a fraction of floor comes out above 1.05. Raises
+    BackendError for a runner without timers, ConfigError and ResourceError for a workload that does not fit.
     """
     if not isinstance(runner, TimedRunner):
         raise BackendError("a profile needs a runner that times its ops", runner.name, "the cpu runner")
     tell = progress or (lambda what, done, of: None)
-    samples = run_workload(runner, workload, max_seconds, tell, steps, min_repeats)
+    samples = run_workload(runner, workload, max_seconds, tell, steps, min_repeats, shares)
     threads = threads or hardware.cores
     result = _assess(runner, recipe, hardware, workload, threads, samples)
     if result.warnings and remeasure is not None:

@@ -152,6 +152,7 @@ def profile_stand_in(
         max_seconds=_SECONDS,
         steps=_STEPS,
         min_repeats=1,  # in every round
+        shares=True,
     )
 
 

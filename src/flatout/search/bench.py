@@ -1,8 +1,8 @@
-"""CpuBench: a checkpoint on this machine's cpu runner, beside the float32 reference and transformers.
+"""CpuBench: a checkpoint on this machine's cpu runner, beside the original in float32 and transformers.
 
 Building a candidate compresses the checkpoint and loads the result. The last few stay loaded, because races
-and scoring go back and forth between them; the reference and the baseline are loaded when they are needed and
-dropped when they are not.
+and scoring go back and forth between them; the original in float32 and the baseline are loaded when they are
+needed and dropped when they are not.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.costs import moment_bytes
 from flatout.core.files import sha256_of
 from flatout.core.formats import Recipe
+from flatout.core.fuse import float_recipe
 from flatout.core.model import Model
 from flatout.core.scratch import scratch_folder
 from flatout.core.sources import cache_dir
@@ -41,6 +42,7 @@ from flatout.hardware.detect import available_cores, give_back_memory
 from flatout.hardware.energy import EnergyMeter, open_meter
 from flatout.perf.profile import Profile, profile_model
 from flatout.perf.tables import Table, latency_table, profile_stand_in
+from flatout.perf.timing import MIN_REPEATS
 from flatout.search.context import Losses, Step
 from flatout.search.deliver import SCRATCH, deliver
 from flatout.search.preflight import MOST_MOMENTS
@@ -49,7 +51,15 @@ from flatout.search.rehearsal import rehearse
 from flatout.verify.baseline import TransformersBaseline
 from flatout.verify.drivers import Driver, RunnerDriver
 from flatout.verify.foreign_load import until_quiet
-from flatout.verify.quality import BLOCK, Cluster, Divergence, check_scores, divergence, score_model
+from flatout.verify.quality import (
+    BLOCK,
+    Cluster,
+    Divergence,
+    check_scores,
+    divergence,
+    refuse_different,
+    score_model,
+)
 from flatout.verify.race import DECODE_SHARE, race_energy, race_workload, turns_workload
 from flatout.verify.speed import SpeedResult
 
@@ -61,6 +71,7 @@ _PROFILE_STEPS = 16  # decode steps of a profile, from the middle of the output
 _KEPT = 3  # built recipes that stay loaded
 _CALIBRATION = 24  # passages that calibrate, about 11,000 tokens
 _LIBRARY = 10  # passages that calibrate mixed recipes, about 4,500 tokens
+_WITNESSES = 1  # passages on which the engine's float32 is compared with the reference
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +100,8 @@ class CpuBench:
         self._built: dict[Recipe, _Built] = {}
         self._sound: WeakSet[Runner] = WeakSet()
         self._library: Library | None = None
-        self._reference: Runner | None = None
+        self._exact: Runner | None = None  # the original in float32
+        self._compared = False  # with the reference
         self._baseline: TransformersBaseline | None = None
         self._meter: EnergyMeter | None = None
 
@@ -148,7 +160,7 @@ class CpuBench:
         return measure_ceilings(step)
 
     def score_original(self, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
-        return self._score(self._original(), "scoring the original", clusters, step)
+        return self._score(self._original(clusters), "scoring the original", clusters, step)
 
     def _score(self, runner: Runner, what: str, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
         """Scores of any runner, whose logits are checked the first time it is used."""
@@ -158,16 +170,30 @@ class CpuBench:
         self._sound.add(runner)
         return scores
 
-    def _original(self) -> Runner:
-        from flatout.engine.reference import ReferenceRunner
+    def _original(self, clusters: Sequence[Cluster]) -> Runner:
+        """The checkpoint in float32 on the engine, which scores twice as fast as the reference and must agree
+        with it, once, on the first of these clusters."""
+        from flatout.engine.reference import ReferenceRunner  # loads PyTorch
 
-        if self._reference is None:
-            self._reference = ReferenceRunner(self._checkpoint, self._pages, _PAGE)
-        return self._reference
+        if self._exact is None:
+            exact = self._serve(compress(self._checkpoint, float_recipe("fp32", "fp32")))
+            if not self._compared:
+                reference = ReferenceRunner(self._checkpoint, self._pages, _PAGE)
+                witnesses = clusters[:_WITNESSES]
+                refuse_different(score_model(reference, witnesses), score_model(exact, witnesses))
+                self._compared = True
+                del reference
+            give_back_memory()
+            self._sound.add(exact)
+            self._exact = exact
+        return self._exact
+
+    def _serve(self, model: Model) -> CpuRunner:
+        return CpuRunner(model, threads=self._threads, num_pages=self._pages)
 
     def _transformers(self) -> TransformersBaseline:
         if self._baseline is None:
-            self._reference = self._library = None  # the baseline takes their place in memory
+            self._exact = self._library = None  # the baseline takes their place in memory
             self._baseline = TransformersBaseline(self._checkpoint, self._threads)
         return self._baseline
 
@@ -196,8 +222,7 @@ class CpuBench:
             used = calibration[:_CALIBRATION] if recipe.needs_calibration else ()
             keep = cache_dir() / "compress" / self.sha256[:32]
             model = compress(self._checkpoint, recipe, [cluster.tokens for cluster in used], progress, keep)
-        runner = CpuRunner(model, threads=self._threads, num_pages=self._pages)
-        self._built[recipe] = _Built(runner, None if recipe == ORIGINAL else model)
+        self._built[recipe] = _Built(self._serve(model), None if recipe == ORIGINAL else model)
         del model
         give_back_memory()
 
@@ -228,7 +253,7 @@ class CpuBench:
 
         if moment_bytes(self.source.spec) > MOST_MOMENTS:
             return None
-        self._reference = None  # sensitivities hold the same weights; it is made again in a second
+        self._exact = None  # sensitivities hold the same weights; it is made again in seconds
         library = self._calibrated(calibration, step)
         give_back_memory()
         rest = [cluster.tokens for cluster in calibration[_LIBRARY:]]
@@ -246,7 +271,7 @@ class CpuBench:
         return self._score(self._runner(recipe), "scoring", clusters, step)
 
     def divergence(self, recipe: Recipe, clusters: Sequence[Cluster]) -> Divergence:
-        return divergence(self._original(), self._runner(recipe), clusters)
+        return divergence(self._original(clusters), self._runner(recipe), clusters)
 
     def profile(self, recipe: Recipe, hardware: Hardware, workload: Workload, max_seconds: float) -> Profile:
         def measure() -> Profile:
@@ -258,10 +283,12 @@ class CpuBench:
                 threads=self._threads,
                 max_seconds=max_seconds,
                 steps=_PROFILE_STEPS,
+                min_repeats=MIN_REPEATS if recipe == ORIGINAL else 1,
+                shares=recipe != ORIGINAL,
             )
 
         if recipe != ORIGINAL:
-            return measure()  # shares of ops; how long it takes is found in turns
+            return measure()  # once, for the shares of ops: how long it takes is found in turns
         # All times are measured in units of this one, and what disturbs a measurement adds to it.
         return min(until_quiet(measure), key=lambda profile: workload.seconds(*profile.seconds))
 
@@ -337,9 +364,7 @@ class CpuBench:
             return sha256_of([out / "model.safetensors"])
 
     def save(self, recipe: Recipe, out: Path, manifest: Mapping[str, Any], witness: Cluster) -> None:
-        self._reference = self._baseline = None
-
-        def serve(model: Model) -> CpuRunner:
-            return CpuRunner(model, threads=self._threads, num_pages=self._pages)
-
-        deliver(self._model(recipe), self.tokenizer, out, manifest, self._runner(recipe), serve, witness)
+        self._exact = self._baseline = None
+        deliver(
+            self._model(recipe), self.tokenizer, out, manifest, self._runner(recipe), self._serve, witness
+        )

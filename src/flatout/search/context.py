@@ -71,7 +71,8 @@ class Bench(Protocol):
         ...
 
     def score_original(self, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:
-        """Log-probabilities by the original in float32 on the reference runner."""
+        """Log-probabilities by the original in float32, by the reference runner or an engine that agrees with
+        it."""
         ...
 
     def score_baseline(self, clusters: Sequence[Cluster], step: Step) -> list[np.ndarray]:

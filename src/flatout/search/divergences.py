@@ -44,15 +44,20 @@ def rounded_inputs(x: Tensor, fmt: Format) -> Tensor:
 
 
 def float_weights(source: Source) -> Callable[[str], Tensor]:
-    """name -> the weight (N, K) as float32, read each time but for the vocabulary's; a tied head is the
-    embedding."""
+    """name -> the weight (N, K) as float32; those of a layer are kept until another layer's is asked for, the
+    vocabulary's for good. A tied head is the embedding."""
     tied = source.spec.tie_embeddings
-    vocabulary = functools.cache(lambda name: as_tensor(float_weight(source, name)))
+    read = functools.cache(lambda name: as_tensor(float_weight(source, name)))
+    kept: dict[str, Tensor] = {}
 
     def weight(name: str) -> Tensor:
         if name in ("head", "embedding"):
-            return vocabulary("embedding" if tied else name)
-        return as_tensor(float_weight(source, name))
+            return read("embedding" if tied else name)
+        if kept and next(iter(kept)).rpartition(".")[0] != name.rpartition(".")[0]:
+            kept.clear()
+        if name not in kept:
+            kept[name] = as_tensor(float_weight(source, name))
+        return kept[name]
 
     return weight
 

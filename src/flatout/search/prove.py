@@ -1,10 +1,11 @@
 """Steps 4 and 5 of the loop: race the candidates that passed, open the hold-out for the fastest, prove it is
 not slower.
 
-Where two are about equally fast by the screening's timings, a few pairs in turns with a third, an A/B test
-says which one goes first. A candidate is delivered only if it beats the engine at original precision and
-transformers in interleaved A/B tests of the user's workload and its certificate passes. Otherwise the next
-one is tried, and when none is left the original comes back: a promise that cannot be kept is not made.
+A recipe that was found and another that is about as fast by the screening's timings, a few pairs in turns,
+are raced to say which one goes first: what is chosen from many predictions owes part of its lead to luck. A
+candidate is delivered only if it beats the engine at original precision and transformers in interleaved A/B
+tests of the user's workload and its certificate passes. Otherwise the next one is tried, and when none is
+left the original comes back: a promise that cannot be kept is not made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from flatout.core.formats import Recipe
 from flatout.core.types import Workload
 from flatout.search.context import Context
+from flatout.search.joint import METHOD
 from flatout.search.recipes import ORIGINAL
 from flatout.search.rows import Row
 from flatout.search.screen import NEAR, Screen, original_side
@@ -148,12 +150,18 @@ def prove(screen: Screen, finalists: list[Row]) -> Proof:
 
 def _faster_of_two(screen: Screen, finalists: Sequence[Row]) -> tuple[Row, Race | None]:
     """The first finalist, or the second if an A/B test of both is sure that it is faster by more than counts
-    (`NEAR`); and that test, if there is a second one near."""
+    (`NEAR`); and that test, if a found one and another are near."""
     context = screen.context
-    near = [row for row in finalists[1:] if screen.cost(row) <= _RIVAL * screen.cost(finalists[0])]
+    first = finalists[0]
+    near = [
+        row
+        for row in finalists[1:]
+        if screen.cost(row) <= _RIVAL * screen.cost(first)
+        and METHOD in (first.recipe.method, row.recipe.method)
+    ]
     if not near or context.request.workload.objective in ("memory", "energy"):
-        return finalists[0], None
-    first, second = finalists[0], near[0]
+        return first, None
+    second = near[0]
     race = run_race(context, second.recipe, first.recipe, _ORIGINAL)
     named = {"recipe_a": second.name, "recipe_b": first.name, **race}
     return (second if race["workload"]["high"] < 1 / NEAR else first), named

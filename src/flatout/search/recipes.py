@@ -158,11 +158,12 @@ def candidates(source: Source) -> list[Candidate]:
     """Uniform and simple per-layer recipes that fit the model; the original is always the last."""
     found: list[Candidate] = []
     native = _native(source)
-    if native is not None:
-        found.append(Candidate(recipe=native, why="the file's own blocks: no weight is rounded again"))
     shorter = _byte_scales(native)
     if shorter is not None:
         found.append(Candidate(recipe=shorter, why="the file's own codes, scales in 8 bits"))
+    if native is not None:
+        why = "the file's own blocks: no weight is rounded again"
+        found.append(Candidate(recipe=native, why=why, relative=None if shorter is None else shorter.name))
     for name, why, relative in (
         ("w8a8-g64", "8-bit codes, a scale for 64 weights", None),
         ("w8a8-g32", "8-bit codes, a scale for 32 weights", "w8a8-g64"),

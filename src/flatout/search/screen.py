@@ -1,8 +1,9 @@
 """Steps 1 to 3 of the loop: predict every candidate, build and time the promising ones, look at their loss.
 
-Candidates are tried in the order of their predicted time. One is passed over when even its optimistic
-prediction is no faster than a candidate that already passed, or when its expected loss is beyond the budget;
-every measured candidate corrects the predictions of the rest. A loss is first looked at on a few passages,
+Candidates are tried in the order of their predicted time, but until one is likely to be certified, those
+first that round least. One is passed over when even its optimistic prediction is no faster than a candidate
+that already passed, or when its expected loss is beyond the budget; every measured candidate corrects the
+predictions of the rest. A loss is first looked at on a few passages,
 which is enough to see a failure of tens of per cent, then on as many as the power analysis of the hold-out
 needs. Where that leaves the candidate undecided that would be the best one, it is looked at on all of them.
 Times are taken in turns with the fastest so far (search/times.py), so they compare on a shared machine.
@@ -20,7 +21,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from flatout.core.formats import Recipe
+from flatout.core.formats import Recipe, parse_format
 from flatout.errors import EvidenceError, UnsupportedModelError
 from flatout.perf.predict import (
     Calibration,
@@ -47,9 +48,8 @@ from flatout.search.units import megabytes
 from flatout.verify.certificate import Side
 from flatout.verify.examination import Plan, plan_opening
 from flatout.verify.quality import ClusterLoss, pair_scores
-from flatout.verify.statistics import FEWEST_CLUSTERS
 
-QUICK, VALIDATION = 8, FEWEST_CLUSTERS
+QUICK, VALIDATION = 8, 24
 """Validation passages of the first look (about 3,600 tokens), and of the one that a plan is made from."""
 
 NEAR = 1.10
@@ -293,7 +293,7 @@ class Screen:
             (row.name for row in self.rows if row.status == "passed" and self.cost(row) == best), ""
         )
         for row in [row for row in self.rows if row.status == "waiting"]:
-            if self._optimistic(row) >= best * NEAR:
+            if self._optimistic(row) >= best and self.cost(row) >= best * NEAR:
                 self._set(row.name, status="slower", reason=f"predicted no better than {winner}")
                 continue
             relative = self._relative(row)
@@ -308,7 +308,10 @@ class Screen:
                     self._set(row.name, status="rejected", reason=reason)
         waiting = [row for row in self.rows if row.status == "waiting"]
         names = {row.name for row in waiting}
-        return min((r for r in waiting if r.candidate.relative not in names), key=self.cost, default=None)
+        ready = [row for row in waiting if row.candidate.relative not in names]
+        if best == math.inf:
+            return min(ready, key=lambda row: (_rounding(row.recipe), self.cost(row)), default=None)
+        return min(ready, key=self.cost, default=None)
 
     def _optimistic(self, row: Row) -> float:
         if self.context.request.workload.objective == "memory" or row.workload is None:
@@ -324,14 +327,17 @@ class Screen:
         if known_here is not None:
             low, mid, high = (math.expm1(x) for x in known_here)
             return low, mid, high
-        relative = self._relative(row)
-        if relative is None:
-            return None
+        relative, parts = self._relative(row), _KEEPS.get(row.recipe.method, _FINER)
+        if relative is None:  # known from what is its own with finer scales?
+            relative = next((r for r in self.rows if r.candidate.relative == row.name), None)
+            if relative is None or relative.recipe.method != row.recipe.method:
+                return None
+            parts = 1 / _FINER[2], 1 / _FINER[1], 1 / _FINER[0]
         known = relative.expected_loss if relative.loss is None else (max(relative.loss.value, 0.0),) * 3
         if known is None:
             return None
-        low, mid, high = _KEEPS.get(row.recipe.method, _FINER)
-        return low * known[0], mid * known[1], high * known[2]
+        low, mid, high = (part * loss for part, loss in zip(parts, known, strict=True))
+        return low, mid, high
 
     def _try(self, row: Row) -> None:
         """Build, time and score one candidate until it is clear what becomes of it."""
@@ -456,8 +462,13 @@ def original_side(context: Context) -> Side:
         source=context.request.model,
         sha256=context.bench.sha256,
         recipe="original",
-        runner="reference (float32)",
+        runner="cpu (float32), as the reference",
     )
+
+
+def _rounding(recipe: Recipe) -> int:
+    """How much the layers are rounded, to order by: not at all where the file's own blocks are kept."""
+    return 0 if recipe.method == "native" else 32 - parse_format(recipe.layers).bits
 
 
 def _suffices(plan: Plan) -> bool:

@@ -23,10 +23,18 @@ static float quantize_head(const float* x, int head_dim, int head_dim_padded, in
   return amax / 127.0f;
 }
 
-void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,
+void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, CacheKind kind,
               uint8_t* page) {
   const int E = head_dim_padded;
-  if (!int8_cache) {
+  if (kind == CacheKind::kFloat32) {
+    float *keys = (float*)page, *values = keys + (size_t)kPage * E;
+    for (int e = 0; e < E; ++e) {
+      keys[(size_t)e * kPage + slot] = e < head_dim ? k[e] : 0.0f;
+      values[(size_t)slot * E + e] = e < head_dim ? v[e] : 0.0f;
+    }
+    return;
+  }
+  if (kind == CacheKind::kBFloat16) {
     uint16_t *keys = (uint16_t*)page, *values = keys + (size_t)kPage * E;
     for (int e = 0; e < E; ++e) {
       keys[((size_t)(e / 2) * kPage + slot) * 2 + e % 2] = e < head_dim ? to_bf16(k[e]) : 0;
@@ -145,7 +153,7 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
     const bool whole = see_page(a, p, visible);
     const Page page = page_at(a, p);
     const uint8_t* ahead = p < range.last ? page_at(a, p + 1).keys : a.after ? a.after : page.keys;
-    const size_t bytes = kv_head_bytes(E, true);
+    const size_t bytes = kv_head_bytes(E, CacheKind::kInt8);
     Fetch next = {ahead, ahead + bytes, (int)(bytes / 64 + steps - 1) / steps};
     const int seen = whole ? kPage : seen_keys(visible, rows), vectors = (seen + kLanes - 1) / kLanes;
     const auto score = [&](int r, int i) {
@@ -168,18 +176,26 @@ static void attend_int8(const Attention& a, SoftmaxBlock& block) {
   }
 }
 
-// scores[r][v] of R queries and V vectors of a bf16 page's keys, from the first: fp32 arithmetic, value after value.
-template <int R, int V>
-static void score_bf16(const Attention& a, const float* q, const uint8_t* keys, f32x16 (*scores)[kPage / kLanes]) {
+// Two values of sixteen neighbours from a float page's line, `next` bytes apart in fp32 and side by side in bf16.
+template <CacheKind KIND>
+static void load_pair(const uint8_t* line, size_t next, f32x16* first, f32x16* second) {
+  if constexpr (KIND == CacheKind::kBFloat16) return load_bf16_pairs((const uint16_t*)line, first, second);
+  *first = load<f32x16>((const float*)line);
+  *second = load<f32x16>((const float*)(line + next));
+}
+
+// scores[r][v] of R queries and V vectors of a float page's keys, from the first: fp32 arithmetic, value after value.
+template <CacheKind KIND, int R, int V>
+static void score_floats(const Attention& a, const float* q, const uint8_t* keys, f32x16 (*scores)[kPage / kLanes]) {
   f32x16 acc[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = splat(0.0f);
-  for (int e = 0; e < a.head_dim; e += 2, keys += 4 * kPage) {
+  for (int e = 0; e < a.head_dim; e += 2, keys += 2 * cached_bytes(KIND) * kPage) {
     f32x16 first[V], second[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) load_bf16_pairs((const uint16_t*)(keys + 64 * v), &first[v], &second[v]);
+    for (int v = 0; v < V; ++v) load_pair<KIND>(keys + 64 * v, 4 * kPage, &first[v], &second[v]);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const float* x = q + (size_t)r * a.q_stride + e;
@@ -196,9 +212,9 @@ static void score_bf16(const Attention& a, const float* q, const uint8_t* keys, 
     for (int v = 0; v < V; ++v) scores[r][v] = acc[r][v];
 }
 
-// out[v][r] += keys begin .. end of R rows' weights times V vectors of a bf16 page's values.
-template <int R, int V>
-static void weigh_bf16(const uint8_t* values, int E, const float (*weights)[kPage], int begin, int end,
+// out[v][r] += keys begin .. end of R rows' weights times V vectors of a float page's values.
+template <CacheKind KIND, int R, int V>
+static void weigh_floats(const uint8_t* values, int E, const float (*weights)[kPage], int begin, int end,
                        float (*out)[kTileRows][kLanes]) {
   f32x16 acc[R][V];
 #pragma GCC unroll 4
@@ -206,11 +222,11 @@ static void weigh_bf16(const uint8_t* values, int E, const float (*weights)[kPag
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = load<f32x16>(out[v][r]);
   for (int key = begin; key < end; ++key) {
-    const uint8_t* line = values + (size_t)(key / 2) * E * 4;
+    const uint8_t* line = values + (size_t)(key / 2) * E * 2 * cached_bytes(KIND);
     f32x16 value[V], pair[2];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      load_bf16_pairs((const uint16_t*)(line + 64 * v), &pair[0], &pair[1]);
+      load_pair<KIND>(line + 64 * v, 4 * E, &pair[0], &pair[1]);
       value[v] = key % 2 ? pair[1] : pair[0];
     }
 #pragma GCC unroll 4
@@ -225,21 +241,22 @@ static void weigh_bf16(const uint8_t* values, int E, const float (*weights)[kPag
 }
 
 // The same for some rows, of which row i sees keys begin[i] .. end[i] only: what lies in other slots may not be a number.
-template <int V>
+template <CacheKind KIND, int V>
 static void weigh_rows(const uint8_t* values, int E, const float (*weights)[kPage], const int* begin, const int* end,
                        int count, float (*out)[kTileRows][kLanes]) {
   int first = *std::max_element(begin, begin + count), last = *std::min_element(end, end + count);  // seen by all rows
   if (first >= last) first = last = 0;
   const auto alone = [&](int r, int from, int to) {
-    weigh_bf16<1, V>(values, E, weights + r, from, to, (float (*)[kTileRows][kLanes])out[0][r]);
+    weigh_floats<KIND, 1, V>(values, E, weights + r, from, to, (float (*)[kTileRows][kLanes])out[0][r]);
   };
   for (int r = 0; r < count; ++r) alone(r, begin[r], std::min(first, end[r]));
-  with_rows<kTogether>(count, [&]<int R>() { weigh_bf16<R, V>(values, E, weights, first, last, out); });
+  with_rows<kTogether>(count, [&]<int R>() { weigh_floats<KIND, R, V>(values, E, weights, first, last, out); });
   for (int r = 0; r < count; ++r) alone(r, std::max(last, begin[r]), end[r]);
 }
 
-// Against a bf16 cache.
-static void attend_bf16(const Attention& a, SoftmaxBlock& block) {
+// Against a bf16 or fp32 cache.
+template <CacheKind KIND>
+static void attend_floats(const Attention& a, SoftmaxBlock& block) {
   const int E = a.head_dim_padded, rows = a.rows;
   alignas(64) float scores[kTileRows][kPage];
   f32x16 products[kTogether][kPage / kLanes];
@@ -252,7 +269,7 @@ static void attend_bf16(const Attention& a, SoftmaxBlock& block) {
     const auto score = [&](int r, int i) {
       for (int v = 0; r % kTogether == 0 && i == 0 && v < kPage / kLanes; v += kTogether)
         with_rows<kTogether>(std::min(kTogether, rows - r), [&]<int R>() {
-          score_bf16<R, kTogether>(a, a.q + (size_t)r * a.q_stride, page.keys + 64 * v,
+          score_floats<KIND, R, kTogether>(a, a.q + (size_t)r * a.q_stride, page.keys + 64 * v,
                                    (f32x16 (*)[kPage / kLanes]) & products[0][v]);
         });
       return products[r % kTogether][i];
@@ -268,7 +285,7 @@ static void attend_bf16(const Attention& a, SoftmaxBlock& block) {
     for (int r = 0; r < rows; r += kTogether)
       for (int d = 0; d < E / kLanes;) {
         const bool all = E / kLanes - d >= kTogether;
-        const auto weigh = all ? weigh_rows<kTogether> : weigh_rows<1>;
+        const auto weigh = all ? weigh_rows<KIND, kTogether> : weigh_rows<KIND, 1>;
         weigh(page.values + 64 * d, E, scores + r, begin + r, end + r, std::min(kTogether, rows - r),
               (float (*)[kTileRows][kLanes])block.chunk.out[d][r]);
         d += all ? kTogether : 1;
@@ -280,10 +297,9 @@ static void attend_bf16(const Attention& a, SoftmaxBlock& block) {
 static void attend_rows(const Attention& a) {
   SoftmaxBlock block;
   start(block, a.rows, a.head_dim_padded);
-  if (a.int8_cache)
-    attend_int8(a, block);
-  else
-    attend_bf16(a, block);
+  a.cache_kind == CacheKind::kInt8       ? attend_int8(a, block)
+  : a.cache_kind == CacheKind::kBFloat16 ? attend_floats<CacheKind::kBFloat16>(a, block)
+                                         : attend_floats<CacheKind::kFloat32>(a, block);
   if (!a.partial) {
     for (int r = 0; r < a.rows; ++r) finish(block, r, a.head_dim, a.out + (size_t)r * a.out_stride);
     return;

@@ -170,16 +170,17 @@ static void attend_heads(const Attention& a, int depth, int heads) {
 }
 
 void attend_amx(const Attention& a) {
-  if (a.rows < 4 || (!a.int8_cache && !a.bf16_products)) return attend(a);
+  const bool int8 = a.cache_kind == CacheKind::kInt8;
+  if (a.rows < 4 || !(int8 || (a.cache_kind == CacheKind::kBFloat16 && a.bf16_products))) return attend(a);
   int depth = 64;
-  while (a.head_dim_padded * (a.int8_cache ? 1 : 2) % depth) depth /= 2;
+  while (a.head_dim_padded * cached_bytes(a.cache_kind) % depth) depth /= 2;
   configure_tiles(depth);
   for (int h = 0; h < a.heads; h += kSharing) {
     Attention some = a;
     some.q += (size_t)h * a.head_dim;
     some.out += (size_t)h * a.head_dim;
     const int heads = std::min(kSharing, a.heads - h);
-    if (a.int8_cache)
+    if (int8)
       attend_heads<true>(some, depth, heads);
     else
       attend_heads<false>(some, depth, heads);

@@ -34,6 +34,13 @@ T get(const nb::dict& d, const char* key) {
   return nb::cast<T>(d[key]);
 }
 
+CacheKind cache_kind(const std::string& name) {
+  if (name == "int8") return CacheKind::kInt8;
+  if (name == "bf16") return CacheKind::kBFloat16;
+  if (name == "fp32") return CacheKind::kFloat32;
+  throw std::invalid_argument("no cache of format " + name);
+}
+
 Config parse_config(const nb::dict& d) {
   Config c{};
   c.vocab_size = get<int>(d, "vocab_size");
@@ -51,7 +58,7 @@ Config parse_config(const nb::dict& d) {
   c.qkv_bias = get<bool>(d, "qkv_bias");
   c.qk_norm = get<bool>(d, "qk_norm");
   c.gelu = get<std::string>(d, "activation") == "gelu_tanh";
-  c.int8_cache = get<std::string>(d, "kv_cache") == "int8";
+  c.cache_kind = cache_kind(get<std::string>(d, "kv_cache"));
   c.sliding_window = d["sliding_window"].is_none() ? 0 : get<int>(d, "sliding_window");
   c.has_rope_scaling = !d["rope_scaling"].is_none();
   if (c.has_rope_scaling) {
@@ -210,7 +217,7 @@ EncoderConfig parse_encoder_config(const nb::dict& d) {
   c.head_dim = get<int>(d, "head_dim");
   c.max_positions = get<int>(d, "max_positions");
   c.layer_norm_eps = get<float>(d, "layer_norm_eps");
-  c.int8_cache = get<std::string>(d, "kv_cache") == "int8";
+  c.cache_kind = cache_kind(get<std::string>(d, "kv_cache"));
   return c;
 }
 

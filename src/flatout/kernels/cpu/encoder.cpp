@@ -39,7 +39,7 @@ Encoder::Encoder(const EncoderConfig& c, int threads, const std::string& isa)
   expect(c.head_dim * c.num_heads == c.hidden_size, "num_heads * head_dim must be hidden_size");
   chunk_tokens_ = std::max(kChunkTokens * threads, round_up(c.max_positions, kTileRows));
   chunk_pages_ = std::max(chunk_tokens_ / kPagesAToken, (c.max_positions + kPage - 1) / kPage);
-  page_bytes_ = kv_head_bytes(head_dim_padded_, c.int8_cache);
+  page_bytes_ = kv_head_bytes(head_dim_padded_, c.cache_kind);
   const size_t rows = chunk_tokens_ + kTileRows;
   cache_ = Buffer(page_bytes_ * c.num_heads * chunk_pages_);
   x_ = Buffer(rows * hidden_stride_ * sizeof(float));
@@ -236,7 +236,7 @@ void Encoder::write_keys(const Chunk& c, int thread) {
     const float* keys = (const float*)qkv_.data + (size_t)t * qkv_stride_ + D;
     const int slot = slots_[c.first_token + t];
     for (int h = 0; h < config_.num_heads; ++h)
-      ops_->write_kv(keys + h * E, keys + D + h * E, E, head_dim_padded_, slot % kPage, config_.int8_cache,
+      ops_->write_kv(keys + h * E, keys + D + h * E, E, head_dim_padded_, slot % kPage, config_.cache_kind,
                      page(h, slot / kPage));
   }
 }
@@ -259,7 +259,7 @@ void Encoder::attention(const Sequences& b, const Layer& l, const Chunk& c, int 
     a.cache = page(head, 0);
     a.page_stride = page_bytes_;
     a.scale = 1.0f / std::sqrt((float)E);
-    a.int8_cache = config_.int8_cache;
+    a.cache_kind = config_.cache_kind;
     a.bf16_products = l.qkv.kind == WeightKind::kBFloat16;
     ops_->attend(a);
   };

@@ -12,7 +12,7 @@ namespace flatout {
 struct EncoderConfig {
   int vocab_size, hidden_size, intermediate_size, num_layers, num_heads, head_dim, max_positions;
   float layer_norm_eps;
-  bool int8_cache;  // keys and values as bytes with a scale a token and head, otherwise bf16
+  CacheKind cache_kind;
 };
 
 // Sequences concatenated: sequence s is tokens starts[s] .. starts[s + 1], the last one ends at `total`.

@@ -198,7 +198,7 @@ void Model::rotate(const Batch& b, int layer, int t, int h) {
   if (h < c.num_heads) return;
   const int32_t page = b.pages[(size_t)token_sequence_[t] * b.page_columns + position / kPage];
   ops_->write_kv(x, x + (size_t)c.num_kv_heads * c.head_dim, c.head_dim, head_dim_padded_, position % kPage,
-                 c.int8_cache, page_head(layer, h - c.num_heads) + (size_t)page * page_bytes_);
+                 c.cache_kind, page_head(layer, h - c.num_heads) + (size_t)page * page_bytes_);
 }
 
 // All heads of all tokens, before attention.
@@ -235,7 +235,7 @@ void Model::attention(const Batch& b, int layer, int thread) {
     a.cache = page_head(layer, first_head / group);
     a.page_stride = page_bytes_;
     a.scale = 1.0f / std::sqrt((float)c.head_dim);
-    a.int8_cache = c.int8_cache;
+    a.cache_kind = c.cache_kind;
     a.bf16_products = layers_[layer].qkv.kind == WeightKind::kBFloat16;
     return a;
   };

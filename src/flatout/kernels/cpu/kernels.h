@@ -32,7 +32,7 @@ int argmax(const float* row, int n);
 float log_sum_exp(const float* row, int n);
 void round_block(const RoundBlock&, int first, int count);
 int nearest_grid(const Grids&);
-void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,
+void write_kv(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, CacheKind kind,
               uint8_t* page);
 void attend(const Attention&);
 void merge_chunks(const float* partial, int chunks, int stride, int head_dim, int head_dim_padded, float* out);

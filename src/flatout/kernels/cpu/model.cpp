@@ -57,7 +57,7 @@ Model::Model(const Config& config, int threads, const std::string& isa, int num_
       next_item_(config.num_layers) {
   expect(num_pages >= 1, "num_pages must be at least 1");
   expect(head_dim_padded_ <= 256, "head_dim must be at most 256");
-  head_bytes_ = kv_head_bytes(head_dim_padded_, config.int8_cache);
+  head_bytes_ = kv_head_bytes(head_dim_padded_, config.cache_kind);
   page_bytes_ = head_bytes_ * config.num_layers * config.num_kv_heads;
   const int rows = kMaxStepTokens + kTileRows;
   cache_ = Buffer(page_bytes_ * num_pages);

@@ -21,7 +21,8 @@ struct Config {
   float rope_theta, rms_norm_eps, norm_offset, embedding_scale;
   bool has_rope_scaling;
   RopeScaling rope_scaling;
-  bool qkv_bias, qk_norm, gelu, int8_cache;
+  bool qkv_bias, qk_norm, gelu;
+  CacheKind cache_kind;
   int sliding_window;  // 0: none
 };
 

@@ -79,6 +79,17 @@ inline size_t group_index(int m, int g, int groups) {
   return ((size_t)(m / kTileRows) * groups + g) * kTileRows + m % kTileRows;
 }
 
+// Layout of one page of one kv head, E padded to 16.
+//   int8  keys [E / 4][64 tokens][4] as code + 128, values [64 / 4][E][4] signed, key scales [64], value scales [64]
+//   bf16  keys [E / 2][64 tokens][2], values [64 / 2][E][2]
+//   fp32  keys [E][64 tokens], values [64][E]
+enum class CacheKind { kInt8, kBFloat16, kFloat32 };
+inline size_t cached_bytes(CacheKind kind) { return kind == CacheKind::kInt8 ? 1 : kind == CacheKind::kBFloat16 ? 2 : 4; }
+inline size_t kv_head_bytes(int head_dim_padded, CacheKind kind) {
+  const size_t scales = kind == CacheKind::kInt8 ? 2 * kPage * sizeof(float) : 0;
+  return 2 * (size_t)kPage * head_dim_padded * cached_bytes(kind) + scales;
+}
+
 // Up to 16 tokens' queries of a few query heads against the cache of one sequence and the kv head that they share.
 struct Attention {
   const float* q = nullptr;  // [rows][q_stride], the heads' E values one after another, rotated
@@ -93,21 +104,13 @@ struct Attention {
   const uint8_t* after = nullptr;   // the page that this thread is likely to read next
   size_t page_stride = 0;
   float scale = 1.0f;               // 1 / sqrt(E)
-  bool int8_cache = true;
+  CacheKind cache_kind = CacheKind::kInt8;
   bool bf16_products = false;  // bf16 cache: queries and probabilities may be rounded to bf16
   // One token: only this chunk of pages, its sums to `partial` ([heads][partial_floats(E)]) instead of `out`.
   int chunk = -1;
   float* partial = nullptr;
 };
 inline int partial_floats(int head_dim_padded) { return head_dim_padded + 3; }
-
-// Layout of one page of one kv head, E padded to 16.
-//   int8  keys [E / 4][64 tokens][4] as code + 128, values [64 / 4][E][4] signed, key scales [64], value scales [64]
-//   bf16  keys [E / 2][64 tokens][2], values [64 / 2][E][2]
-inline size_t kv_head_bytes(int head_dim_padded, bool int8_cache) {
-  return int8_cache ? 2 * (size_t)kPage * head_dim_padded + 2 * kPage * sizeof(float)
-                    : 2 * (size_t)kPage * head_dim_padded * sizeof(uint16_t);
-}
 
 // A block of columns that are rounded one after another; a column's values, one for each row of the weight, lie together.
 // With x[j] = values[j] - sum over i < j of factor[i][j] errors[i], and w[j] = base[j] - gain[j] x[j] where there is a base:
@@ -169,7 +172,7 @@ struct Ops {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int d, float* out);
   // Rotate x (E values) by the angles of one position: cosines then sines, E / 2 each
   void (*rope)(float* x, const float* table, int head_dim);
-  void (*write_kv)(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, bool int8_cache,
+  void (*write_kv)(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, CacheKind kind,
                    uint8_t* page);
   void (*attend)(const Attention&);
   // out = the attention of one head from the partial sums of `chunks` chunks, `stride` floats apart

@@ -206,13 +206,13 @@ static inline void finish(const SoftmaxBlock& b, int r, int head_dim, float* out
     store_some(out + d, load<f32x16>(b.all.out[d / kLanes][r]) * inverse, head_dim - d);
 }
 
-// Parts of page p of one kv head; a bf16 page has no scales.
+// Parts of page p of one kv head; only an int8 page has scales.
 struct Page {
   const uint8_t *keys, *values;
   const float *key_scales, *value_scales;
 };
 static inline Page page_parts(const Attention& a, const uint8_t* page) {
-  const size_t half = (size_t)kPage * a.head_dim_padded * (a.int8_cache ? 1 : 2);
+  const size_t half = (size_t)kPage * a.head_dim_padded * cached_bytes(a.cache_kind);
   const float* scales = (const float*)(page + 2 * half);
   return {page, page + half, scales, scales + kPage};
 }
