@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 from triton.runtime._async_compile import AsyncCompileMode
 
 from flatout.core.checkpoint import open_checkpoint
@@ -145,6 +146,38 @@ def product_cases(device: torch.device) -> Iterator[tuple[Activations, PackedWei
                     yield inputs, weight, rule._replace(programs=0, fetch=0)
 
 
+def check_wide(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Wide tiles, in parts, gated, and of more tokens than one band of tiles has, against float64."""
+    card = gpu.card(device)
+    if not card.wgmma:
+        return
+    for fmt, tokens in itertools.product(("bf16", "fp8"), (131, 256, 2500)):
+        n, k, block_k = 14336, 4096, 64 if fmt == "bf16" else 128
+        values = torch.randn(n, k, device=device, dtype=torch.bfloat16)
+        weight = pack_fp8(values) if fmt == "fp8" else pack_bf16(values)
+        x = Activations(torch.randn(tokens, k, device=device, dtype=torch.bfloat16))
+        if fmt == "fp8":
+            x = gpu.quantize(card, x.values)
+        scales = 1.0 if x.scales is None else x.scales.double()[:, None]
+        product = (x.values.double() * scales) @ dequantize(weight).double().T
+        gate, up = product[:, 0::2], product[:, 1::2]
+        for parts, epilogue, wanted in (
+            (1, gpu_linear.gemm.PLAIN, product),
+            (4, gpu_linear.gemm.PLAIN, product),
+            (1, gpu_linear.gemm.SILU, silu(gate) * up),
+            (1, gpu_linear.gemm.GELU, gelu(gate, approximate="tanh") * up),
+        ):
+            route = gpu_linear.TileRoute(224, block_k, 8, 3, 0, 0, parts)
+            cut = gpu_linear.cut_of(n, k, route, card.units)
+            out = torch.full((parts, *wanted.shape), torch.nan, dtype=torch.bfloat16, device=device)
+            gpu_linear.multiply_tiles(card, x, weight, out, route, cut, epilogue)
+            error = float((out.double().sum(0) - wanted).norm() / wanted.norm())
+            name = f"wide {fmt} {tokens}x{n}x{k}, {parts} parts, epilogue {epilogue.value}"
+            if not error < (4e-3 if fmt == "bf16" else 8e-3):
+                raise SystemExit(f"{name}: {error:.1e} off")
+            yield {"product": name, "relative_error": error}
+
+
 def launched(
     card: gpu.Card, x: Activations, weight: PackedWeight, route: gpu_linear.TileRoute
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -195,3 +228,4 @@ def all_checks(path: Path | None, device: torch.device) -> Iterator[dict[str, An
     """Of everything; `path`: a trained model."""
     yield from checks(path)
     yield from check_products(device)
+    yield from check_wide(device)

@@ -1,8 +1,9 @@
 """Launching products on a GPU: which kernel multiplies, in what pieces.
 
-Three kernels: the matrix-vector one for one to a few tokens (`triton/gemv.py`), the tensor cores' for up to
-256 (`triton/gemm.py`), and the vendor's library for more, and where it is faster. Routes of the first two
-come from a table measured on known cards, `triton/routes.json`, and from a rule on any other.
+Four kernels: the matrix-vector one for one to a few tokens (`triton/gemv.py`), the tensor cores' for up to
+256 (`triton/gemm.py`), wide tiles for 129 and more (`cuda/wide.cu`), and the vendor's library for any number.
+Routes come from a table measured on known cards, `triton/routes.json`, and but for wide tiles from a rule on
+any other.
 
 Legend: M or T tokens, rows of x; N outputs, K inputs.
 """
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flatout.kernels import gpu_wide
 from flatout.kernels.gpu import (
     FEW_SHARED,
     MANY_SHARED,
@@ -44,6 +46,8 @@ SCALED_TOKENS = 2048
 """From so many on, the vendor's e4m3 products come with their scales."""
 TILE_ROWS = (64, 128, 256)
 """Rows that the tensor cores' kernel is compiled for."""
+PROMPT_TOKENS = 2048
+"""From so many on, tokens have an entry of their own in the table, under this number."""
 
 
 Route = tuple[int, int, int, int]
@@ -64,7 +68,8 @@ def gemv_route(name: str, fmt: str, n: int, k: int, m: int) -> Route:
 
 class TileRoute(NamedTuple):
     """How the tensor cores' kernel is launched. programs: on each multiprocessor, or 0 for one a tile, which
-    leaves whole tiles only; -1 for the vendor's library. fetch: blocks asked for before the wait."""
+    leaves whole tiles only; -1 for the vendor's library. fetch: blocks asked for before the wait. wide:
+    equal parts of a tile's columns if it is launched by `gpu_wide.py`, with `programs` 0, or 0."""
 
     block_n: int
     block_k: int
@@ -72,6 +77,7 @@ class TileRoute(NamedTuple):
     stages: int
     programs: int
     fetch: int
+    wide: int = 0
 
 
 VENDOR = TileRoute(0, 0, 0, 0, -1, 0)
@@ -94,11 +100,19 @@ def gemm_route(card: Card, fmt: str, n: int, k: int, tile_rows: int) -> TileRout
 
 
 @cache
+def prompt_route(name: str, fmt: str, n: int, k: int) -> TileRoute:
+    """How PROMPT_TOKENS or more meet an (n, k) weight on the card called `name`: through the vendor's library
+    unless wide tiles were measured to be faster."""
+    measured = measured_routes(name).get(f"{fmt} {n}x{k} tile {PROMPT_TOKENS}")
+    return VENDOR if measured is None else TileRoute(*measured)
+
+
+@cache
 def cut_of(n: int, k: int, route: TileRoute, units: int) -> Cut:
     """How the blocks of an (n, k) weight are divided among the programs of a card with so many units."""
     tiles, k_blocks = triton.cdiv(n, route.block_n), triton.cdiv(k, route.block_k)
     blocks = tiles * k_blocks
-    programs = min(route.programs * units, blocks) if route.programs else tiles
+    programs = min(route.programs * units, blocks) if route.programs else tiles * max(1, route.wide)
 
     def owner(block: int) -> int:
         return int(((block + 1) * programs - 1) // blocks)
@@ -201,7 +215,11 @@ def _one(device: torch.device) -> Tensor:
 def tile_route(card: Card, x: Activations, weight: PackedWeight) -> TileRoute:
     """How these tokens meet that weight; VENDOR if through the vendor's library."""
     tokens = x.values.shape[0]
-    if tokens > TILE_ROWS[-1] or weight.format != ("bf16" if x.scales is None else "fp8"):
+    if weight.format != ("bf16" if x.scales is None else "fp8"):
+        return VENDOR
+    if tokens >= PROMPT_TOKENS:
+        return prompt_route(card.name, weight.format, weight.n, weight.k)
+    if tokens > TILE_ROWS[-1]:
         return VENDOR
     rows = next(rows for rows in TILE_ROWS if rows >= tokens)
     return gemm_route(card, weight.format, weight.n, weight.k, rows)
@@ -213,7 +231,7 @@ def takes_groups(card: Card, weight: PackedWeight, tokens: int, group: int) -> b
         return False
     rows = next(rows for rows in TILE_ROWS if rows >= tokens)
     route = gemm_route(card, weight.format, weight.n, weight.k, rows)
-    return route.programs >= 0 and group % route.block_k == 0
+    return route.programs >= 0 and not route.wide and group % route.block_k == 0
 
 
 def multiply(card: Card, x: Activations, weight: PackedWeight) -> Product:
@@ -245,13 +263,14 @@ def multiply_gated(
     if `fp8`, where it can with a scale for each tile's columns. following: that linear, if it is to be
     asked."""
     route = tile_route(card, x, weight)
-    if route.programs:
+    if route.programs or route.wide > 1:
         return activate(card, multiply(card, x, weight), gelu, fp8)
     tokens, device = x.values.shape[0], x.values.device
     cut = cut_of(weight.n, weight.k, route, card.units)
     epilogue = gemm.GELU if gelu else gemm.SILU
     group = route.block_n // 2
-    whole = weight.n % route.block_n == 0
+    # Wide tiles give 112 columns, which no linear takes as a group.
+    whole = weight.n % route.block_n == 0 and not route.wide
     if fp8 and whole and following is not None and takes_groups(card, following, tokens, group):
         codes = torch.empty(tokens, weight.n // 2, dtype=torch.float8_e4m3fn, device=device)
         scales = torch.empty(tokens, weight.n // route.block_n, device=device)
@@ -304,6 +323,10 @@ def multiply_tiles(
     out_scales: Tensor | None = None,
 ) -> None:
     """Into out, which is what `triton/gemm.py` says for each epilogue."""
+    if route.wide:
+        gate = int(epilogue.value)
+        gpu_wide.multiply_wide(card, x, weight, out, route.block_n, route.stages, route.wide, gate)
+        return
     tokens = x.values.shape[0]
     rows = next(rows for rows in TILE_ROWS if rows >= tokens)
     values = weight.words.view(x.values.dtype)

@@ -29,7 +29,7 @@ from flatout.engine.cuda import CudaRunner, open_device
 from flatout.engine.cuda_weights import random_weights
 from flatout.engine.load import shape_and_recipe
 from flatout.errors import ConfigError
-from flatout.kernels import gpu, gpu_attention, gpu_linear
+from flatout.kernels import gpu, gpu_attention, gpu_linear, gpu_wide
 from flatout.kernels.gpu import Card
 from flatout.kernels.gpu_linear import FEW_ROWS, TILE_ROWS, VENDOR, TileRoute
 from flatout.kernels.packed import PAIRS, PackedWeight
@@ -91,6 +91,19 @@ def tile_settings(fmt: str, tile_rows: int, name: str) -> list[Setting]:
     return list(dict.fromkeys(tuple(route) for route in found))
 
 
+def wide_settings(fmt: str, n: int, k: int, name: str) -> list[Setting]:
+    """Settings of wide tiles that cut an (n, k) weight evenly."""
+    block_k = 64 if fmt == "bf16" else 128
+    found: list[Setting] = []
+    for block_n in (96, 128, 160, 192, 224):
+        stages = min(6, _SHARED_BYTES // ((gpu_wide.T_TILE + block_n) * 128))
+        for parts in (1,) if name == "gate_up" else (1, 2, 4):
+            blocks, rest = divmod(k, block_k * parts)
+            if n % (2 * block_n) == 0 and rest == 0 and blocks >= stages:
+                found.append(TileRoute(block_n, block_k, 8, stages, 0, 0, parts))
+    return found
+
+
 def attention_settings() -> list[Setting]:
     """Of attention of one new token a sequence: gpu_attention.DecodeRoute."""
     return [
@@ -140,7 +153,10 @@ class Bench:
         weight = self.weights[name]
         if self.few:
             return few_settings(weight.format, weight.n, weight.k, name)
-        return tile_settings(weight.format, self.tile_rows, name)
+        found = tile_settings(weight.format, self.tile_rows, name)
+        if self.runner.card.wgmma and self.rows > TILE_ROWS[1] and name != "head":
+            found += wide_settings(weight.format, weight.n, weight.k, name)
+        return found
 
     def first(self) -> dict[str, Setting]:
         """Settings as the table or the rule has them."""
@@ -160,7 +176,7 @@ class Bench:
     def use(self, chosen: Mapping[str, Setting]) -> None:
         """Launch kernels so, from now on and in this process."""
         gpu.measured_routes(self.runner.card.name).update({k: list(v) for k, v in chosen.items()})
-        for route in (gpu_linear.gemv_route, gpu_linear.gemm_route):
+        for route in (gpu_linear.gemv_route, gpu_linear.gemm_route, gpu_linear.prompt_route):
             route.cache_clear()
 
     def microseconds(self) -> float:
@@ -249,7 +265,9 @@ def tune(
             times.sort()
             kept = [setting for _, setting in times[:_KEPT]]
             if not (again or bench.few or name == "attention"):  # how much to fetch, with the rest settled
-                kept += [(*s[:5], fetch) for s in kept[:2] if s[4] >= 0 for fetch in (0, 8, 16)]
+                kept += [
+                    (*s[:5], fetch) for s in kept[:2] if s[4] >= 0 and not any(s[6:]) for fetch in (0, 8, 16)
+                ]
             second[name] = kept
             if times and times[0][0] < lowest - 0.5:
                 lowest, best[key] = times[0]
