@@ -94,13 +94,14 @@ def build(shape: Shape, primitives: Path | None = None, netlist: Mapping[str, st
     options = [
         "--cc", "--exe", "--build", "-j", "1", "--top-module", "accelerator", "-Wno-fatal", "-Wno-lint",
         "-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
-        "-CFLAGS", f"{'' if netlist else '-march=native -DPROBE '}-fPIC -std=c++17",
-        "-LDFLAGS", "-shared", "--output-split", "0",  # one file: two headers fewer to compile
-        "-MAKEFLAGS", f"CXX=g++ LINK=g++ {'OPT_FAST=-O1' if netlist else OPTIMISATION}",
+        "-CFLAGS", f"{'-O1' if netlist else '-march=native -DPROBE'} -fPIC -std=c++17",
+        "-LDFLAGS", "-shared",
+        "-MAKEFLAGS", f"CXX=g++ LINK=g++ CFG_CXXFLAGS_PCH_I=-include {OPTIMISATION}",
     ]  # fmt: skip
     texts = sources()
     if netlist is None:
         options += ["-DPROBE", *(f"-G{name}={value}" for name, value in parameters(shape).items())]
+        options += ["--output-split", "0"]  # one file, which needs no precompiled headers
     if netlist is not None:
         texts = {"harness.cpp": texts["harness.cpp"], **netlist}
     elif primitives is not None:
