@@ -169,7 +169,7 @@ def accuracy(model: str, recipes: Sequence[str], margin: float) -> dict[str, Any
     original, rows = before(validation), []
     for recipe in recipes:
         rounded = compress(checkpoint, uniform(recipe))
-        # Not checked to be its own logits: with other rows beside it, a sum's last bit can change a rounded code.
+        # Not checked against its own logits: with other rows beside it, a sum's last bit can change a code.
         served = score_model(ReferenceRunner(rounded, pages, 64), validation, sound=True)
         after = scorer(integer_model(rounded))
         integers = after(validation)
