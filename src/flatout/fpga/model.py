@@ -151,11 +151,16 @@ def check_supported(spec: ModelSpec) -> None:
 
 def integer_linear(name: str, weight: object) -> IntegerLinear:
     """Scales of `weight` as integers with as many bits as the accumulator has room for."""
-    if not isinstance(weight, QuantizedTensor) or weight.format.zero == "asymmetric":
+    remedy = "recipe w4a8-g64 or w8a8-g64"
+    if (
+        not isinstance(weight, QuantizedTensor)
+        or weight.format.bits not in (4, 8)
+        or weight.format.zero == "asymmetric"
+    ):
         found = weight.format.name if isinstance(weight, QuantizedTensor) else "a float array"
-        raise UnsupportedModelError(
-            f"{name} must have symmetric 4 or 8 bits, or q4_1 blocks", found, "recipe w4a8-g64 or w8a8-g64"
-        )
+        raise UnsupportedModelError(f"{name} must have symmetric 4 or 8 bits, or q4_1 blocks", found, remedy)
+    if weight.format.activation != "int8":
+        raise UnsupportedModelError(f"activations of {name} must have 8 bits", weight.format.name, remedy)
     n, k = weight.shape
     groups = weight.format.groups(k)
     codes = weight.codes.astype(np.float32) - weight.integer_zero
