@@ -41,7 +41,7 @@ import torch
 
 from flatout.compress.apply import apply
 from flatout.compress.encoder import compress_encoder
-from flatout.compress.encoder_gptq import gptq_encoder
+from flatout.compress.encoder_reduce import prune_encoder, whole
 from flatout.compress.method import data_of
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.encoder import EncoderModel
@@ -59,6 +59,7 @@ from flatout.engine.runner import Runner
 from flatout.engine.score import score_documents
 from flatout.hardware.detect import detect
 from flatout.models.bert import Bert
+from flatout.search.encoder import encoder_from_name
 from flatout.search.recipes import recipe_from_name
 from flatout.verify.quality import Cluster, divergence
 from flatout.verify.vectors import compare, pieces_of
@@ -85,6 +86,8 @@ ENCODER_ROWS = (
     "bf16", "w8a8", "w8a16", "w8a8-g32", "w8a8/gptq",
     *(f"{fmt}{method}" for fmt in ("w4a16-g32", "w4a16-g64-asym", "w4a16-g32-asym")
       for method in ("", "/gptq")),
+    *(f"bf16,sparsity={method}-{share}" for share in ("50%", "2:4")
+      for method in ("magnitude", "wanda", "sparsegpt")),
 )  # fmt: skip
 ENCODER_TEXTS = 64
 KEPT = Path(__file__).resolve().parent.parent / "build" / "methods"
@@ -205,20 +208,28 @@ def row_recipe(name: str, source: Checkpoint) -> Recipe:
     return recipe if "kv=" in name else replace(recipe, kv_cache="bf16")
 
 
+def encoder_bits(name: str, encoder: EncoderModel) -> float:
+    """As bits_per_weight, of rows of the hidden size."""
+    sparsity = name.partition(",sparsity=")[2]
+    if sparsity and (pattern := parse_sparsity(sparsity)).of:
+        return encoder.format.bits * pattern.kept / pattern.of + 1
+    width = encoder.spec.hidden_size
+    return encoder.format.weight_bytes(1, width) * 8 / width
+
+
 def encoder_rows(model: str, names: Sequence[str], threads: int) -> list[dict[str, Any]]:
-    """Each format beside the float32 original on pieces of the validation passages: cosine of their vectors,
-    and the task of verify/vectors.py. Behind a slash the method; gptq calibrates on the shipped passages."""
+    """Each recipe beside the float32 original on pieces of the validation passages: cosine of their vectors,
+    and the task of verify/vectors.py. gptq and pruning are calibrated on the shipped passages."""
     checkpoint = open_encoder(model)
     tokenizer = checkpoint.tokenizer()
     pieces = pieces_of(load_passages("validation"))
-    texts = tokenizer.encode_batch([p.text for p in load_passages("calibration")])
-    calibrating = [text[: checkpoint.max_tokens] for text in texts][:ENCODER_TEXTS]
 
     def made(name: str) -> EncoderModel:
-        fmt, _, method = name.partition("/")
-        if method == "gptq":
-            return gptq_encoder(checkpoint, fmt, calibrating)
-        return compress_encoder(checkpoint, fmt)
+        body, _, sparsity = name.partition(",sparsity=")
+        if not sparsity:
+            return encoder_from_name(checkpoint, body)
+        texts = tokenizer.encode_batch([p.text for p in load_passages("calibration")])[:ENCODER_TEXTS]
+        return compress_encoder(prune_encoder(whole(checkpoint), parse_sparsity(sparsity), texts), body)
 
     def vectors(encoder: Encoder) -> np.ndarray:
         return encoder.encode([text for _, text in pieces])
@@ -235,7 +246,7 @@ def encoder_rows(model: str, names: Sequence[str], threads: int) -> list[dict[st
         _, before, after = compare(pieces, original, own)
         found.append({
             "row": name, "machine": detect().name,
-            "bits_per_weight": encoder.format.weight_bytes(1, 384) * 8 / 384,
+            "bits_per_weight": encoder_bits(name, encoder),
             "cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min()),
             "accuracy": float(after.mean()), "accuracy_original": float(before.mean()), **spent,
         })  # fmt: skip

@@ -61,7 +61,7 @@ def add_encoder_speeds(path: Path, model: str, threads: int, command: str) -> Pa
     checkpoint = open_encoder(model)
 
     def speed(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:
-        fmt = name.partition("/")[0]
+        fmt = name.partition(",")[0].partition("/")[0]
 
         def measure() -> dict[str, Any]:
             encoder = Encoder.of(compress_encoder(checkpoint, fmt), checkpoint.tokenizer(), threads=threads)
