@@ -76,6 +76,7 @@ ROWS = (
     "w8a8-g64",
     *(f"{FOUR}/{method}" for method in LOW),
     *(f"{THREE}/{method}" for method in LOW),
+    "w5a16-g64/gptq",
     f"{FOUR}/gptq,head=w4a16-g64-asym,embedding=w4a16-g64-asym",
     "bf16,kv=int8",
     "bf16,kv=int4",
@@ -298,17 +299,18 @@ def keep(short: str, result: dict[str, Any], command: str) -> Path:
     return path
 
 
-def time_rows(short: str, model: str, threads: int, command: str) -> int:
-    """Put how fast they run here into the rows of the newest results file of `short`; the exit code."""
+def time_rows(short: str, model: str, threads: int, command: str, new: bool) -> int:
+    """Put how fast they run here into the rows of the newest results file of `short`, or only into those that
+    lack it; the exit code."""
     path = newest(short)
     if path is None:
         print(f"benchmarks/results has no rows of {short}: make them first, without --speed", file=sys.stderr)
         return 2
     if is_encoder(model):
-        print(add_encoder_speeds(path, model, threads, command))
+        print(add_encoder_speeds(path, model, threads, command, new))
         return 0
     source = open_checkpoint(model)
-    print(add_speeds(path, source, lambda name: row_recipe(name, source), threads, command))
+    print(add_speeds(path, source, lambda name: row_recipe(name, source), threads, command, new))
     return 0
 
 
@@ -332,6 +334,7 @@ def main() -> int:
     parser.add_argument("--only-keep", action="store_true", help="write no results file")
     parser.add_argument("--finished", action="store_true", help="only the rows that are kept already")
     parser.add_argument("--speed", action="store_true", help="time the rows of the newest results file")
+    parser.add_argument("--new", action="store_true", help="with --speed: only rows that have no speed yet")
     parser.add_argument("--cost", action="store_true", help="minutes and memory of the rows alone")
     parser.add_argument("--table", action="store_true", help="fill docs/methods.md")
     args = parser.parse_args()
@@ -342,7 +345,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     short = Path(args.model).name
     if args.speed:
-        return time_rows(short, args.model, args.threads, command)
+        return time_rows(short, args.model, args.threads, command, args.new)
     if is_encoder(args.model):
         names = args.rows.split() if args.rows else ENCODER_ROWS
         result: dict[str, Any] = {"rows": encoder_rows(args.model, names, args.threads)}

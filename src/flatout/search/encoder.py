@@ -204,7 +204,7 @@ def optimize_encoder(
             "sha256": sha256,
             "parameters": checkpoint.spec.num_parameters(),
         },
-        "verdict": _sentence(chosen, verdict, baseline, fallback),
+        "verdict": _sentence(chosen, verdict, baseline, rows[0] if recipe and fallback else None, fallback),
         "passed": passed,
         "fallback": fallback,
         "threads": search.threads,
@@ -342,11 +342,16 @@ def _validation(row: Candidate) -> Json:
     }
 
 
-def _sentence(chosen: Candidate, verdict: VectorVerdict, race: SpeedResult, fallback: bool) -> str:
+def _sentence(
+    chosen: Candidate, verdict: VectorVerdict, race: SpeedResult, asked: Candidate | None, fallback: bool
+) -> str:
+    """asked: the format that was asked for and is not the chosen one."""
     quality = (
         f"1 - cosine {percent(verdict.distance)} (at most {percent(verdict.distance_upper)}), "
         f"{percent(verdict.lost_share, signed=True)} of the pieces misplaced (at most "
         f"{percent(verdict.lost_upper, signed=True)}), budget {percent(verdict.margin)}"
     )
     start = "Nothing beat the original inside the budget; in bf16 it" if fallback else f"{chosen.format}"
+    if asked is not None:
+        start = f"{asked.format} is {asked.status}: {asked.reason}; in bf16 the original"
     return f"{start} encodes {times(race.ratio)} as fast as PyTorch in float32: {quality}."
