@@ -37,8 +37,6 @@ from flatout.train.data import Batch
 from flatout.train.trainable import Trainable
 from methods import CALIBRATED, Judge, read, row_recipe, windows
 
-_ROWS, _RATE = 4, 1e-3
-
 
 class Turned:
     """The original's float weights by fused name, norms folded in, under any rotation, rounded."""
@@ -87,7 +85,13 @@ class Turned:
 
 
 def learned(
-    source: Checkpoint, fmt: str, calibration: list[list[int]], start: tuple[Tensor, Tensor], steps: int
+    source: Checkpoint,
+    fmt: str,
+    calibration: list[list[int]],
+    start: tuple[Tensor, Tensor],
+    steps: int,
+    rows: int,
+    rate: float,
 ) -> tuple[Tensor, Tensor]:
     """(residual, values) after `steps`, which print their divergence in nats."""
     turned, batches = Turned(source, fmt), torch.tensor(calibration)
@@ -97,11 +101,11 @@ def learned(
         fixed=_floats(source),
     )
     free = [torch.zeros_like(matrix, requires_grad=True) for matrix in start]
-    adam = torch.optim.Adam(free, lr=_RATE)
+    adam = torch.optim.Adam(free, lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.01, steps)
     for step in range(steps):
-        rows = batches[(step * _ROWS + torch.arange(_ROWS)) % len(batches)]
-        batch = Batch(tokens=rows, targets=rows, documents=torch.zeros_like(rows), mixed=0)
+        ids = batches[(step * rows + torch.arange(rows)) % len(batches)]
+        batch = Batch(tokens=ids, targets=ids, documents=torch.zeros_like(ids), mixed=0)
         with torch.no_grad():
             expected = original.logits(original.hidden(batch)[0]).log_softmax(1)
         student = turned.model(*_turned(start, free))
@@ -112,7 +116,7 @@ def learned(
         adam.step()
         schedule.step()
         if step % 10 == 0 or step == steps - 1:
-            print(f"step {step}: {float(loss):.5f}", flush=True)
+            print(f"step {step}: {float(loss.detach()):.5f}", flush=True)
     residual, values = _turned(start, [matrix.detach() for matrix in free])
     return residual, values
 
@@ -139,6 +143,9 @@ def main() -> int:
     )
     parser.add_argument("model", nargs="?", default="tests/data/offgrid")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=4, help="of 512 tokens, a step")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--kinds", nargs="+", default=["random", "learned"], help="which are judged")
     parser.add_argument("--formats", nargs="+", default=["w3a16-g64-asym", "w4a16-g64-asym"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--threads", type=int, default=1)
@@ -157,7 +164,7 @@ def main() -> int:
                 torch.from_numpy(orthogonal(spec.head_dim, seed + 1)),
             )
             begun = time.process_time()
-            better = learned(source, fmt, calibration, start, args.steps)
+            better = learned(source, fmt, calibration, start, args.steps, args.rows, args.rate)
             spent = time.process_time() - begun
             for kind, (residual, values) in (("random", start), ("learned", better)):
                 rotated = Rotated(
@@ -166,6 +173,8 @@ def main() -> int:
                     residual=np.asarray(residual, dtype=np.float32),
                     values=np.asarray(values, dtype=np.float32),
                 )
+                if kind not in args.kinds:
+                    continue
                 for method in ("rtn", "gptq"):
                     recipe = row_recipe(f"{fmt}/{method}", source)
                     found = judge.row(apply(rotated, data_of(calibration), recipe)[0])
