@@ -41,7 +41,7 @@ import torch
 
 from flatout.compress.apply import apply
 from flatout.compress.encoder import compress_encoder
-from flatout.compress.encoder_gptq import gptq_encoder
+from flatout.compress.encoder_reduce import prune_encoder, whole
 from flatout.compress.method import data_of
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.encoder import EncoderModel
@@ -59,6 +59,7 @@ from flatout.engine.runner import Runner
 from flatout.engine.score import score_documents
 from flatout.hardware.detect import detect
 from flatout.models.bert import Bert
+from flatout.search.encoder import encoder_from_name
 from flatout.search.recipes import recipe_from_name
 from flatout.verify.quality import Cluster, divergence
 from flatout.verify.vectors import compare, pieces_of
@@ -75,6 +76,7 @@ ROWS = (
     "w8a8-g64",
     *(f"{FOUR}/{method}" for method in LOW),
     *(f"{THREE}/{method}" for method in LOW),
+    "w5a16-g64/gptq",
     f"{FOUR}/gptq,head=w4a16-g64-asym,embedding=w4a16-g64-asym",
     "bf16,kv=int8",
     "bf16,kv=int4",
@@ -85,6 +87,8 @@ ENCODER_ROWS = (
     "bf16", "w8a8", "w8a16", "w8a8-g32", "w8a8/gptq",
     *(f"{fmt}{method}" for fmt in ("w4a16-g32", "w4a16-g64-asym", "w4a16-g32-asym")
       for method in ("", "/gptq")),
+    *(f"bf16,sparsity={method}-{share}" for share in ("50%", "2:4")
+      for method in ("magnitude", "wanda", "sparsegpt")),
 )  # fmt: skip
 ENCODER_TEXTS = 64
 KEPT = Path(__file__).resolve().parent.parent / "build" / "methods"
@@ -205,20 +209,28 @@ def row_recipe(name: str, source: Checkpoint) -> Recipe:
     return recipe if "kv=" in name else replace(recipe, kv_cache="bf16")
 
 
+def encoder_bits(name: str, encoder: EncoderModel) -> float:
+    """As bits_per_weight, of rows of the hidden size."""
+    sparsity = name.partition(",sparsity=")[2]
+    if sparsity and (pattern := parse_sparsity(sparsity)).of:
+        return encoder.format.bits * pattern.kept / pattern.of + 1
+    width = encoder.spec.hidden_size
+    return encoder.format.weight_bytes(1, width) * 8 / width
+
+
 def encoder_rows(model: str, names: Sequence[str], threads: int) -> list[dict[str, Any]]:
-    """Each format beside the float32 original on pieces of the validation passages: cosine of their vectors,
-    and the task of verify/vectors.py. Behind a slash the method; gptq calibrates on the shipped passages."""
+    """Each recipe beside the float32 original on pieces of the validation passages: cosine of their vectors,
+    and the task of verify/vectors.py. gptq and pruning are calibrated on the shipped passages."""
     checkpoint = open_encoder(model)
     tokenizer = checkpoint.tokenizer()
     pieces = pieces_of(load_passages("validation"))
-    texts = tokenizer.encode_batch([p.text for p in load_passages("calibration")])
-    calibrating = [text[: checkpoint.max_tokens] for text in texts][:ENCODER_TEXTS]
 
     def made(name: str) -> EncoderModel:
-        fmt, _, method = name.partition("/")
-        if method == "gptq":
-            return gptq_encoder(checkpoint, fmt, calibrating)
-        return compress_encoder(checkpoint, fmt)
+        body, _, sparsity = name.partition(",sparsity=")
+        if not sparsity:
+            return encoder_from_name(checkpoint, body)
+        texts = tokenizer.encode_batch([p.text for p in load_passages("calibration")])[:ENCODER_TEXTS]
+        return compress_encoder(prune_encoder(whole(checkpoint), parse_sparsity(sparsity), texts), body)
 
     def vectors(encoder: Encoder) -> np.ndarray:
         return encoder.encode([text for _, text in pieces])
@@ -235,7 +247,7 @@ def encoder_rows(model: str, names: Sequence[str], threads: int) -> list[dict[st
         _, before, after = compare(pieces, original, own)
         found.append({
             "row": name, "machine": detect().name,
-            "bits_per_weight": encoder.format.weight_bytes(1, 384) * 8 / 384,
+            "bits_per_weight": encoder_bits(name, encoder),
             "cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min()),
             "accuracy": float(after.mean()), "accuracy_original": float(before.mean()), **spent,
         })  # fmt: skip
@@ -287,17 +299,18 @@ def keep(short: str, result: dict[str, Any], command: str) -> Path:
     return path
 
 
-def time_rows(short: str, model: str, threads: int, command: str) -> int:
-    """Put how fast they run here into the rows of the newest results file of `short`; the exit code."""
+def time_rows(short: str, model: str, threads: int, command: str, new: bool) -> int:
+    """Put how fast they run here into the rows of the newest results file of `short`, or only into those that
+    lack it; the exit code."""
     path = newest(short)
     if path is None:
         print(f"benchmarks/results has no rows of {short}: make them first, without --speed", file=sys.stderr)
         return 2
     if is_encoder(model):
-        print(add_encoder_speeds(path, model, threads, command))
+        print(add_encoder_speeds(path, model, threads, command, new))
         return 0
     source = open_checkpoint(model)
-    print(add_speeds(path, source, lambda name: row_recipe(name, source), threads, command))
+    print(add_speeds(path, source, lambda name: row_recipe(name, source), threads, command, new))
     return 0
 
 
@@ -321,6 +334,7 @@ def main() -> int:
     parser.add_argument("--only-keep", action="store_true", help="write no results file")
     parser.add_argument("--finished", action="store_true", help="only the rows that are kept already")
     parser.add_argument("--speed", action="store_true", help="time the rows of the newest results file")
+    parser.add_argument("--new", action="store_true", help="with --speed: only rows that have no speed yet")
     parser.add_argument("--cost", action="store_true", help="minutes and memory of the rows alone")
     parser.add_argument("--table", action="store_true", help="fill docs/methods.md")
     args = parser.parse_args()
@@ -331,7 +345,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     short = Path(args.model).name
     if args.speed:
-        return time_rows(short, args.model, args.threads, command)
+        return time_rows(short, args.model, args.threads, command, args.new)
     if is_encoder(args.model):
         names = args.rows.split() if args.rows else ENCODER_ROWS
         result: dict[str, Any] = {"rows": encoder_rows(args.model, names, args.threads)}

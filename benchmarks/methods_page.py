@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from record import RESULTS, ROOT, without_folders
 
 PAGE = ROOT / "docs" / "methods.md"
+_DISTILLED = ("child", "childdrawn", "distillation")
 _BEGIN, _END = "<!-- tables -->", "<!-- end of tables -->"
 
 
@@ -28,7 +30,7 @@ def fill_page() -> None:
     """Put the tables of all results files between the marks of docs/methods.md."""
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(_BEGIN)[0], text.split(_END)[1]
-    tables = "\n\n".join(table(path) for path in sorted(RESULTS.glob("methods_*.json")))
+    tables = "\n\n".join([*map(table, sorted(RESULTS.glob("methods_*.json"))), distilled_table()])
     PAGE.write_text(f"{before}{_BEGIN}\n\n{tables}\n\n{_END}{after}", encoding="utf-8")
 
 
@@ -42,6 +44,32 @@ def table(path: Path) -> str:
         threads = f"{speed['threads']} thread{'s' if speed['threads'] > 1 else ''}"
         caption += f"; speed by {threads} on {speed['hardware']['name']}"
     return f"{caption}\n\n" + "\n".join(lines)
+
+
+def distilled_table() -> str:
+    """Models that were trained after weights were taken away, of benchmarks/distillation.py, as Markdown."""
+    lines = [
+        "| what was left | weights | judged on | whole | cut | distilled | of the gap, nats | minutes, GPU |",
+        "|---|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for path in sorted(file for theme in _DISTILLED for file in RESULTS.glob(f"{theme}_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))["result"]
+        sizes = result.get("structure") or {}
+        left = ",".join(f"{name.replace('_', '-')}={size}" for name, size in sizes.items() if size)
+        for name, row in result["rows"].items():
+            on = "windows" if "windows" in row["whole"] else "wiki.test.raw"
+            kinds = ("whole", "cut", "distilled")
+            whole, cut, distilled = (f"{math.exp(row[kind][on]):,.2f}" for kind in kinds)
+            start = f"| `{name}{' ' + left if left else ''}`"
+            where = f"{row['of_the_whole']:.1%} | {'windows of 1,024' if on == 'windows' else 'rows of 512'}"
+            end = f"{row['gap_closed'][on]:.0%} | {row['minutes']:.1f}, {result['hardware']['name']} |"
+            lines.append(f"{start} | {where} | {whole} | {cut} | {distilled} | {end}")
+            if "small" in row:
+                small = f"{math.exp(row['small'][on]):,.2f}"
+                lines.append(
+                    f"{start}, `{row['small']['format']}` | {where} | {whole} | - | {small} | - | - |"
+                )
+    return "**smollm2-135m**, cut and distilled, perplexity of wiki.test.raw\n\n" + "\n".join(lines)
 
 
 def _encoder_lines(result: Mapping[str, Any]) -> list[str]:

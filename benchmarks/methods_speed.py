@@ -41,10 +41,15 @@ _RATES = ("decode_tokens_per_s", "prefill_tokens_per_s", "texts_per_s", "no_spee
 
 
 def add_speeds(
-    path: Path, source: Checkpoint, recipe_of: Callable[[str], Recipe], threads: int, command: str
+    path: Path,
+    source: Checkpoint,
+    recipe_of: Callable[[str], Recipe],
+    threads: int,
+    command: str,
+    new: bool = False,
 ) -> Path:
     """Time every row of the results file `path` of decoder `source` and write it back. recipe_of: what a row
-    is made by."""
+    is made by. new: only rows that have no speed yet; those of the same formats as one that has take its."""
 
     def speed(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:
         if " " in name:
@@ -53,15 +58,15 @@ def add_speeds(
         recipe = replace(recipe_of(name), name="timed", method="rtn", sparsity="")
         return repr(recipe), lambda: _decoder_speed(source, recipe, threads)
 
-    return _fill(path, speed, threads, command)
+    return _fill(path, speed, threads, command, new)
 
 
-def add_encoder_speeds(path: Path, model: str, threads: int, command: str) -> Path:
+def add_encoder_speeds(path: Path, model: str, threads: int, command: str, new: bool = False) -> Path:
     """As add_speeds, of an encoder."""
     checkpoint = open_encoder(model)
 
     def speed(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:
-        fmt = name.partition("/")[0]
+        fmt = name.partition(",")[0].partition("/")[0]
 
         def measure() -> dict[str, Any]:
             encoder = Encoder.of(compress_encoder(checkpoint, fmt), checkpoint.tokenizer(), threads=threads)
@@ -69,7 +74,7 @@ def add_encoder_speeds(path: Path, model: str, threads: int, command: str) -> Pa
 
         return fmt, measure
 
-    return _fill(path, speed, threads, command)
+    return _fill(path, speed, threads, command, new)
 
 
 def _fill(
@@ -77,10 +82,15 @@ def _fill(
     speed: Callable[[str], tuple[str, Callable[[], dict[str, Any]]]],
     threads: int,
     command: str,
+    new: bool,
 ) -> Path:
     """speed(row) is what rows that are as fast have in common, and what measures one of them."""
     record = json.loads(path.read_text(encoding="utf-8"))
     known: dict[str, dict[str, Any]] = {}
+    for row in record["result"]["rows"] if new else ():
+        rates = {name: row[name] for name in _RATES if name in row}
+        if rates:
+            known[speed(row["row"])[0]] = rates
     for row in record["result"]["rows"]:
         key, measure = speed(row["row"])
         if key not in known:
@@ -89,6 +99,9 @@ def _fill(
         for name in _RATES:
             row.pop(name, None)
         row.update(known[key])
+    if new and "speed" in record["result"]:
+        write_record(path, record)
+        return path
     about = {"threads": threads, "command": command, "commit": commit_of(ROOT)}
     record["result"]["speed"] = measured_here("flatout", "numpy") | about
     write_record(path, record)

@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():  # llm-compressor pins memory whether or not there is an accelerator
+        torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[assignment,method-assign]
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,23 @@ import pytest
 import torch
 from tests.encoders import tiny_encoder_folder, tiny_encoder_spec
 
-from flatout.compress.encoder import compress_encoder
+from flatout.compress.encoder import compress_encoder, load
 from flatout.compress.encoder_gptq import gptq_encoder
 from flatout.compress.gptq import round_linear
-from flatout.core.encoder_folder import EncoderCheckpoint, open_encoder
+from flatout.core.encoder_folder import (
+    EncoderCheckpoint,
+    open_encoder,
+    save_encoder,
+    saved_format,
+    saved_weights,
+)
 from flatout.core.formats import parse_format
+from flatout.core.model import dense
 from flatout.core.quantized import QuantizedTensor
-from flatout.errors import ConfigError
+from flatout.engine.encoder import Encoder
+from flatout.errors import ConfigError, ModelFileError
 from flatout.models.bert import Bert
+from flatout.search.encoder import encoder_from_name
 
 TEXTS = [[2, *((7 * i * j + 3) % 300 for j in range(40)), 3] for i in range(1, 9)]
 
@@ -87,3 +97,51 @@ def test_weights_that_are_not_finite_are_named(encoder: EncoderCheckpoint) -> No
 
     with pytest.raises(ConfigError, match=r"layers\.1\.up"):
         gptq_encoder(Broken(), "w4a16-g32", TEXTS)
+
+
+def test_what_it_chose_is_kept_beside_the_folder(encoder: EncoderCheckpoint, tmp_path: Path) -> None:
+    made = gptq_encoder(encoder, "w4a16-g32", TEXTS)
+    rounded = {name: weight for name, weight in made.weights.items() if isinstance(weight, QuantizedTensor)}
+    out = tmp_path / "out"
+    save_encoder(encoder, out, "w4a16-g32", {}, rounded)
+    assert saved_format(out) == "w4a16-g32"
+    again = saved_weights(out)
+    assert again.keys() == rounded.keys()
+    nearest = compress_encoder(encoder, "w4a16-g32").weights
+    for name, weight in rounded.items():
+        np.testing.assert_array_equal(again[name].dequantize(), weight.dequantize())
+        assert not np.array_equal(weight.dequantize(), dense(nearest[name]))
+    text = "the sea was grey and cold"
+    loaded, to_nearest = load(out), load(out, format="w4a16-g32")
+    assert isinstance(loaded, Encoder)
+    assert isinstance(to_nearest, Encoder)
+    expected = Encoder.of(made, encoder.tokenizer(), normalize=encoder.normalize).encode(text)
+    np.testing.assert_array_equal(loaded.encode(text), expected)
+    assert not np.array_equal(to_nearest.encode(text), expected)
+
+
+def test_kept_codes_that_were_changed_are_refused(encoder: EncoderCheckpoint, tmp_path: Path) -> None:
+    weight = compress_encoder(encoder, "w4a16-g32").weights["layers.0.o"]
+    assert isinstance(weight, QuantizedTensor)
+    wild = replace(weight, codes=weight.codes | np.uint8(16))
+    save_encoder(encoder, tmp_path / "wild", "w4a16-g32", {}, {"layers.0.o": wild})
+    with pytest.raises(ModelFileError, match="codes lie between 0 and 15"):
+        load(tmp_path / "wild")
+    save_encoder(encoder, tmp_path / "cut", "w4a16-g32", {}, {"layers.0.o": weight})
+    file = tmp_path / "cut" / "flatout.npz"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ModelFileError, match="files must be as they were written"):
+        load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w8a8/awq", "after the slash of an encoder stands rtn or gptq"),
+        ("bf16/gptq", "gptq chooses integer codes"),
+        ("w8a8-g128/gptq", "groups must divide the width"),
+    ],
+)
+def test_recipes_of_an_encoder(encoder: EncoderCheckpoint, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        encoder_from_name(encoder, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from tests.tiny import tiny_checkpoint_folder, tiny_model, tiny_spec, write_tokenizer
@@ -13,10 +14,14 @@ from flatout.cli.main import main
 from flatout.core.artifact import load_artifact, save_artifact
 from flatout.core.checkpoint import open_checkpoint
 from flatout.core.formats import uniform
+from flatout.core.gguf import open_gguf
+from flatout.core.gguf_blocks import BLOCKS
+from flatout.core.gguf_write import OutTensor, float_blocks, write_gguf
 from flatout.core.tokenizer import Tokenizer
 from flatout.errors import ConfigError, EvidenceError
 from flatout.export import export as module
 from flatout.export.export import export
+from flatout.export.gguf import write_model
 from flatout.models.llama import Llama
 
 
@@ -35,6 +40,57 @@ def test_a_checkpoint(folder: Path, tmp_path: Path, to: str, recipe: str | None)
     assert again.spec.num_layers == 2
     if recipe is not None and "sparsity" in recipe:
         assert (again.array("model.layers.0.mlp.up_proj.weight") == 0).mean() == 0.5
+
+
+@pytest.fixture
+def k_quants(tmp_path: Path) -> Path:
+    """A GGUF file whose matrices are random Q4_K blocks, but for Q6_K in v and Q5_0 in the embedding."""
+    spec = tiny_spec(hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, intermediate_size=256)
+    write_tokenizer(tmp_path, 320)
+    path, plain = tmp_path / "k.gguf", tmp_path / "plain.gguf"
+    write_model(tiny_model(spec, uniform("fp32")), Tokenizer.from_folder(tmp_path), plain, "plain")
+    rng, file = np.random.default_rng(7), open_gguf(plain)
+    blocks = {block.name: block for block in BLOCKS.values()}
+
+    def made(name: str) -> OutTensor:
+        shape = file.tensors[name].shape
+        if len(shape) == 1:
+            values = file.float32(name)
+            return OutTensor(name=name, shape=shape, kind="F32", make=lambda: float_blocks(values, "F32"))
+        kind = "Q6_K" if "attn_v" in name else "Q5_0" if "embd" in name else "Q4_K"
+        raw = rng.integers(0, 256, (int(np.prod(shape)) // blocks[kind].elements, blocks[kind].bytes))
+        raw = raw.astype(np.uint8)
+        scales = (208,) if kind == "Q6_K" else (0,) if kind == "Q5_0" else (0, 2)
+        for at in scales:
+            small = rng.uniform(0.5e-4, 2e-4, len(raw)).astype("<f2")
+            raw[:, at : at + 2] = small.view(np.uint8).reshape(-1, 2)
+        return OutTensor(name=name, shape=shape, kind=kind, make=lambda: raw.reshape(-1))
+
+    write_gguf(path, file.metadata, [made(name) for name in file.tensors])
+    return path
+
+
+def test_k_quants_of_a_file_stay(k_quants: Path, tmp_path: Path) -> None:
+    result = export(k_quants, "gguf", tmp_path / "again.gguf")
+    assert result["max_logit_error"] == 0
+    before, after = (
+        {t.name: t for t in gguf.GGUFReader(path).tensors} for path in (k_quants, tmp_path / "again.gguf")
+    )
+    assert before.keys() == after.keys()
+    assert {t.tensor_type.name for t in after.values()} == {"F32", "Q4_K", "Q5_0", "Q6_K"}
+    for name, tensor in before.items():
+        assert after[name].tensor_type == tensor.tensor_type
+        np.testing.assert_array_equal(after[name].data, tensor.data)
+    # What is exported is what the package reads out of the blocks, q and k rows in their own order.
+    down = after["blk.1.ffn_down.weight"]
+    theirs = gguf.quants.dequantize(down.data, down.tensor_type)
+    ours = open_checkpoint(k_quants).array("model.layers.1.mlp.down_proj.weight")
+    np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=1e-9)
+
+
+def test_a_recipe_gives_k_quants_up(k_quants: Path, tmp_path: Path) -> None:
+    export(k_quants, "gguf", tmp_path / "bf16.gguf", recipe="bf16")
+    assert {t.type for t in open_gguf(tmp_path / "bf16.gguf").tensors.values()} == {"F32", "BF16"}
 
 
 def test_an_artifact_keeps_its_recipe(tmp_path: Path) -> None:

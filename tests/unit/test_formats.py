@@ -155,6 +155,16 @@ def test_check_lists_every_misfit() -> None:
     uniform("w8a8-g32").check(spec)
 
 
+def test_a_layer_that_the_model_lacks_is_named() -> None:
+    recipe = Recipe(name="r", overrides=(("layers.*.down", "w8a8"), ("layers.99.down", "bf16")))
+    with pytest.raises(ConfigError, match=r"layers are 0..1; found: layers.99.down; try: layers.1"):
+        recipe.check(tiny_spec(num_layers=2))
+    deep = replace(recipe, overrides=(("layers.1", "bf16"),))
+    deep.check(tiny_spec(num_layers=2))
+    with pytest.raises(ConfigError, match=r"layers are 0..0; found: layers.1;"):
+        replace(deep, structure=(("depth", 1),)).check(tiny_spec(num_layers=2))
+
+
 def test_uniform_keeps_the_ends_of_4_bit_models_at_8() -> None:
     assert (uniform("w4a8-g32").head, uniform("w4a8-g32").embedding) == ("w8a8-g64", "w8a8-g64")
     assert uniform("w8a8").head == "w8a8"

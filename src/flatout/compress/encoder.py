@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +15,10 @@ from flatout.core.encoder import (
     check_encoder_format,
     expected_encoder_weights,
 )
-from flatout.core.encoder_folder import is_encoder, open_encoder, saved_format
+from flatout.core.encoder_folder import is_encoder, open_encoder, saved_format, saved_weights
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.model import Weight
+from flatout.core.quantized import QuantizedTensor
 from flatout.engine import load as decoders
 from flatout.engine.encoder import Encoder
 from flatout.engine.engine import Engine
@@ -36,15 +38,20 @@ class EncoderSource(Protocol):
         ...
 
 
-def compress_encoder(source: EncoderSource, name: str) -> EncoderModel:
+def compress_encoder(
+    source: EncoderSource, name: str, rounded: Mapping[str, QuantizedTensor] | None = None
+) -> EncoderModel:
     """The encoder with its linears in format `name`: fp32, bf16, or w{8,6,5,4}a{8,16} rounded to nearest.
 
-    Raises ConfigError for another format, or one whose groups do not divide a width, before any work.
+    rounded: linears by fused name that another method has rounded already. Raises ConfigError for another
+    format, or one whose groups do not divide a width, before any work.
     """
     fmt = parse_format(name)
     check_encoder_format(source.spec, fmt)
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Weight] = dict(rounded or {})
     for fused, _, how in expected_encoder_weights(source.spec, fmt):
+        if fused in weights:
+            continue
         array = source.array(fused)
         weights[fused] = round_to_nearest(array, how, search_clip=how.bits < 8) if how.is_integer else array
     return EncoderModel(spec=source.spec, format=fmt, weights=weights)
@@ -66,7 +73,8 @@ def load(
 
     Decoders are loaded by `flatout.engine.load.load`, whose arguments these are. An encoder takes runner,
     threads and `format`, the number format of its linears: by default what `flatout optimize` chose, or else
-    "bf16"; "fp32", "w8a8", "w8a16" and the other integer formats are rounded to nearest when it is loaded.
+    "bf16"; "fp32", "w8a8", "w8a16" and the other integer formats are rounded to nearest when it is loaded,
+    but for weights that the folder keeps rounded by another method.
     Raises ConfigError for an argument that the model has no use for.
     """
     if not is_encoder(model):
@@ -88,7 +96,9 @@ def load(
             raise ConfigError(f"an encoder has no {name}", _shown(value), 'format="w8a8"')
     checkpoint = open_encoder(model)
     tokenizer = checkpoint.tokenizer()
-    compressed = compress_encoder(checkpoint, format or saved_format(checkpoint.path) or DEFAULT_FORMAT)
+    saved = None if format else saved_format(checkpoint.path)  # which checks all hashes first
+    rounded = saved_weights(checkpoint.path) if saved else None
+    compressed = compress_encoder(checkpoint, format or saved or DEFAULT_FORMAT, rounded)
     chosen = decoders.choose_runner(runner)
     return Encoder.of(
         compressed,

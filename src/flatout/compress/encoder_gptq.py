@@ -61,6 +61,8 @@ def gptq_encoder(source: EncoderSource, name: str, texts: Iterable[Sequence[int]
     """
     fmt, spec = parse_format(name), source.spec
     check_encoder_format(spec, fmt)
+    if not fmt.is_integer:
+        raise ConfigError("gptq chooses integer codes", name, "w4a16-g32")
     given = [torch.tensor(np.asarray(ids, dtype=np.int64)) for ids in texts if len(ids)]
     total = sum(len(ids) for ids in given)
     if total < FEWEST_TOKENS:
@@ -70,5 +72,4 @@ def gptq_encoder(source: EncoderSource, name: str, texts: Iterable[Sequence[int]
         raise ConfigError(f"token ids are 0..{spec.vocab_size - 1}", f"{low}..{high}", "its own tokenizer")
     rounding = _Rounding(source, fmt)
     rounding.hidden(torch.cat(given), [len(ids) for ids in given])
-    floats = compress_encoder(source, "bf16").weights
-    return EncoderModel(spec=spec, format=fmt, weights={**floats, **rounding.rounded})
+    return compress_encoder(source, name, rounding.rounded)

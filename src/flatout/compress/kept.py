@@ -23,9 +23,9 @@ import numpy as np
 
 from flatout.compress.method import Data
 from flatout.core.files import write_bytes
-from flatout.core.formats import Recipe, parse_format
+from flatout.core.formats import Recipe
 from flatout.core.fuse import Source, float_weight
-from flatout.core.quantized import QuantizedTensor
+from flatout.core.quantized import QuantizedTensor, flat_arrays, from_flat_arrays
 from flatout.core.types import to_json
 
 EVERY_S = 15.0  # seconds of work that may be lost; the state is tens of megabytes
@@ -59,7 +59,7 @@ class Kept:
                 arrays = _read(self._folder / f"layer-{layer}.npz")
                 if str(arrays["source"]) != self._digest(layer):
                     return [], {}
-                layers.append(_weights(arrays))
+                layers.append(from_flat_arrays(arrays))
         except (OSError, ValueError, KeyError, BadZipFile):  # absent, or not whole
             return [], {}
         return layers, state
@@ -74,7 +74,7 @@ class Kept:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         for index, kept in self._unsaved.items():
-            arrays = {**_arrays(kept), "source": np.array(self._digest(index))}
+            arrays = {**flat_arrays(kept), "source": np.array(self._digest(index))}
             _write(self._folder / f"layer-{index}.npz", arrays)
         _write(self._folder / "state.npz", {**state, "layers": np.array(layer + 1)})
         self._unsaved, self._saved_at = {}, time.monotonic()
@@ -103,22 +103,3 @@ def _write(path: Path, arrays: Arrays) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(path, buffer.getvalue())
-
-
-def _arrays(weights: Mapping[str, QuantizedTensor]) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
-    for name, weight in weights.items():
-        arrays[f"{name}/{weight.format.name}/codes"] = weight.codes
-        arrays[f"{name}/{weight.format.name}/scales"] = weight.scales
-        if weight.zeros is not None:
-            arrays[f"{name}/{weight.format.name}/zeros"] = weight.zeros
-    return arrays
-
-
-def _weights(arrays: Arrays) -> dict[str, QuantizedTensor]:
-    parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    for key, array in arrays.items():
-        if "/" in key:
-            name, fmt, part = key.split("/")
-            parts.setdefault((name, fmt), {})[part] = array
-    return {name: QuantizedTensor(format=parse_format(fmt), **found) for (name, fmt), found in parts.items()}

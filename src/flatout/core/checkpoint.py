@@ -19,7 +19,7 @@ import numpy as np
 from flatout.core.files import corrupt, sha256_of, shown
 from flatout.core.folder import check_shapes, open_folder
 from flatout.core.gguf import GgufFile, open_gguf
-from flatout.core.gguf_blocks import BlockTensor
+from flatout.core.gguf_blocks import FLOATS, BlockTensor
 from flatout.core.gguf_config import IGNORED, gguf_name, spec_from_gguf, unpermuted_rows
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.sources import resolve
@@ -93,6 +93,15 @@ class Checkpoint:
         if isinstance(tensor, BlockTensor):  # a view of the file, which takes no memory
             self._blocks[name] = tensor
         return tensor
+
+    def blocks(self, name: str) -> tuple[str, np.ndarray] | None:
+        """(type, uint8 bytes) of weight `name` as quantised in a GGUF file, whatever its type, in the file's
+        own order of rows; None when it is stored as floats or in a folder."""
+        reader = self.reader
+        if not isinstance(reader, _GgufWeights):
+            return None
+        kind, raw = reader.file.stored(gguf_name(self._stored(name)))
+        return None if kind in FLOATS else (kind, raw)
 
     def forget(self) -> None:
         """Give the files' pages back to the system; they are read anew when needed."""

@@ -7,12 +7,14 @@ tokens, as sentence-transformers itself reads such a folder.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import tokenizers
@@ -36,11 +38,13 @@ from flatout.core.files import (
     write_bytes,
 )
 from flatout.core.folder import Shards, check_shapes, open_shards
+from flatout.core.quantized import QuantizedTensor, flat_arrays, from_flat_arrays
 from flatout.core.scratch import replace_folder, scratch_folder
 from flatout.core.sources import resolve
 from flatout.core.types import to_json
 from flatout.errors import ConfigError, ModelFileError, UnsupportedModelError
 
+_ROUNDED = "flatout.npz"
 _UNUSED = ("pooler.", "cls.", "embeddings.position_ids")  # heads of the pre-training, and a constant
 
 
@@ -197,9 +201,18 @@ def _max_tokens(path: Path, spec: EncoderSpec) -> int:
     return tokens
 
 
-def save_encoder(source: EncoderCheckpoint, out: Path, format_name: str, manifest: Mapping[str, Any]) -> None:
+def save_encoder(
+    source: EncoderCheckpoint,
+    out: Path,
+    format_name: str,
+    manifest: Mapping[str, Any],
+    rounded: Mapping[str, QuantizedTensor] | None = None,
+) -> None:
     """Write the folder of `source` to `out` as it is, which everything loads as before, with flatout.json:
-    the number format to run it in, the SHA-256 of every file, and `manifest`. All or nothing."""
+    the number format to run it in, the SHA-256 of every file, and `manifest`. All or nothing.
+
+    rounded: linears by fused name, kept in a file beside it where rounding to nearest does not give them.
+    """
     import shutil
 
     out = out.absolute()
@@ -216,6 +229,11 @@ def save_encoder(source: EncoderCheckpoint, out: Path, format_name: str, manifes
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)
+        if rounded:
+            buffer = io.BytesIO()
+            np.savez(buffer, **flat_arrays(rounded))  # type: ignore[arg-type]
+            write_bytes(folder / _ROUNDED, buffer.getvalue())
+            names.append(Path(_ROUNDED))
         hashes = {str(name): sha256_of([folder / name]) for name in names}
         own = {"encoder": {"format": format_name}, "files": hashes}
         content = json.dumps(own | to_json(dict(manifest)), indent=2, allow_nan=False) + "\n"
@@ -244,3 +262,26 @@ def saved_format(path: Path) -> str | None:
                 path / member, "files must be as they were written", "another hash", "optimize it again"
             )
     return name
+
+
+def saved_weights(path: Path) -> dict[str, QuantizedTensor]:
+    """Linears by fused name that `save_encoder` kept beside the folder's own weights; none where rounding to
+    nearest gives them. `saved_format` has checked the folder. Raises ModelFileError for a file that does not
+    hold such."""
+    file = path / _ROUNDED
+    if _ROUNDED not in read_json_object(path / MANIFEST)["files"]:
+        return {}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = from_flat_arrays({name: arrays[name] for name in arrays.files})
+    except (ValueError, TypeError, BadZipFile, ConfigError) as error:
+        raise corrupt(
+            file, "rounded weights are codes, scales and zeros", str(error), "optimize again"
+        ) from error
+    for name, weight in found.items():
+        low, high = weight.code_range
+        if weight.codes.min() < low or weight.codes.max() > high or not np.isfinite(weight.scales).all():
+            raise corrupt(
+                file, f"codes lie between {low} and {high}, and scales are finite", name, "optimize it again"
+            )
+    return found

@@ -202,9 +202,15 @@ class Recipe:
         return parse_format(chosen)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ConfigError for a structure that a model of `spec` does not have, and listing every place
-        where a group does not divide the width."""
+        """Raise ConfigError for a structure or a layer that a model of `spec` does not have, and for groups
+        that do not divide a width, listing every place."""
         spec = self.child(spec)
+        for pattern, _ in self.overrides:
+            layer = pattern.split(".")[1]
+            if layer != "*" and int(layer) >= spec.num_layers:
+                raise ConfigError(
+                    f"layers are 0..{spec.num_layers - 1}", pattern, f"layers.{spec.num_layers - 1}"
+                )
         if self.sparsity:
             for linear, (_, k) in spec.linears().items():
                 parse_sparsity(self.sparsity).check(linear, k)

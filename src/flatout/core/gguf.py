@@ -89,6 +89,11 @@ class GgufFile:
             return None
         return native_blocks(tensor.type, self._raw(tensor), tensor.shape[0])
 
+    def stored(self, name: str) -> tuple[str, np.ndarray]:
+        """(type, uint8 bytes) of tensor `name` as the file has them, a view."""
+        tensor = self._tensor(name)
+        return tensor.type, self._raw(tensor)
+
     def forget(self) -> None:
         """Give the file's pages back to the system; views stay valid and read them anew."""
         self.mapped.madvise(mmap.MADV_DONTNEED)

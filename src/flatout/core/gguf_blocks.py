@@ -50,6 +50,9 @@ BLOCKS = {
 }
 """Type number in the file -> block, for every type that is read."""
 
+FLOATS = ("F32", "F16", "BF16")
+"""Those of them that are not quantised."""
+
 _BY_NAME = {block.name: block for block in BLOCKS.values()}
 
 _OTHER_NAMES = {

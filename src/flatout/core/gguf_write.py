@@ -5,8 +5,9 @@
     5 and 4 bits, asymmetric    Q5_1, Q4_1   scale * code + minimum; minimum = -scale * zero, rounded to
     float16 q4_0, q4_1, q8_0            their own blocks as they are
 
-All but the third are exactly the numbers they were made from. Q4_K is not written: its scales are 6-bit
-multiples of one scale for 256 weights, which no format here is except by accident.
+All but the third are exactly the numbers they were made from. No format here becomes Q4_K: its scales are
+6-bit multiples of one scale for 256 weights, which ours are by accident only. What a file already has in
+K-quants goes through as those bytes (export/gguf.py).
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@ from.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from flatout.core.formats import Format
+from flatout.core.formats import Format, parse_format
 from flatout.errors import ModelFileError
 
 
@@ -110,3 +111,25 @@ def concatenate_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
         zeros=None if first.zeros is None else np.concatenate([p.zeros for p in parts]),
         minima=None if first.minima is None else np.concatenate([p.minima for p in parts]),
     )
+
+
+def flat_arrays(weights: Mapping[str, QuantizedTensor]) -> dict[str, np.ndarray]:
+    """Weights as plain arrays for an .npz file, named NAME/FORMAT/{codes,scales,zeros}."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, weight in weights.items():
+        arrays[f"{name}/{weight.format.name}/codes"] = weight.codes
+        arrays[f"{name}/{weight.format.name}/scales"] = weight.scales
+        if weight.zeros is not None:
+            arrays[f"{name}/{weight.format.name}/zeros"] = weight.zeros
+    return arrays
+
+
+def from_flat_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, QuantizedTensor]:
+    """Weights of `flat_arrays`; names without a slash are something else. Raises ModelFileError for arrays
+    that make no weight."""
+    parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        if "/" in key:
+            name, fmt, part = key.split("/")
+            parts.setdefault((name, fmt), {})[part] = array
+    return {name: QuantizedTensor(format=parse_format(fmt), **found) for (name, fmt), found in parts.items()}

@@ -1,6 +1,7 @@
 """export(): a model in another form, written, read back and compared before it counts.
 
-gguf      one file for llama.cpp; weights keep their numbers where GGUF has blocks for them
+gguf      one file for llama.cpp; weights keep their numbers where GGUF has blocks for them, and without a
+          recipe the blocks of a GGUF file stay as they are, K-quants too
 folder    an ordinary Hugging Face folder of a recipe, not certified: what optimize writes without its proof
 coded     the same folder with entropy-coded weights, for transfer (export/coded.py)
 decoded   an ordinary folder again
@@ -29,6 +30,7 @@ from flatout.core.safetensors import from_bfloat16, to_bfloat16
 from flatout.core.sources import resolve
 from flatout.core.tokenizer import Tokenizer
 from flatout.errors import ConfigError, EvidenceError
+from flatout.export.gguf import Stored, nothing_stored, parts_of, write_model
 from flatout.search.recipes import recipe_from_name
 from flatout.search.texts import read_texts
 
@@ -71,13 +73,11 @@ def export(
         raise ConfigError("a GGUF file is called .gguf", str(out), f"{out}.gguf")
     if to == "folder":
         check_output(out)
-    made, tokenizer = _made(model, recipe, vocabulary, text, progress)
+    made, tokenizer, stored = _made(model, to, recipe, vocabulary, text, progress)
     result: dict[str, Any] = {"to": to, "path": str(out), "recipe": made.recipe.name}
     if to == "gguf":
-        from flatout.export.gguf import write_model
-
         out.parent.mkdir(parents=True, exist_ok=True)
-        result["rounded_minima"] = write_model(made, tokenizer, out, made.recipe.name)
+        result["rounded_minima"] = write_model(made, tokenizer, out, made.recipe.name, stored)
         again: Source | Model = open_checkpoint(out)
         result["bytes"] = out.stat().st_size
     else:
@@ -108,12 +108,13 @@ def _convert(model: str | Path, to: str, out: Path, changed: bool) -> dict[str, 
 
 def _made(
     model: str | Path,
+    to: str,
     recipe: str | None,
     vocabulary: str | Path | None,
     text: str | Path | None,
     progress: Progress | None,
-) -> tuple[Model, Tokenizer]:
-    """The model to write, and the tokenizer that goes with it."""
+) -> tuple[Model, Tokenizer, Stored]:
+    """The model to write, the tokenizer that goes with it, and blocks of its file that stay."""
     if is_artifact(model):
         if recipe is not None or vocabulary is not None:
             raise ConfigError(
@@ -122,7 +123,7 @@ def _made(
                 "the original that it was made from",
             )
         loaded, tokenizer, _ = load_artifact(model)
-        return loaded, tokenizer
+        return loaded, tokenizer, nothing_stored
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer
     chosen = native_recipe(checkpoint) if recipe is None else recipe_from_name(recipe, checkpoint)
@@ -135,16 +136,25 @@ def _made(
         source, tokenizer, documents = _smaller(checkpoint, tokenizer, Path(vocabulary), documents)
         if recipe is None:
             chosen = native_recipe(source)
-    return _as_stored(compress(source, chosen, documents, progress)), tokenizer
+    stays = to == "gguf" and recipe is None and vocabulary is None
+    stored = checkpoint.blocks if stays else nothing_stored
+    return _as_stored(compress(source, chosen, documents, progress), stored), tokenizer, stored
 
 
-def _as_stored(model: Model) -> Model:
-    """The model with its bf16 weights rounded to bf16, which runners otherwise do."""
+def _as_stored(model: Model, stored: Stored) -> Model:
+    """The model with its bf16 weights rounded to bf16, which runners otherwise do, but for those whose blocks
+    stay."""
     weights = dict(model.weights)
     for name, _, fmt in expected_weights(model.spec, model.recipe):
         weight = weights[name]
-        if fmt.name == "bf16" and isinstance(weight, np.ndarray):
-            weights[name] = from_bfloat16(to_bfloat16(weight))
+        if fmt.name != "bf16" or not isinstance(weight, np.ndarray):
+            continue
+        rounded, start = from_bfloat16(to_bfloat16(weight)), 0
+        for part, rows in parts_of(model.spec, name) if weight.ndim == 2 else ():
+            if stored(part) is not None:
+                rounded[start : start + rows] = weight[start : start + rows]
+            start += rows
+        weights[name] = rounded
     return replace(model, weights=weights)
 
 

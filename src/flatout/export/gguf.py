@@ -2,8 +2,9 @@
 
 Names and layouts are those of core/gguf_config.py turned around: q and k rows of the llama architecture
 interleaved, Gemma's norms plus one. Weights keep their numbers wherever GGUF has blocks for them
-(core/gguf_write.py); float weights are written as BF16 or F32. The file is read back before it counts: spec,
-every weight, and how a text is cut.
+(core/gguf_write.py); float weights are written as BF16 or F32, or, where the model's own file has them in
+blocks that no format here is (Q4_K, Q5_K, Q6_K, Q5_0, Q5_1), as those bytes. The file is read back before it
+counts: spec, every weight, and how a text is cut.
 """
 
 from __future__ import annotations
@@ -42,9 +43,22 @@ _PROBE = (
 """Text whose tokens are compared: contractions, digits, indents, accents, and characters without a token."""
 
 
-def write_model(model: Model, tokenizer: Tokenizer, path: Path, name: str) -> int:
+Stored = Callable[[str], tuple[str, np.ndarray] | None]
+"""(type, uint8 bytes) of the blocks that a float weight was read from, by Hugging Face name, in the order of
+rows of the file; None for one that was stored as floats (Checkpoint.blocks)."""
+
+
+def nothing_stored(name: str) -> None:
+    """The Stored of a model that did not come from a GGUF file."""
+
+
+def write_model(
+    model: Model, tokenizer: Tokenizer, path: Path, name: str, stored: Stored = nothing_stored
+) -> int:
     """Write `model` as a GGUF file called `name` in its metadata; returns how many weights are not exactly
     their numbers (minima rounded to float16).
+
+    stored: blocks that are written in place of a matrix in a float format, whose numbers they must be.
 
     Raises UnsupportedModelError for a model, a format or a tokenizer that GGUF cannot say, before anything is
     written, and ModelFileError, leaving no file, when what is read back is another model.
@@ -59,9 +73,10 @@ def write_model(model: Model, tokenizer: Tokenizer, path: Path, name: str) -> in
         if fused == "head" and tied:
             continue
         start = 0
-        for part, rows in _parts(spec, fused):
+        for part, rows in parts_of(spec, fused):
             piece = _Piece(model, architecture, fused, part, start, start + rows)
-            tensors.append(piece.tensor(fmt))
+            blocks = None if fmt.is_integer else stored(part)
+            tensors.append(piece.tensor(fmt) if blocks is None else piece.as_stored(*blocks))
             inexact += piece.is_rounded
             start += rows
     if spec.rope_scaling is not None:
@@ -69,7 +84,7 @@ def write_model(model: Model, tokenizer: Tokenizer, path: Path, name: str) -> in
         tensors.append(_floats("rope_freqs.weight", divisors.shape, "F32", lambda: divisors))
     write_gguf(path, metadata, tensors)
     try:
-        _read_back(path, model, tokenizer, tied)
+        _read_back(path, model, tokenizer, tied, stored)
     except Exception:
         path.unlink()
         raise
@@ -109,7 +124,7 @@ def _metadata(spec: ModelSpec, architecture: str, name: str) -> dict[str, Value]
     return general | {f"{architecture}.{key}": value for key, value in sizes.items()}
 
 
-def _parts(spec: ModelSpec, fused: str) -> list[tuple[str, int]]:
+def parts_of(spec: ModelSpec, fused: str) -> list[tuple[str, int]]:
     """(Hugging Face name, rows) of each part; a head that is written apart has its own name."""
     if fused == "head":
         return [("lm_head.weight", spec.vocab_size)]
@@ -145,6 +160,10 @@ class _Piece:
         kind = "BF16" if fmt.name == "bf16" and weight.ndim == 2 else "F32"
         return _floats(name, weight.shape, kind, self._values)
 
+    def as_stored(self, kind: str, raw: np.ndarray) -> OutTensor:
+        shape = (self._rows.stop - self._rows.start, self._model.weights[self._fused].shape[1])
+        return OutTensor(name=gguf_name(self._part), shape=shape, kind=kind, make=lambda: raw)
+
     def _values(self) -> np.ndarray:
         weight = self._read()
         assert isinstance(weight, np.ndarray)
@@ -171,7 +190,7 @@ def _reordered(weight: QuantizedTensor, order: np.ndarray) -> QuantizedTensor:
     )
 
 
-def _read_back(path: Path, model: Model, tokenizer: Tokenizer, tied: bool) -> None:
+def _read_back(path: Path, model: Model, tokenizer: Tokenizer, tied: bool, stored: Stored) -> None:
     """Raise ModelFileError unless the file is the model it was written from."""
     spec, again = model.spec, open_checkpoint(path)
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
@@ -180,23 +199,28 @@ def _read_back(path: Path, model: Model, tokenizer: Tokenizer, tied: bool) -> No
     for fused, _, fmt in expected_weights(spec, model.recipe):
         if fused == "head" and tied:
             continue
-        _compare(path, again, model.weights[fused], fused, fmt)
+        weight, start = model.weights[fused], 0
+        for part, rows in parts_of(again.spec, fused):
+            stop = start + rows
+            piece = weight.rows(start, stop) if isinstance(weight, QuantizedTensor) else weight[start:stop]
+            _compare(path, again, piece, part, fmt.name == "bf16" and stored(part) is None)
+            start = stop
     if again.tokenizer.encode(_PROBE) != tokenizer.encode(_PROBE):
         raise UnsupportedModelError(
             "the tokenizer must read back as it was written", "another cut of the probe text", "--to folder"
         )
 
 
-def _compare(path: Path, again: Checkpoint, weight: Weight, fused: str, fmt: Format) -> None:
-    parts = [again.array(name) for name, _ in _parts(again.spec, fused)]
-    found = parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _compare(path: Path, again: Checkpoint, weight: Weight, part: str, rounds: bool) -> None:
+    """rounds: whether floats are written as bf16."""
+    found = again.array(part)
     if isinstance(weight, QuantizedTensor):
         # A minimum rounded to float16 moves weights by at most 2^-11 of the 31 steps that it can be.
         steps = weight.scales.astype(np.float32).max() * 31 * 2.0**-11 if not is_exact(weight) else 0.0
         same = np.abs(found - weight.dequantize()).max() <= steps
-    elif fmt.name == "bf16" and weight.ndim == 2:
-        same = np.array_equal(found, from_bfloat16(to_bfloat16(weight)))
+    elif weight.ndim == 2:
+        same = np.array_equal(found, from_bfloat16(to_bfloat16(weight)) if rounds else weight)
     else:  # Gemma's norms are stored plus one
         same = np.allclose(found, weight, rtol=0, atol=1e-6 if again.spec.norm_offset else 0)
     if not same:
-        raise corrupt(path, "every weight must read back as it was written", fused)
+        raise corrupt(path, "every weight must read back as it was written", part)

@@ -4,7 +4,8 @@ Validation passages say which formats keep the budget, an A/B test of the worklo
 opens the sealed passages (verify/vectors.py), and has to beat the engine at original precision and PyTorch,
 which is how sentence-transformers runs the model; otherwise the next one is tried, and in the end the
 original comes back. The artifact is the original's folder, which everything loads as before, with the format
-in flatout.json: our engine rounds to nearest when it loads it.
+in flatout.json: our engine rounds to nearest when it loads it. A recipe FORMAT/gptq is calibrated on the
+shipped calibration passages, and its codes are kept beside the folder's weights.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import numpy as np
 
 from flatout._version import __version__
 from flatout.compress.encoder import compress_encoder, load
-from flatout.core.encoder import check_encoder_format
+from flatout.core.encoder import EncoderModel, check_encoder_format
 from flatout.core.encoder_folder import EncoderCheckpoint, open_encoder, save_encoder
 from flatout.core.files import sha256_of, shown
 from flatout.core.formats import parse_format
+from flatout.core.quantized import QuantizedTensor
 from flatout.core.types import Workload, to_json
 from flatout.data.passages import load_passages, passages_sha256
 from flatout.engine.encoder import Encoder
@@ -46,6 +48,8 @@ FORMATS = ("w8a8", "w8a8-g64", "w8a8-g32", "w8a16", "w4a16-g32")
 _BATCHES = {"latency": 1, "throughput": 32}
 _TOKENS = 128
 _WORKLOAD = re.compile(r"(?P<tokens>\d{1,4})(x(?P<batch>\d{1,4}))?")
+_METHODS = ("rtn", "gptq")
+_CALIBRATION = 64  # passages
 _ALPHA = 0.05
 _LOOK_S, _RACE_S = 6.0, 12.0  # of an A/B test
 
@@ -62,6 +66,28 @@ class Candidate:
     reason: str = ""
 
 
+def encoder_from_name(source: EncoderCheckpoint, name: str) -> EncoderModel:
+    """The encoder by recipe FORMAT, to nearest, or FORMAT/gptq. Raises ConfigError for another method, and
+    what both methods raise."""
+    fmt, _, method = name.partition("/")
+    _check_recipe(source, name)
+    if method != "gptq":
+        return compress_encoder(source, fmt)
+    from flatout.compress.encoder_gptq import gptq_encoder  # loads PyTorch
+
+    texts = source.tokenizer().encode_batch([p.text for p in load_passages("calibration")])
+    return gptq_encoder(source, fmt, texts[:_CALIBRATION])
+
+
+def _check_recipe(source: EncoderCheckpoint, name: str) -> None:
+    fmt, slash, method = name.partition("/")
+    if slash and method not in _METHODS:
+        raise ConfigError(
+            f"after the slash of an encoder stands {' or '.join(_METHODS)}", name, f"{fmt}/gptq"
+        )
+    check_encoder_format(source.spec, parse_format(fmt))
+
+
 class _Search:
     """What every step shares: the checkpoint, its vectors, and encoders by format."""
 
@@ -71,6 +97,7 @@ class _Search:
         self.checkpoint, self.threads, self.workload, self.step = checkpoint, threads, workload, step
         self.passages = {split: load_passages(split) for split in ("validation", "holdout")}
         self._encoders: dict[str, Encoder] = {}
+        self.models: dict[str, EncoderModel] = {}
         self._original: dict[str, np.ndarray] = {}
         tokenizer = checkpoint.tokenizer()
         ids = tokenizer.encode_batch([p.text for p in self.passages["validation"]])
@@ -87,8 +114,9 @@ class _Search:
     def encoder(self, name: str) -> Encoder:
         if name not in self._encoders:
             found = self.checkpoint
+            self.models[name] = encoder_from_name(found, name)
             self._encoders[name] = Encoder.of(
-                compress_encoder(found, name),
+                self.models[name],
                 found.tokenizer(),
                 threads=self.threads,
                 pooling=found.pooling,
@@ -149,9 +177,9 @@ def optimize_encoder(
 ) -> Json:
     """The fastest format of the encoder `model` whose vectors stay within `max_loss`, written to `out`.
 
-    max_loss bounds both 1 - cosine and the share of pieces that are misplaced. recipe: a format, instead of
-    trying all. objective: latency or throughput. workload: TOKENS or TOKENSxBATCH, "128x32". Raises
-    ConfigError for nonsense and what reading the model raises.
+    max_loss bounds both 1 - cosine and the share of pieces that are misplaced. recipe: a format, or
+    FORMAT/gptq, instead of trying all. objective: latency or throughput. workload: TOKENS or TOKENSxBATCH,
+    "128x32". Raises ConfigError for nonsense and what reading the model raises.
     """
     margin = parse_max_loss(max_loss)
     work = _workload(workload, objective)
@@ -159,7 +187,7 @@ def optimize_encoder(
     checkpoint = open_encoder(model)
     search = _Search(checkpoint, threads or available_cores(), work, step or (lambda what, done, of: None))
     if recipe:
-        check_encoder_format(checkpoint.spec, parse_format(recipe))
+        _check_recipe(checkpoint, recipe)
     sha256 = sha256_of(checkpoint.files)
     rows = _screen(search, [recipe] if recipe else _fitting(checkpoint), margin)
     chosen, verdict, races, k = _prove(search, rows, margin, sha256)
@@ -176,7 +204,7 @@ def optimize_encoder(
             "sha256": sha256,
             "parameters": checkpoint.spec.num_parameters(),
         },
-        "verdict": _sentence(chosen, verdict, baseline, fallback),
+        "verdict": _sentence(chosen, verdict, baseline, rows[0] if recipe and fallback else None, fallback),
         "passed": passed,
         "fallback": fallback,
         "threads": search.threads,
@@ -191,7 +219,10 @@ def optimize_encoder(
         "candidates": [to_json(replace(row, validation=None)) | _validation(row) for row in rows],
         "report": None,
     }
-    save_encoder(checkpoint, Path(out), chosen.format, {"measurements": result})
+    fmt, _, method = chosen.format.partition("/")
+    made = search.models[chosen.format].weights if method == "gptq" else {}
+    rounded = {name: weight for name, weight in made.items() if isinstance(weight, QuantizedTensor)}
+    save_encoder(checkpoint, Path(out), fmt, {"measurements": result}, rounded)
     _check_saved(search, Path(out), chosen.format)
     return result | {"artifact": str(out)}
 
@@ -311,11 +342,16 @@ def _validation(row: Candidate) -> Json:
     }
 
 
-def _sentence(chosen: Candidate, verdict: VectorVerdict, race: SpeedResult, fallback: bool) -> str:
+def _sentence(
+    chosen: Candidate, verdict: VectorVerdict, race: SpeedResult, asked: Candidate | None, fallback: bool
+) -> str:
+    """asked: the format that was asked for and is not the chosen one."""
     quality = (
         f"1 - cosine {percent(verdict.distance)} (at most {percent(verdict.distance_upper)}), "
         f"{percent(verdict.lost_share, signed=True)} of the pieces misplaced (at most "
         f"{percent(verdict.lost_upper, signed=True)}), budget {percent(verdict.margin)}"
     )
     start = "Nothing beat the original inside the budget; in bf16 it" if fallback else f"{chosen.format}"
+    if asked is not None:
+        start = f"{asked.format} is {asked.status}: {asked.reason}; in bf16 the original"
     return f"{start} encodes {times(race.ratio)} as fast as PyTorch in float32: {quality}."
