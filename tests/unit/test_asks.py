@@ -73,8 +73,8 @@ def test_a_recipe_is_run_again_from_where_it_was_saved(tmp_path: Path) -> None:
     saved = tmp_path / "recipe.json"
     saved.write_text(json.dumps(to_json(Recipe(name="joint-3", layers="w8a8-g64", head="q8_0"))))
     for text, name in (
-        (str(tmp_path / "first"), "native"),
-        (str(tmp_path / "first" / "flatout.json"), "native"),
+        (str(tmp_path / "first"), "native-s8"),
+        (str(tmp_path / "first" / "flatout.json"), "native-s8"),
         (f"{tmp_path / 'first'}:w8a8-g32", "w8a8-g32"),
         (str(saved), "joint-3"),
     ):
@@ -82,7 +82,7 @@ def test_a_recipe_is_run_again_from_where_it_was_saved(tmp_path: Path) -> None:
         result = run(bench, tmp_path / "again", recipe=text)
         assert result["passed"], text
         assert result["optimized"]["recipe"] == name
-    row = next(row for row in first["candidates"] if row["name"] == "native")
+    row = next(row for row in first["candidates"] if row["name"] == "native-s8")
     assert recipe_from_json(row["recipe"]) == recipe_from_json(first["recipe"])
 
 
@@ -94,7 +94,7 @@ def test_a_candidate_of_the_output_folder_is_known_by_its_name(tmp_path: Path) -
     (out / "flatout.json").write_text(json.dumps(manifest))
     found = saved_recipe("joint-1", out)
     assert found is not None
-    assert found.name == "native"
+    assert found.name == "native-s8"
     assert saved_recipe("w8a8-g64,head=q8_0", out) is None
     assert saved_recipe("joint-1", tmp_path / "nothing") is None
     with pytest.raises(ConfigError, match=r"a candidate of that search is one of joint-1, .*found: joint-9"):
@@ -107,11 +107,11 @@ def test_a_candidate_of_the_output_folder_is_known_by_its_name(tmp_path: Path) -
 def test_memory_is_a_limit(tmp_path: Path) -> None:
     whole = run(FakeBench(LOSSES, SPEEDS), tmp_path / "whole", workload="1000+24x64")
     sizes = {row["name"]: row["weight_bytes"] for row in whole["candidates"]}
-    limit = sizes["native"]
+    limit = sizes["native-s8"]
     assert sizes["w8a8-g64"] > limit > 1 << 20
     bench = FakeBench(LOSSES, SPEEDS | {"w8a8-g64": 9.0})
     result = run(bench, tmp_path / "out", max_memory=limit, workload="1000+24x64")
-    assert result["optimized"]["recipe"] == "native"
+    assert result["optimized"]["recipe"] == "native-s8"
     assert result["passed"]
     reasons = {row["name"]: row["reason"] for row in result["candidates"]}
     for name in set(sizes) - {"bf16"}:
@@ -143,16 +143,16 @@ def test_sizes_that_are_none(text: str) -> None:
         parse_bytes(text)
 
 
-JOULES = {**dict.fromkeys(NAMES, 5.0), "baseline": 9.0, "bf16": 4.0, "native": 3.0}
+JOULES = {**dict.fromkeys(NAMES, 5.0), "baseline": 9.0, "bf16": 4.0, "native-s8": 3.0}
 
 
 def test_energy_is_won_by_joules_at_no_loss_of_time(tmp_path: Path) -> None:
-    bench = FakeBench(LOSSES, SPEEDS, joules=JOULES | {"native": 3.0})
+    bench = FakeBench(LOSSES, SPEEDS, joules=JOULES | {"native-s8": 3.0})
     result = run(bench, tmp_path / "out", objective="energy", workload="512+64")
-    assert result["optimized"]["recipe"] == "native"
+    assert result["optimized"]["recipe"] == "native-s8"
     assert result["energy"]["ratio"] == pytest.approx(3.0)
     assert result["energy"]["joules_per_token"] == {"baseline": 9.0 / 64, "optimized": 3.0 / 64}
-    hungry = FakeBench(LOSSES, SPEEDS, joules=JOULES | {"native": 4.5})
+    hungry = FakeBench(LOSSES, SPEEDS, joules=JOULES | {"native-s8": 4.5})
     result = run(hungry, tmp_path / "hungry", objective="energy", workload="512+64")
     assert result["fallback"]  # faster, yet no joule less
     assert "not less hungry at the same speed" in result["verdict"]
@@ -174,7 +174,7 @@ def test_money_is_time_at_a_price(tmp_path: Path) -> None:
         dollars_per_hour=1.8,
         workload="512+64x8",
     )
-    assert result["optimized"]["recipe"] == "native"
+    assert result["optimized"]["recipe"] == "native-s8"
     # 0.1 s of prefill and 64 steps of 3 ms at speed 1 for 8 x 64 tokens, at 1.8 / 3600 dollars a second
     dollars = result["money"]["dollars_per_million_tokens"]
     assert dollars["engine_original"] == pytest.approx(1.8 / 3600 * (0.1 + 64 * 0.003) * 1e6 / 512)
@@ -207,4 +207,4 @@ def test_needs_are_told_and_kept(tmp_path: Path) -> None:
 def test_the_rehearsal_comes_first(tmp_path: Path) -> None:
     bench = FakeBench(LOSSES, SPEEDS)
     run(bench, tmp_path / "out")
-    assert bench.calls[:2] == ["rehearse native", "rehearse bf16"]
+    assert bench.calls[:2] == ["rehearse native-s8", "rehearse bf16"]
