@@ -34,7 +34,7 @@ from flatout.core.formats import parse_format
 from flatout.core.fuse import float_weight
 from flatout.core.spec import ModelSpec
 from flatout.train.data import Batch
-from flatout.train.trainable import Trainable
+from flatout.train.trainable import Trainable, source_weights
 from methods import CALIBRATED, Judge, read, row_recipe, windows
 
 
@@ -95,11 +95,7 @@ def learned(
 ) -> tuple[Tensor, Tensor]:
     """(residual, values) after `steps`, which print their divergence in nats."""
     turned, batches = Turned(source, fmt), torch.tensor(calibration)
-    original = Trainable(
-        spec=source.spec,
-        parameters={},
-        fixed=_floats(source),
-    )
+    original = Trainable(spec=source.spec, parameters={}, fixed=source_weights(source))
     free = [torch.zeros_like(matrix, requires_grad=True) for matrix in start]
     adam = torch.optim.Adam(free, lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.01, steps)
@@ -119,13 +115,6 @@ def learned(
             print(f"step {step}: {float(loss.detach()):.5f}", flush=True)
     residual, values = _turned(start, [matrix.detach() for matrix in free])
     return residual, values
-
-
-def _floats(source: Checkpoint) -> dict[str, Tensor]:
-    names = ["embedding", "norm", "head"]
-    for i in range(source.spec.num_layers):
-        names += [f"layers.{i}.{name}" for name in (*source.spec.linears(), "input_norm", "post_norm")]
-    return {name: torch.from_numpy(float_weight(source, name).copy()) for name in names}
 
 
 def _turned(start: tuple[Tensor, Tensor], free: list[Tensor]) -> list[Tensor]:
@@ -167,14 +156,14 @@ def main() -> int:
             better = learned(source, fmt, calibration, start, args.steps, args.rows, args.rate)
             spent = time.process_time() - begun
             for kind, (residual, values) in (("random", start), ("learned", better)):
+                if kind not in args.kinds:
+                    continue
                 rotated = Rotated(
                     spec=replace(spec, tie_embeddings=False),
                     original=source,
                     residual=np.asarray(residual, dtype=np.float32),
                     values=np.asarray(values, dtype=np.float32),
                 )
-                if kind not in args.kinds:
-                    continue
                 for method in ("rtn", "gptq"):
                     recipe = row_recipe(f"{fmt}/{method}", source)
                     found = judge.row(apply(rotated, data_of(calibration), recipe)[0])

@@ -59,7 +59,7 @@ from flatout.engine.runner import Runner
 from flatout.engine.score import score_documents
 from flatout.hardware.detect import detect
 from flatout.models.bert import Bert
-from flatout.search.encoder import encoder_from_name
+from flatout.search.encoder import calibration_texts, encoder_from_name
 from flatout.search.recipes import recipe_from_name
 from flatout.verify.quality import Cluster, divergence
 from flatout.verify.vectors import compare, pieces_of
@@ -90,7 +90,6 @@ ENCODER_ROWS = (
     *(f"bf16,sparsity={method}-{share}" for share in ("50%", "2:4")
       for method in ("magnitude", "wanda", "sparsegpt")),
 )  # fmt: skip
-ENCODER_TEXTS = 64
 KEPT = Path(__file__).resolve().parent.parent / "build" / "methods"
 WINDOW, CALIBRATED = 1024, 512
 
@@ -229,8 +228,8 @@ def encoder_rows(model: str, names: Sequence[str], threads: int) -> list[dict[st
         body, _, sparsity = name.partition(",sparsity=")
         if not sparsity:
             return encoder_from_name(checkpoint, body)
-        texts = tokenizer.encode_batch([p.text for p in load_passages("calibration")])[:ENCODER_TEXTS]
-        return compress_encoder(prune_encoder(whole(checkpoint), parse_sparsity(sparsity), texts), body)
+        pruned = prune_encoder(whole(checkpoint), parse_sparsity(sparsity), calibration_texts(checkpoint))
+        return compress_encoder(pruned, body)
 
     def vectors(encoder: Encoder) -> np.ndarray:
         return encoder.encode([text for _, text in pieces])

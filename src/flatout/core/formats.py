@@ -31,9 +31,9 @@ METHODS = (
     "rotate", "rotate-gptq", "rotate-tune",
     "native",
 )  # fmt: skip
-KV_FORMATS = ("int8", "bf16", "fp32", "fp8", "int4")
 """How codes are made: to nearest, by GPTQ, by tuning whole layers, each also behind a change of the model
 (compress/apply.py), or as the file has."""
+KV_FORMATS = ("int8", "bf16", "fp32", "fp8", "int4")
 _NATIVE = {"q4_0": (4, "symmetric"), "q4_1": (4, "minimum"), "q8_0": (8, "symmetric")}
 _BYTE_SCALES = "-s8"
 

@@ -4,7 +4,7 @@ The workload runs as the engine would run it: every prompt in chunks of at most 
 one token for all sequences at a time, sampled greedily. After a warm-up by the prompts' first tokens each
 repetition runs it twice: with the timers off, for the seconds of whole phases, and with them on, for the
 shares of the ops; once the time given is spent, with the timers off alone. Where only the shares matter, it
-runs with the timers on alone: they take two thousandths of a small model's decode step.
+runs with the timers on alone.
 """
 
 from __future__ import annotations

@@ -173,20 +173,22 @@ class CpuBench:
     def _original(self, clusters: Sequence[Cluster]) -> Runner:
         """The checkpoint in float32 on the engine, which scores twice as fast as the reference and must agree
         with it, once, on the first of these clusters."""
-        from flatout.engine.reference import ReferenceRunner  # loads PyTorch
-
         if self._exact is None:
             exact = self._serve(compress(self._checkpoint, float_recipe("fp32", "fp32")))
             if not self._compared:
-                reference = ReferenceRunner(self._checkpoint, self._pages, _PAGE)
-                witnesses = clusters[:_WITNESSES]
-                refuse_different(score_model(reference, witnesses), score_model(exact, witnesses))
+                self._compare(exact, clusters[:_WITNESSES])
                 self._compared = True
-                del reference
             give_back_memory()
             self._sound.add(exact)
             self._exact = exact
         return self._exact
+
+    def _compare(self, exact: Runner, witnesses: Sequence[Cluster]) -> None:
+        """Raise EvidenceError unless `exact` scores these as the reference does."""
+        from flatout.engine.reference import ReferenceRunner  # loads PyTorch
+
+        reference = ReferenceRunner(self._checkpoint, self._pages, _PAGE)
+        refuse_different(score_model(reference, witnesses), score_model(exact, witnesses))
 
     def _serve(self, model: Model) -> CpuRunner:
         return CpuRunner(model, threads=self._threads, num_pages=self._pages)

@@ -31,6 +31,9 @@ SPREAD = ("w5a16", "w5a8", "w4a8-g32")
 coarser ones lose more than finer ones say."""
 
 
+_OF_A_LAYER = 9  # four linears, up to four norms and a bias
+
+
 def rounded_inputs(x: Tensor, fmt: Format) -> Tensor:
     """x (T, K) as a linear of `fmt` multiplies it."""
     if fmt.activation == "fp32":
@@ -44,20 +47,19 @@ def rounded_inputs(x: Tensor, fmt: Format) -> Tensor:
 
 
 def float_weights(source: Source) -> Callable[[str], Tensor]:
-    """name -> the weight (N, K) as float32; those of a layer are kept until another layer's is asked for, the
-    vocabulary's for good. A tied head is the embedding."""
+    """name -> the weight (N, K) as float32; the latest are kept, as many as a layer has, and the vocabulary's
+    for good. A tied head is the embedding."""
     tied = source.spec.tie_embeddings
-    read = functools.cache(lambda name: as_tensor(float_weight(source, name)))
-    kept: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        return as_tensor(float_weight(source, name))
+
+    vocabulary, latest = functools.cache(read), functools.lru_cache(_OF_A_LAYER)(read)
 
     def weight(name: str) -> Tensor:
         if name in ("head", "embedding"):
-            return read("embedding" if tied else name)
-        if kept and next(iter(kept)).rpartition(".")[0] != name.rpartition(".")[0]:
-            kept.clear()
-        if name not in kept:
-            kept[name] = as_tensor(float_weight(source, name))
-        return kept[name]
+            return vocabulary("embedding" if tied else name)
+        return latest(name)
 
     return weight
 

@@ -75,8 +75,12 @@ def encoder_from_name(source: EncoderCheckpoint, name: str) -> EncoderModel:
         return compress_encoder(source, fmt)
     from flatout.compress.encoder_gptq import gptq_encoder  # loads PyTorch
 
-    texts = source.tokenizer().encode_batch([p.text for p in load_passages("calibration")])
-    return gptq_encoder(source, fmt, texts[:_CALIBRATION])
+    return gptq_encoder(source, fmt, calibration_texts(source))
+
+
+def calibration_texts(source: EncoderCheckpoint) -> list[list[int]]:
+    """Token ids of the shipped passages that calibrate an encoder."""
+    return source.tokenizer().encode_batch([p.text for p in load_passages("calibration")[:_CALIBRATION]])
 
 
 def _check_recipe(source: EncoderCheckpoint, name: str) -> None:

@@ -215,7 +215,7 @@ static void score_floats(const Attention& a, const float* q, const uint8_t* keys
 // out[v][r] += keys begin .. end of R rows' weights times V vectors of a float page's values.
 template <CacheKind KIND, int R, int V>
 static void weigh_floats(const uint8_t* values, int E, const float (*weights)[kPage], int begin, int end,
-                       float (*out)[kTileRows][kLanes]) {
+                         float (*out)[kTileRows][kLanes]) {
   f32x16 acc[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -270,7 +270,7 @@ static void attend_floats(const Attention& a, SoftmaxBlock& block) {
       for (int v = 0; r % kTogether == 0 && i == 0 && v < kPage / kLanes; v += kTogether)
         with_rows<kTogether>(std::min(kTogether, rows - r), [&]<int R>() {
           score_floats<KIND, R, kTogether>(a, a.q + (size_t)r * a.q_stride, page.keys + 64 * v,
-                                   (f32x16 (*)[kPage / kLanes]) & products[0][v]);
+                                           (f32x16 (*)[kPage / kLanes]) & products[0][v]);
         });
       return products[r % kTogether][i];
     };
