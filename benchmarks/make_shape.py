@@ -143,7 +143,7 @@ def _copy_tokenizer(writer: gguf.GGUFWriter, metadata: Mapping[str, Any]) -> Non
         elif isinstance(value, str):
             writer.add_string(key, value)
         else:
-            writer.add_array(key, list(value) if isinstance(value, list) else value.tolist())
+            writer.add_array(key, value.tolist() if isinstance(value, np.ndarray) else list(value))
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ models made with the package `gguf`."""
 from __future__ import annotations
 
 import contextlib
+import itertools
+import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from flatout.core.gguf import Strings
 from flatout.core.spec import ModelSpec
 from flatout.errors import FlatoutError
 
@@ -144,3 +147,14 @@ def _add(writer: Any, name: str, value: np.ndarray, kind: gguf.GGMLQuantizationT
         writer.add_tensor(name, np.ascontiguousarray(value))
     else:
         writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(value), kind), raw_dtype=kind)
+
+
+def as_in_file(value: Any) -> Any:
+    """A list of strings as an opened GGUF file has it, anything else as it is."""
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        return value
+    words = [word.encode() for word in value]
+    mapped = mmap.mmap(-1, 8 + sum(8 + len(word) for word in words))
+    mapped.write(b"".join(struct.pack("<Q", len(word)) + word for word in words))
+    starts = list(itertools.accumulate((8 + len(word) for word in words), initial=8))
+    return Strings(path=Path("t.gguf"), what="words", mapped=mapped, starts=starts)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.files import only_flatout_errors
+from tests.files import as_in_file, only_flatout_errors
 
 from flatout.core.gguf import GgufFile, GgufTensor
 from flatout.core.gguf_config import spec_from_gguf
@@ -72,7 +72,7 @@ def test_families() -> None:
 def test_the_end_of_a_turn_ends_too() -> None:
     tokens = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|eot_id|>"]
     words = {
-        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.tokens": as_in_file(tokens),
         "tokenizer.ggml.token_type": np.array([2, 3, 3, 3, 1], np.int32),
     }
     assert spec_from_gguf(opened(SOUND | words)).eos_token_ids == (

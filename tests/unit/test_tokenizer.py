@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.files import only_flatout_errors
+from tests.files import as_in_file, only_flatout_errors
 from tests.tiny import tiny_spec, write_tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -37,7 +37,9 @@ SPECIALS = ["<unk>", "<s>", "</s>"]
 
 
 def gguf_file(metadata: dict[str, Any]) -> GgufFile:
-    full = {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
+    full = {
+        f"tokenizer.ggml.{key}": as_in_file(value) for key, value in metadata.items() if value is not None
+    }
     return GgufFile(
         path=Path("t.gguf"), metadata=full, tensors={}, mapped=NOTHING, data=np.zeros(0, np.uint8)
     )

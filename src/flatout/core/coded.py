@@ -23,16 +23,18 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flatout.core.files import corrupt, parse_json_object, shown
 from flatout.core.safetensors import DTYPES, Entry, SafetensorsFile, open_safetensors, write_safetensors
 from flatout.core.sparse import with_dense_names
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 KEY = "flatout_coded"
 _VERSION = 1
@@ -152,6 +154,8 @@ class CodedFile(SafetensorsFile):
         coding = self.codings.get(name)
         if coding is None:
             return SafetensorsFile.array(self, name)
+        from concurrent.futures import ThreadPoolExecutor  # with logging 8 ms, and few files are coded
+
         entry = self.entries[name]
         try:
             with ThreadPoolExecutor(_THREADS) as pool:

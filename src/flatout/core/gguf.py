@@ -8,17 +8,19 @@ Layout (version 2 and 3, little-endian; https://github.com/ggml-org/ggml/blob/ma
     the next multiple of general.alignment (32); so does every tensor
 
 Every count is checked against the bytes that are left before anything is allocated, and every tensor against
-the file's end and its neighbours, so a corrupt file gives one ModelFileError when it is opened.
+the file's end and its neighbours, so a corrupt file gives one ModelFileError when it is opened. Strings in
+arrays are stepped over and decoded on demand (`Strings`): a vocabulary takes a tenth of a start.
 """
 
 from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -63,9 +65,44 @@ class GgufTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Strings(Sequence[str]):
+    """An array of strings in a file, decoded whenever they are asked for: keep `list(strings)` for more than
+    a few. starts: where each one begins, and one more as if another followed. Raises ModelFileError for bytes
+    that are not UTF-8, when they are reached."""
+
+    path: Path
+    what: str
+    mapped: mmap.mmap
+    starts: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        return self._decoded([(self.starts[i], self.starts[i + 1])])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._decoded(pairwise(self.starts)))
+
+    def _decoded(self, bounds: Iterable[tuple[int, int]]) -> list[str]:
+        data = self.mapped
+        try:
+            return [data[start : following - _U64.size].decode() for start, following in bounds]
+        except UnicodeDecodeError as error:
+            raise corrupt(self.path, f"{self.what} must be UTF-8", str(error)) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GgufFile:
-    """An opened file. metadata: key -> int, float, bool, str, numpy array of numbers, or list of str or
-    bool."""
+    """An opened file. metadata: key -> int, float, bool, str, numpy array of numbers, list of bool, or
+    Strings."""
 
     path: Path
     metadata: dict[str, Any]
@@ -147,26 +184,24 @@ class _Header:
         except UnicodeDecodeError as error:
             raise corrupt(self.path, f"{what} must be UTF-8", str(error)) from error
 
-    def strings(self, count: int, what: str) -> list[str]:
+    def strings(self, count: int, what: str) -> Strings:
         """`count` strings; the loop is inlined because a vocabulary has 10^5 of them."""
-        data, at, end, unpack = self.data, self.at, len(self.data), _U64.unpack_from
-        out: list[str] = []
+        data, at, end, unpack = self.data, self.at + 8, len(self.data), _U64.unpack_from
+        starts = [at]
         try:
             for _ in range(count):
-                (length,) = unpack(data, at)
-                at += 8
+                (length,) = unpack(data, at - 8)
                 if length > min(end - at, _MAX_STRING):
                     raise corrupt(
                         self.path, f"a string of {what} must end inside the file", f"{length} bytes"
                     )
-                out.append(data[at : at + length].decode())
-                at += length
+                at += length + 8
+                starts.append(at)
         except struct.error as error:
-            raise corrupt(self.path, f"{what} must end inside the file", f"{len(out)} of {count}") from error
-        except UnicodeDecodeError as error:
-            raise corrupt(self.path, f"{what} must be UTF-8", str(error)) from error
-        self.at = at
-        return out
+            found = f"{len(starts) - 1} of {count}"
+            raise corrupt(self.path, f"{what} must end inside the file", found) from error
+        self.at = at - 8
+        return Strings(path=self.path, what=what, mapped=data, starts=starts)
 
     def value(self, kind: int, what: str) -> Any:
         if kind in _NUMBERS:

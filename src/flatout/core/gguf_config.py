@@ -14,7 +14,7 @@ import numpy as np
 
 from flatout.core.config import checked_window
 from flatout.core.files import shown
-from flatout.core.gguf import GgufFile
+from flatout.core.gguf import GgufFile, Strings
 from flatout.core.spec import ModelSpec, RopeScaling
 from flatout.errors import ModelFileError, UnsupportedModelError
 
@@ -185,8 +185,8 @@ def _end_tokens(file: GgufFile) -> tuple[int, ...]:
     one."""
     ends = [_token_id(file, "eos"), _token_id(file, "eot")]
     tokens, kinds = file.metadata.get("tokenizer.ggml.tokens"), file.metadata.get("tokenizer.ggml.token_type")
-    if isinstance(tokens, list) and isinstance(kinds, np.ndarray) and kinds.size == len(tokens):
-        ends += [int(i) for i in np.flatnonzero(kinds == 3) if tokens[i] in _TURN_ENDS]
+    if isinstance(tokens, Strings) and isinstance(kinds, np.ndarray) and kinds.size == len(tokens):
+        ends += [i for i in np.flatnonzero(kinds == 3).tolist() if tokens[i] in _TURN_ENDS]
     return tuple(dict.fromkeys(i for i in ends if i is not None))
 
 

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from flatout.core.files import corrupt, shown
-from flatout.core.gguf import GgufFile
+from flatout.core.gguf import GgufFile, Strings
 from flatout.errors import UnsupportedModelError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -90,9 +90,9 @@ def _strings(file: GgufFile, key: str) -> list[str]:
         raise corrupt(
             file.path, f"the file must hold a tokenizer ({key})", "none", "a GGUF file with its tokenizer"
         )
-    if not isinstance(value, list) or (value and not isinstance(value[0], str)):  # they share a type
+    if not isinstance(value, Strings):
         raise corrupt(file.path, f"{key} must be strings", value)
-    return value
+    return list(value)
 
 
 def _types(file: GgufFile, count: int) -> np.ndarray:

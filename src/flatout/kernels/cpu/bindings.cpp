@@ -10,6 +10,7 @@
 
 #include "encoder.h"
 #include "features.h"
+#include "handover.h"
 #include "model.h"
 
 namespace nb = nanobind;
@@ -141,18 +142,32 @@ Source quantized_source(const AnyMatrix& codes, const AnyMatrix& scales, const n
   return s;
 }
 
+// A model or an encoder with the weights that are on their way into it.
 template <class M>
-void set_quantized(M& model, const std::string& name, const AnyMatrix& codes, const AnyMatrix& scales,
+struct Loading : M {
+  using M::M;
+  Handover handover;
+
+  void hand_over(const std::string& name, const Source& s, std::vector<nb::object> arrays, size_t bytes) {
+    handover.push([this, name, s] { this->set_weight(name, s); }, std::move(arrays), bytes);
+  }
+  void finalize() {
+    handover.finish();
+    M::finalize();
+  }
+};
+
+template <class M>
+void set_quantized(Loading<M>& model, const std::string& name, const AnyMatrix& codes, const AnyMatrix& scales,
                    const nb::object& zeros, const nb::object& minima, int bits, int group, const std::string& zero,
                    const std::string& activation, int activation_group, bool byte_scales) {
   const Source s =
       quantized_source(codes, scales, zeros, minima, bits, group, zero, activation, activation_group, byte_scales);
-  nb::gil_scoped_release release;
-  model.set_weight(name, s);
+  model.hand_over(name, s, {nb::cast(codes), nb::cast(scales), zeros, minima}, codes.nbytes());
 }
 
 // Rows of GGUF blocks: Q4_0 (4 bits, symmetric), Q4_1 (4, minimum) or Q8_0 (8, symmetric).
-void set_blocks(Model& model, const std::string& name, const Matrix<uint8_t>& blocks, int bits,
+void set_blocks(Loading<Model>& model, const std::string& name, const Matrix<uint8_t>& blocks, int bits,
                 const std::string& zero) {
   Source s;
   s.kind = WeightKind::kInteger;
@@ -166,8 +181,7 @@ void set_blocks(Model& model, const std::string& name, const Matrix<uint8_t>& bl
   s.blocks = blocks.data();
   if ((bits != 4 && bits != 8) || blocks.shape(1) % s.block_bytes())
     throw std::invalid_argument("rows must be whole blocks of 4 or 8 bits");
-  nb::gil_scoped_release release;
-  model.set_weight(name, s);
+  model.hand_over(name, s, {nb::cast(blocks)}, blocks.nbytes());
 }
 
 Source float_source(const Matrix<float>& values, const std::string& format) {
@@ -181,30 +195,23 @@ Source float_source(const Matrix<float>& values, const std::string& format) {
 }
 
 template <class M>
-void set_vector(M& model, const std::string& name, const Array<float>& values) {
-  model.set_vector(name, values.data(), (int)values.shape(0));
+void set_matrix(Loading<M>& model, const std::string& name, const Matrix<float>& values, const std::string& format) {
+  model.hand_over(name, float_source(values, format), {nb::cast(values)}, values.nbytes());
 }
 
+// The methods by which weights are handed over; matrices are packed later (`Handover`).
 template <class M>
-void set_matrix(M& model, const std::string& name, const Matrix<float>& values, const std::string& format) {
-  const Source s = float_source(values, format);
-  nb::gil_scoped_release release;
-  model.set_weight(name, s);
-}
-
-// The methods by which weights are handed over.
-template <class M>
-void bind_weights(nb::class_<M>& c) {
-  c.def("set_float", [](M& m, const std::string& name, const Array<float>& v, const std::string&) {
-     set_vector(m, name, v);
+void bind_weights(nb::class_<Loading<M>>& c) {
+  c.def("set_float", [](Loading<M>& m, const std::string& name, const Array<float>& v, const std::string&) {
+     m.set_vector(name, v.data(), (int)v.shape(0));
    })
       .def("set_float", &set_matrix<M>)
       .def("set_quantized", &set_quantized<M>, nb::arg("name"), nb::arg("codes"), nb::arg("scales"),
            nb::arg("zeros").none(), nb::arg("minima").none(), nb::arg("bits"), nb::arg("group"), nb::arg("zero"),
            nb::arg("activation"), nb::arg("activation_group"), nb::arg("byte_scales") = false)
-      .def("finalize", &M::finalize)
-      .def_prop_ro("isa", &M::isa)
-      .def_prop_ro("weight_bytes", &M::weight_bytes);
+      .def("finalize", &Loading<M>::finalize)
+      .def_prop_ro("isa", [](const Loading<M>& m) { return m.isa(); })
+      .def_prop_ro("weight_bytes", [](const Loading<M>& m) { return m.weight_bytes(); });
 }
 
 EncoderConfig parse_encoder_config(const nb::dict& d) {
@@ -351,15 +358,15 @@ NB_MODULE(_cpu, m) {
         nb::arg("errors"));
   m.def("nearest_grids", &nearest_grids, nb::arg("isa"), nb::arg("weights"), nb::arg("importance").none(),
         nb::arg("steps"), nb::arg("zeros"), nb::arg("low"), nb::arg("high"));
-  nb::class_<Encoder> encoder(m, "Encoder");
-  bind_weights(encoder);
+  nb::class_<Loading<Encoder>> encoder(m, "Encoder");
+  bind_weights<Encoder>(encoder);
   encoder
       .def("__init__",
-           [](Encoder* self, const nb::dict& config, int threads, const std::string& isa) {
+           [](Loading<Encoder>* self, const nb::dict& config, int threads, const std::string& isa) {
              if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
-             new (self) Encoder(parse_encoder_config(config), threads, isa);
+             new (self) Loading<Encoder>(parse_encoder_config(config), threads, isa);
            })
-      .def("forward", [](Encoder& self, Array<int32_t> tokens, Array<int32_t> starts, const std::string& pooling,
+      .def("forward", [](Loading<Encoder>& self, Array<int32_t> tokens, Array<int32_t> starts, const std::string& pooling,
                          bool normalize) {
         const Sequences b{tokens.data(), starts.data(), (int)tokens.shape(0), (int)starts.shape(0)};
         const Pooling kind = parse_pooling(pooling);
@@ -372,21 +379,21 @@ NB_MODULE(_cpu, m) {
       });
   // How many threads a model's steps take, for tests.
   nb::class_<Pace>(m, "Pace").def(nb::init<int>()).def("team", &Pace::team).def("took", &Pace::took);
-  nb::class_<Model> model(m, "Model");
-  bind_weights(model);
+  nb::class_<Loading<Model>> model(m, "Model");
+  bind_weights<Model>(model);
   model
       .def("__init__",
-           [](Model* self, const nb::dict& config, int threads, const std::string& isa, int num_pages) {
+           [](Loading<Model>* self, const nb::dict& config, int threads, const std::string& isa, int num_pages) {
              if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
-             new (self) Model(parse_config(config), threads, isa, num_pages);
+             new (self) Loading<Model>(parse_config(config), threads, isa, num_pages);
            })
       .def("set_blocks", &set_blocks, nb::arg("name"), nb::arg("blocks"), nb::arg("bits"), nb::arg("zero"))
-      .def("tie_head", &Model::tie_head, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("num_pages", &Model::num_pages)
-      .def_prop_ro("screened", &Model::screened)
-      .def_prop_ro("page_size", [](const Model&) { return kPage; })
+      .def("tie_head", [](Loading<Model>& m) { m.handover.push([&m] { m.tie_head(); }, {}, 0); })
+      .def_prop_ro("num_pages", [](const Loading<Model>& m) { return m.num_pages(); })
+      .def_prop_ro("screened", [](const Loading<Model>& m) { return m.screened(); })
+      .def_prop_ro("page_size", [](const Loading<Model>&) { return kPage; })
       .def("forward",
-           [](Model& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
+           [](Loading<Model>& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
               Matrix<int32_t> pages, bool all) {
              const Batch b = make_batch(tokens, starts, lengths, pages);
              float* out;
@@ -397,7 +404,7 @@ NB_MODULE(_cpu, m) {
              return logits;
            })
       .def("score",
-           [](Model& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
+           [](Loading<Model>& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
               Matrix<int32_t> pages, Array<int32_t> targets) {
              const Batch b = make_batch(tokens, starts, lengths, pages);
              if (targets.shape(0) != tokens.shape(0)) throw std::invalid_argument("one target a token");
@@ -408,7 +415,7 @@ NB_MODULE(_cpu, m) {
              return scores;
            })
       .def("sample",
-           [](Model& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
+           [](Loading<Model>& self, Array<int32_t> tokens, Array<int32_t> starts, Array<int32_t> lengths,
               Matrix<int32_t> pages, Array<float> temperature, Array<int32_t> top_k, Array<float> top_p,
               Array<uint64_t> seeds, bool all) {
              const Batch b = make_batch(tokens, starts, lengths, pages);
@@ -422,8 +429,8 @@ NB_MODULE(_cpu, m) {
              self.sample(b, s, all, out);
              return tokens_out;
            })
-      .def("profile", &Model::set_profiling)
-      .def("timings", [](Model& self) {
+      .def("profile", [](Loading<Model>& self, bool on) { self.set_profiling(on); })
+      .def("timings", [](Loading<Model>& self) {
         const std::vector<double> t = self.take_timings();
         nb::dict d;
         for (int i = 0; i < kPhases; ++i) d[kPhaseNames[i]] = t[i];
