@@ -1,11 +1,12 @@
-"""Our joint search beside the automatic modes of OpenVINO and NNCF on the same model, by our yardsticks.
+"""Our joint search beside uniform recipes and the automatic modes of OpenVINO and NNCF, by our yardsticks.
 
-    python benchmarks/automatic.py ORIGINAL ARTIFACT [--modes accuracy,mixed] [--max-loss 1%] [--threads N]
+    python benchmarks/automatic.py ORIGINAL ARTIFACT [--uniform w8a8-g32,w6a16/smooth-gptq]
+                                   [--modes accuracy,mixed] [--max-loss 1%] [--workload 1024+96] [--threads N]
 
 ORIGINAL is a checkpoint off any grid (benchmarks/make_offgrid.py), ARTIFACT what `flatout optimize ORIGINAL`
-made of it. Every mode (benchmarks/automatic_openvino.py) gets the shipped calibration passages and, to keep
-its budget, the validation passages. What comes out is certified on the sealed passages like our own, with one
-opening each, and timed against ARTIFACT in pairs that take turns, prefill and decode of the default workload.
+made of it. Every mode (benchmarks/automatic_openvino.py) and recipe gets the shipped calibration passages, a
+mode also the validation passages, to keep its budget. What comes out is certified on the sealed passages like
+our own, with one opening each, and timed against ARTIFACT in pairs that take turns, prefill and decode.
 Prints a table and writes a file to benchmarks/results. Needs a quiet machine; the first run makes OpenVINO's
 environment, and each mode takes minutes (--calibration, --validation, --sealed and --seconds make a trial
 run short).
@@ -29,18 +30,21 @@ import numpy as np
 from flatout.bench import peers
 from flatout.bench.install import install
 from flatout.bench.worker import LOAD_S, Worker
+from flatout.compress.apply import compress
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.files import sha256_of
 from flatout.core.folder import write_folder
-from flatout.core.types import Workload, to_json
+from flatout.core.types import to_json
+from flatout.engine.cpu import CpuRunner
 from flatout.engine.load import load
 from flatout.engine.reference import ReferenceRunner
 from flatout.errors import FlatoutError
 from flatout.hardware.detect import available_cores
-from flatout.search.request import parse_max_loss
+from flatout.search.recipes import recipe_from_name
+from flatout.search.request import parse_max_loss, parse_workload
 from flatout.search.texts import read_texts
 from flatout.verify.certificate import Certificate, Side
-from flatout.verify.drivers import RunnerDriver
+from flatout.verify.drivers import Driver, RunnerDriver
 from flatout.verify.examination import examine, plan_opening
 from flatout.verify.quality import Cluster, fits, pair_scores, score_model
 from flatout.verify.race import race_workload
@@ -84,8 +88,10 @@ def main() -> int:
     )
     parser.add_argument("original")
     parser.add_argument("artifact")
-    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--uniform", default="", help="recipes of ours for the whole model")
+    parser.add_argument("--modes", default=",".join(MODES), help='of NNCF; "" for none')
     parser.add_argument("--max-loss", default="1%")
+    parser.add_argument("--workload", help="PROMPT+OUTPUT, default as of `flatout optimize`")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--calibration", type=int, default=48, help="passages")
     parser.add_argument("--validation", type=int, default=32, help="passages")
@@ -93,7 +99,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each A/B test")
     parser.add_argument("--dry", action="store_true", help="write no results file")
     args = parser.parse_args()
-    margin, workload, threads = parse_max_loss(args.max_loss), Workload(), args.threads
+    margin, threads = parse_max_loss(args.max_loss), args.threads
+    workload = parse_workload(args.workload, "latency")
     original = open_checkpoint(args.original)
     texts = read_texts(original.tokenizer, original.tokenizer.sha256, original.spec)
     pages = max(2 * fits(original.spec), workload.prompt + workload.output) // PAGE + 2
@@ -134,8 +141,29 @@ def main() -> int:
         artifact = Path(args.artifact) / "model.safetensors"
         found = certify("flatout", sha256_of([artifact]), lambda clusters: score_model(ours, clusters))
         rows.append(row("flatout " + ours.recipe.name, found, None))  # type: ignore[attr-defined]
-        python = install(peers.OPENVINO, lambda what, done, of: print(what, file=sys.stderr))
-        for mode in args.modes.split(","):
+
+        def compare(found: Certificate, other: Driver) -> None:
+            race = race_workload(
+                other, RunnerDriver(ours), original.tokenizer, workload,
+                prefill_s=args.seconds, decode_s=args.seconds,
+            )  # fmt: skip
+            rows.append(row(other.name, found, race))
+
+        for name in filter(None, args.uniform.split(",")):
+            recipe = recipe_from_name(name, original)
+            runner = CpuRunner(compress(original, recipe, lists["calibration"]), threads, num_pages=pages)
+            runner.name = name
+            key = f"{name} of {original.sha256}"
+            found = certify(name, key, lambda clusters, runner=runner: score_model(runner, clusters))
+            compare(found, RunnerDriver(runner))
+            del runner
+        modes = [mode for mode in args.modes.split(",") if mode]
+        python = (
+            Path()
+            if not modes
+            else install(peers.OPENVINO, lambda what, done, of: print(what, file=sys.stderr))
+        )
+        for mode in modes:
             target = convert(
                 mode, python, original, folder,
                 threads=threads, texts=str(folder / "texts.json"), budget=math.log1p(margin),
@@ -147,11 +175,7 @@ def main() -> int:
                 return [np.array(worker.score(list(c.tokens)), dtype=np.float32) for c in clusters]
 
             found = certify(worker.name, sha256_of(sorted(target.iterdir())), score)
-            race = race_workload(
-                WorkerDriver(worker), RunnerDriver(ours), original.tokenizer, workload,
-                prefill_s=args.seconds, decode_s=args.seconds,
-            )  # fmt: skip
-            rows.append(row(worker.name, found, race))
+            compare(found, WorkerDriver(worker))
             worker.close()
     print(
         "| | verdict | loss | at most | our prefill over it | our decode over it |\n|---|---|--:|--:|--:|--:|"
@@ -166,7 +190,7 @@ def main() -> int:
     if not args.dry:
         result = {
             **measured_here("torch", "transformers"),
-            "peers": list(peers_of()),
+            "peers": list(peers_of()) if modes else [],
             "threads": threads,
             "margin": margin,
             "workload": to_json(workload),

@@ -109,27 +109,29 @@ class TrueLoss:
         return sum(self.true[choice] for choice in formats_of(recipe, self.spec).items())
 
 
-@pytest.mark.parametrize(
-    ("five", "four", "seed"), [(1.6, 1.0, 0), (2.0, 1.0, 1), (2.0, 2.0, 2), (2.5, 1.5, 3)]
-)
-def test_the_third_proposal_is_inside_a_budget_whose_cheap_places_were_underestimated(
-    five: float, four: float, seed: int
+@pytest.mark.parametrize(("five", "four"), [(1.6, 1.0), (2.0, 1.0), (2.0, 2.0), (2.5, 1.5)])
+def test_the_third_proposal_spends_a_budget_whose_cheap_places_were_underestimated(
+    five: float, four: float
 ) -> None:
-    """5 bits cost up to 2.5 times what is expected; divergence and loss are measured some per cent off."""
+    """5 bits cost up to 2.5 times what is expected; divergence and loss are measured 5 and 10 per cent off,
+    so that the third proposals of many models lie around the budget by as much."""
     from flatout.perf.predict import Calibration
 
-    model, budget = TrueLoss((1.0, 1.0, five, four), seed), 0.008
-    joint, known = model.joint(), Calibration(fractions={}, interactions={})
-    draw = np.random.default_rng(seed)
-    losses = []
-    for _ in range(3):
-        recipe = joint.propose(budget, known, ORIGINAL)
-        assert recipe is not None
-        losses.append(model.loss(recipe))
-        joint.observe(recipe, losses[-1] * math.exp(draw.normal(0, 0.05)))
-        joint.observe(recipe, losses[-1] * math.exp(draw.normal(0, 0.1)), 0.1 * losses[-1])
-    assert losses[2] <= budget
-    assert losses[2] > 0.5 * budget  # and spends it
+    budget, known = 0.008, Calibration(fractions={}, interactions={})
+    spent = []
+    for seed in range(6):
+        model, draw = TrueLoss((1.0, 1.0, five, four), seed), np.random.default_rng(seed)
+        joint = model.joint()
+        for _ in range(3):
+            recipe = joint.propose(budget, known, ORIGINAL)
+            assert recipe is not None
+            loss = model.loss(recipe)
+            joint.observe(recipe, loss * math.exp(draw.normal(0, 0.05)))
+            joint.observe(recipe, loss * math.exp(draw.normal(0, 0.1)), 0.1 * loss)
+        spent.append(loss / budget)
+    assert 0.85 < np.median(spent) <= 1.0
+    assert max(spent) <= 1.15  # three standard errors of what was measured
+    assert min(spent) >= 0.7
 
 
 def losses_of(space: Space) -> dict[tuple[str, str], float]:

@@ -44,6 +44,9 @@ _TIGHTER = 5  # solutions, each with the budget that the doubt of the one before
 _NEAR = 1.01  # of the budget is inside
 
 _LAYERS = ("w8a8", "w8a16", "w6a8", "w6a16", "w5a8", "w5a16", "w4a8-g32")
+_GROUPED = ("w8a8-g64", "w6a8-g64", "w5a8-g64", "w4a8-g64")
+"""Where a file has blocks of its own, these are longer than they and lose more."""
+
 _HEADS = ("w8a16", "w8a8-g64", "w8a8-g32")
 _CACHES = ("int8", "bf16")
 _FED_BY = {"o": "qkv", "down": "gate_up"}
@@ -82,7 +85,7 @@ def space_of(source: Source) -> Space:
         stored = {native_format(source, f"layers.{i}.{linear}") for i in range(spec.num_layers)}
         own = stored.pop() if len(stored) == 1 else None
         own = with_short_scales(own) if own else None  # the same loss, as far as can be told, in less time
-        linears[linear] = tuple(f for f in (*_LAYERS, *([own] if own else [])) if fits(f, width))
+        linears[linear] = tuple(f for f in (*_LAYERS, *([own] if own else _GROUPED)) if fits(f, width))
     own = native_format(source, "head") if native_format(source, "embedding") == "q8_0" else None
     heads = (own,) if own == "q8_0" else tuple(f for f in _HEADS if fits(f, spec.hidden_size))
     return Space(spec=spec, linears=linears, heads=heads, caches=_CACHES)

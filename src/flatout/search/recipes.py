@@ -191,8 +191,16 @@ def candidates(source: Source) -> list[Candidate]:
 def calibrated_candidates(source: Source) -> list[Candidate]:
     """Uniform recipes made from what a search for mixed ones has calibrated, so known well before they are
     built."""
-    recipe = recipe_from_name("w6a16/smooth-gptq", source)
-    return [Candidate(recipe=recipe, why="6-bit codes, a scale a row, errors spread by GPTQ")]
+    found = []
+    for name, why in (
+        ("w6a16/smooth-gptq", "6-bit codes, a scale a row, errors spread by GPTQ"),
+        ("w6a8-g64/smooth-gptq", "6-bit codes, a scale for 64 weights, errors spread by GPTQ"),
+    ):
+        try:
+            found.append(Candidate(recipe=recipe_from_name(name, source), why=why))
+        except ConfigError:
+            continue  # a group does not divide a width
+    return found
 
 
 def layer_map(spec: ModelSpec, recipe: Recipe) -> dict[str, list[str]]:

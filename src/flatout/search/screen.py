@@ -237,9 +237,11 @@ class Screen:
     def _add_calibrated(self) -> None:
         """Join the uniform recipes that are made from the same calibration as found ones."""
         context = self.context
-        if context.request.portable is not None:
+        if context.request.portable is not None or self.joint is None:
             return  # no other engine loads 6 bits
         for candidate in calibrated_candidates(context.bench.source):
+            if self.joint.expected(candidate.recipe) is None:
+                continue  # a format that is not in the space of this model
             memory = memory_bytes(context, candidate.recipe)
             self.rows.append(Row(candidate=candidate, memory_bytes=memory))
         self._refuse_too_large()
