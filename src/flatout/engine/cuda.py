@@ -316,15 +316,11 @@ class _Attend:
         found, first = [], 0
         for start, length, pages in self._prompts:
             own = slice(first, first + length)
-            if runner.card.dry:  # as for products (gpu_linear)
-                found.append(torch.empty(length, spec.q_size, dtype=qkv.dtype, device=qkv.device))
-                first += length
-                continue
             rows, queries = qkv[own].view(length, -1, spec.head_dim), spec.num_heads
             q, k, v = rows[:, :queries], rows[:, queries : -spec.num_kv_heads], rows[:, -spec.num_kv_heads :]
             if start:
                 k, v = (_gathered(part, pages, start + length) for part in (cache.keys, cache.values))
-            found.append(gpu_attention.causal_attention(q, k, v, spec.sliding_window))
+            found.append(gpu_attention.causal_attention(runner.card, q, k, v, spec.sliding_window))
             first += length
         return found[0] if len(found) == 1 else torch.cat(found)
 

@@ -31,7 +31,7 @@ _NO_LAUNCH: dict[str, Any] = {}
 @dataclass(frozen=True, slots=True)
 class Card:
     """What a GPU offers. asm: PTX for unpacking; pdl: programmatic dependent launch; fp8: tensor cores that
-    multiply e4m3. tiles: shared memory for the tiles of `triton/gemm.py`. wgmma: what `cuda/wide.cu` is for.
+    multiply e4m3. tiles: shared memory for the tiles of `triton/gemm.py`. wgmma: what `cuda/` is for.
     dry: kernels are compiled where they would be launched, and nothing runs."""
 
     name: str

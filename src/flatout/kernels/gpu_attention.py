@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flatout.core.spec import ModelSpec
+from flatout.kernels import gpu_prompt
 from flatout.kernels.gpu import (
     FEW_SHARED,
     MANY_SHARED,
@@ -205,10 +206,14 @@ def rotate_and_store(
     return out
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """bfloat16 (T, H E): the last T of S tokens, q (T, H, E), over k and v (S, G, E), by PyTorch's fused
-    kernels."""
+def causal_attention(card: Card, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """bfloat16 (T, H E): the last T of S tokens, q (T, H, E), over k and v (S, G, E), by the project's kernel
+    where there is one, or by PyTorch's fused kernels."""
     tokens, seen = q.shape[0], k.shape[0]
+    if card.wgmma and q.shape[2] in gpu_prompt.HEAD_DIMS:
+        return gpu_prompt.attend(card, q, k, v, window)
+    if card.dry:  # as for products (gpu_linear)
+        return torch.empty(tokens, q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
     causal = tokens == seen
     mask: Tensor | None = None

@@ -96,7 +96,7 @@ def wide_settings(fmt: str, n: int, k: int, name: str) -> list[Setting]:
     block_k = 64 if fmt == "bf16" else 128
     found: list[Setting] = []
     for block_n in (96, 128, 160, 192, 224):
-        stages = min(6, _SHARED_BYTES // ((gpu_wide.T_TILE + block_n) * 128))
+        stages = min(6, gpu_wide.most_stages(block_n))
         for parts in (1,) if name == "gate_up" else (1, 2, 4):
             blocks, rest = divmod(k, block_k * parts)
             if n % (2 * block_n) == 0 and rest == 0 and blocks >= stages:

@@ -10,74 +10,13 @@
 //
 // Given by whoever compiles: N_TILE, STAGES, FP8 (0 or 1), GATE (0: all N columns; 1, 2: of neighbouring columns
 // silu(first) or gelu_tanh(first) times the second), and `multiply`, the instruction for 64 rows.
+#include "hopper.h"
 #include "multiply.h"
 
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
-struct alignas(64) Map { u64 words[16]; };  // CUtensorMap: rows of 128 bytes, swizzled
-
-constexpr int T_TILE = 256, PAIR = 2, GROUPS = 2, THREADS = 128 * GROUPS, ROW = 128;
+constexpr int T_TILE = 256, PAIR = 2, GROUPS = 2, THREADS = 128 * GROUPS;
 constexpr int K_TILE = FP8 ? ROW : ROW / 2, SIDE = 8;
 constexpr u32 X_BYTES = T_TILE * ROW, W_BYTES = N_TILE * ROW, STAGE_BYTES = X_BYTES + W_BYTES;
-constexpr u64 EVICT_FIRST = 0x12F0000000000000;  // as CUTLASS writes that policy: weights are not read again soon
 constexpr int WIDTH = GATE ? N_TILE / 2 : N_TILE;  // numbers of a row that a tile leaves
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-  u32 found;
-  asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(found) : "l"(pointer));
-  return found;
-}
-
-__device__ __forceinline__ void init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 phase) {
-  u32 done;
-  do {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
-  } while (!done);
-}
-
-// Without a scope: with that of the cluster it becomes a fence of the whole GPU.
-__device__ __forceinline__ void release(u32 barrier, u32 rank) {
-  asm volatile(
-      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-      " mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank) : "memory");
-}
-
-__device__ __forceinline__ void load(u32 to, const Map* map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(EVICT_FIRST) : "memory");
-}
-
-__device__ __forceinline__ void load_for_both(u32 to, const Map* map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((u16)((1 << PAIR) - 1)) : "memory");
-}
-
-// How the tensor cores find rows of 128 swizzled bytes: eight of them, and the next eight 1,024 bytes on.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-__device__ __forceinline__ u32 bf16x2(float low, float high) {
-  u32 found;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(high), "f"(low));
-  return found;
-}
 
 __device__ __forceinline__ float gated(float gate, float up) {
   float slope = gate;
@@ -148,16 +87,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(PAIR, 
       init(full + 8 * s, 1);
       init(empty + 8 * s, GROUPS * PAIR);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    initialised();
   }
   asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+  meet_cluster();
   constexpr u32 X_PART = X_BYTES / PAIR;
   const int x_row = first + rank * (T_TILE / PAIR);
   if (leader) {
     for (int s = 0; s < STAGES; ++s) {  // weights before the kernel before this one has ended
       expect(full + 8 * s, STAGE_BYTES);
-      load(stages + s * STAGE_BYTES + X_BYTES, &w, (begin + s) * K_TILE, tile * N_TILE, full + 8 * s);
+      load_once(stages + s * STAGE_BYTES + X_BYTES, &w, (begin + s) * K_TILE, tile * N_TILE, full + 8 * s);
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     for (int s = 0; s < STAGES; ++s)
@@ -170,14 +109,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(PAIR, 
     wait(full + 8 * slot, phase);
     const u64 a = descriptor(stages + slot * STAGE_BYTES + group * (X_BYTES / GROUPS));
     const u64 b = descriptor(stages + slot * STAGE_BYTES + X_BYTES);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    before_products();
 #pragma unroll
     for (int i = 0; i < ROW / 32; ++i) {
       multiply(low, a + 2 * i, b + 2 * i, k + i);
       multiply(high, a + 2 * i + 64 * ROW / 16, b + 2 * i, k + i);
     }
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    commit_products();
+    wait_products<1>();
     if (k > 0) {  // the block before has been multiplied: its room is free, in both programs
       if (threadIdx.x % 128 < PAIR) release(empty + 8 * before, threadIdx.x % 128);
       if (leader && k - 1 + STAGES < blocks) {
@@ -185,14 +124,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(PAIR, 
         const u32 to = stages + before * STAGE_BYTES;
         const int column = (begin + k - 1 + STAGES) * K_TILE;
         expect(full + 8 * before, STAGE_BYTES);
-        load(to + X_BYTES, &w, column, tile * N_TILE, full + 8 * before);
+        load_once(to + X_BYTES, &w, column, tile * N_TILE, full + 8 * before);
         load_for_both(to + rank * X_PART, &x, column, x_row, full + 8 * before);
       }
     }
     before = slot;
     if (++slot == STAGES) slot = 0, phase ^= 1;
   }
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  wait_products<0>();
   asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");  // every thread: scales are read and `out` written here
   __syncthreads();

@@ -1,0 +1,75 @@
+"""Launching `cuda/prompt.cu`: attention of prompts on Hopper cards.
+
+Legend: T tokens of a prompt, S tokens seen, H query heads, G key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from flatout.errors import BackendError
+from flatout.kernels.gpu import Card
+from flatout.kernels.gpu_cuda import SHARED_BYTES, Kernel, compiled, launch, products_of_64, tensor_map
+
+HEAD_DIMS = (64, 128)
+_BLOCK, _ROWS, _THREADS = 128, 64, 384
+_QUERY_TILES, _MOST_STAGES = 2, 8
+_ALIGNMENT, _BARRIER_BYTES = 1024, 256
+_NO_WINDOW = 1 << 30
+
+
+@cache
+def kernel_of(head_dim: int, pair: int) -> Kernel:
+    """pair: programs that share keys and values, 1 or 2."""
+    tile = _BLOCK * head_dim * 2
+    room = SHARED_BYTES - _ALIGNMENT - _BARRIER_BYTES
+    stages = min(_MOST_STAGES, room // tile - _QUERY_TILES)
+    return Kernel(
+        "prompt",
+        products_of_64("score", _BLOCK) + products_of_64("gather", head_dim, weights_in_registers=True),
+        (f"E={head_dim}", f"STAGES={stages}", f"PAIR={pair}"),
+        (_QUERY_TILES + stages) * tile + _ALIGNMENT,
+    )
+
+
+def attend(card: Card, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """bfloat16 (T, H E): the last T of S tokens, q (T, H, E), over k and v (S, G, E), each a token's heads in
+    one piece. Keys at least `window` tokens back are not seen. Raises BackendError."""
+    tokens, heads, head_dim = q.shape
+    seen, kv_heads, _ = k.shape
+    fits = all(part.stride()[1:] == (head_dim, 1) and part.dtype == torch.bfloat16 for part in (q, k, v))
+    if (
+        head_dim not in HEAD_DIMS
+        or heads % kv_heads
+        or not 0 < tokens <= seen
+        or k.shape != v.shape
+        or not fits
+    ):
+        raise BackendError(
+            f"attention of prompts takes heads of {HEAD_DIMS} numbers in bfloat16, each token's in one piece, "
+            "and no more queries than keys",
+            f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}",
+            "PyTorch's fused kernels",
+        )
+    repeat = heads // kv_heads
+    pair = 2 if repeat % 2 == 0 else 1
+    kernel = kernel_of(head_dim, pair)
+    out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
+    if card.dry:
+        compiled(kernel)
+        return out
+    numbers = (tokens, seen, heads, repeat, _NO_WINDOW if window is None else window)
+    launch(
+        kernel,
+        q.device,
+        min(card.units // pair, heads // pair * -(-tokens // _BLOCK)) * pair,
+        _THREADS,
+        [tensor_map(part.flatten(1), _ROWS) for part in (q, k, v, out)],
+        [*map(ctypes.c_int, numbers), ctypes.c_float(head_dim**-0.5 * math.log2(math.e))],
+    )
+    return out
