@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from flatout.errors import BackendError
-from flatout.kernels import gpu, gpu_linear, gpu_wide
+from flatout.kernels import gpu, gpu_cuda, gpu_linear, gpu_wide
 from flatout.kernels.gpu import Activations, Product
 from flatout.kernels.packed import PackedWeight, dequantize, pack_bf16
 
@@ -81,7 +81,9 @@ def test_the_table_s_settings_cut_evenly() -> None:
         assert route.block_k == (64 if fmt == "bf16" else 128)
         assert n % (2 * route.block_n) == 0
         assert k % (route.block_k * route.wide) == 0
-        assert gpu_wide.Variant(route.block_n, route.stages, fmt == "fp8", 1).shared <= 227 << 10
+        kernel = gpu_wide.kernel_of(gpu_wide.Variant(route.block_n, route.stages, fmt == "fp8", 1))
+        assert kernel.shared <= gpu_cuda.SHARED_BYTES
+        assert route.stages <= gpu_wide.most_stages(route.block_n)
 
 
 def test_settings_that_do_not_cut_evenly_are_refused() -> None:
@@ -93,12 +95,12 @@ def test_settings_that_do_not_cut_evenly_are_refused() -> None:
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FLATOUT_CACHE", str(tmp_path))
-    monkeypatch.setattr(gpu_wide.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu_wide.torch.version, "cuda", "99.0")
-    gpu_wide._nvrtc.cache_clear()
+    monkeypatch.setattr(gpu_cuda.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_cuda.torch.version, "cuda", "99.0")
+    gpu_cuda._nvrtc.cache_clear()
     with pytest.raises(BackendError, match=r"libnvrtc.so.99 not found"):
-        gpu_wide.compiled(VARIANTS[0])
-    gpu_wide._nvrtc.cache_clear()
+        gpu_cuda.compiled(gpu_wide.kernel_of(VARIANTS[0]))
+    gpu_cuda._nvrtc.cache_clear()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -106,7 +108,7 @@ def test_it_compiles(variant: gpu_wide.Variant, monkeypatch: pytest.MonkeyPatch,
     """Where the compiler is installed; a dry card does the same, and the second time it is read back."""
     monkeypatch.setenv("FLATOUT_CACHE", str(tmp_path))
     try:
-        code = gpu_wide.compiled(variant)
+        code = gpu_cuda.compiled(gpu_wide.kernel_of(variant))
     except BackendError as error:
         pytest.skip(str(error))
     assert code[:4] == b"\x7fELF"

@@ -26,6 +26,7 @@ from torch import Tensor
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
+from flatout.engine.cuda_attend import StepAttention
 from flatout.engine.cuda_decode import Decoder
 from flatout.engine.cuda_memory import HEAD_ROWS, MAX_STEP_TOKENS, Claim, layers_that_fit
 from flatout.engine.cuda_ranks import Rank
@@ -35,7 +36,7 @@ from flatout.engine.runner import StepInput, check_step, sampled_rows
 from flatout.engine.sampler import sample
 from flatout.engine.scheduler import MAX_DRAFTED_ROWS
 from flatout.errors import BackendError, UnsupportedModelError
-from flatout.kernels import gpu, gpu_attention, gpu_linear
+from flatout.kernels import gpu, gpu_linear
 from flatout.kernels.gpu import Activations, Card, Product
 from flatout.kernels.gpu_attention import LayerCache
 from flatout.kernels.packed import PackedWeight
@@ -233,102 +234,18 @@ class CudaRunner:
         """After the last norm: (S, D) of each sequence's last new token, or (T, D) of all."""
         check_step(batch, self.spec, self.page_size, self.num_pages)
         self._decoder.forget()
-        x, _ = self.embed(torch.from_numpy(np.ascontiguousarray(batch.tokens)).to(self.device))
-        attend = _Attend(self, batch)
+        attend = StepAttention(self, batch)
+        x, _ = self.embed(attend.tokens)
+        fewer = rows == "last" and len(batch.lengths) < len(batch.tokens)
         pending: Product | None = None
         for i, (layer, cache) in enumerate(zip(self.weights.layers, self.caches, strict=True)):
-            read = self.attended(layer, x, pending, attend, cache)
-            if i == len(self.caches) - 1 and rows == "last" and len(batch.lengths) < len(batch.tokens):
-                # Of the last layer nobody asks for the other rows.
-                last = torch.from_numpy(np.cumsum(batch.lengths) - 1).to(self.device)
-                read, x = read.rows(last), x.index_select(0, last)
+            if fewer and i == len(self.caches) - 1:  # of this layer nobody asks for the other rows
+                read = self.attended(layer, x, pending, attend.last, cache)
+                x = x.index_select(0, attend.last_rows)
+            else:
+                read = self.attended(layer, x, pending, attend, cache)
             pending = self.fed_forward(layer, x, read)
         return self.final_norm(x, pending)
-
-
-class _Attend:
-    """Attention of a step's sequences, whatever their lengths."""
-
-    def __init__(self, runner: CudaRunner, batch: StepInput) -> None:
-        self._runner = runner
-        spec, page, device = runner.spec, runner.page_size, runner.device
-        lengths, starts = batch.lengths.astype(np.int64), batch.starts.astype(np.int64)
-        of = np.repeat(np.arange(len(lengths)), lengths)
-        first = np.cumsum(lengths) - lengths
-        positions = starts[of] + np.arange(len(of)) - first[of]
-        slots = batch.pages[of, positions // page].astype(np.int64) * page + positions % page
-
-        def there(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
-
-        self._tokens = len(of)
-        one = lengths == 1
-        self._one = there(first[one], torch.int64) if one.any() else None
-        self._more = there(np.flatnonzero(~one[of]), torch.int64) if one.any() else None
-        self._one_positions = there(starts[one], torch.int32)
-        self._one_pages = there(np.maximum(batch.pages[one], 0), torch.int32)
-        self._slots, self._positions = (
-            there(slots[~one[of]], torch.int64),
-            there(positions[~one[of]], torch.int32),
-        )
-        self._prompts = [
-            (int(start), int(length), there(batch.pages[i, : -(-int(start + length) // page)], torch.int64))
-            for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
-            if length > 1
-        ]
-        count = int(one.sum())
-        if count:
-            self._plan = gpu_attention.attention_plan(runner.card, spec, count, device)
-
-    def __call__(self, product: Product, layer: LayerWeights, cache: LayerCache) -> Activations:
-        return Activations(self._read(product, layer.heads, cache))
-
-    def _read(self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache) -> Tensor:
-        """bfloat16 (T, H E)."""
-        runner, spec = self._runner, self._runner.spec
-        if not self._prompts:
-            out = torch.empty(self._tokens, spec.q_size, dtype=torch.bfloat16, device=runner.device)
-            self._decode(product, heads, cache, out)
-            return out
-        if self._one is None or self._more is None:
-            return self._prefill(product, heads, cache)
-        out = torch.empty(self._tokens, spec.q_size, dtype=torch.bfloat16, device=runner.device)
-        out[self._more] = self._prefill(product.rows(self._more), heads, cache)
-        some = torch.empty(len(self._one), spec.q_size, dtype=torch.bfloat16, device=runner.device)
-        self._decode(product.rows(self._one), heads, cache, some)
-        out[self._one] = some
-        return out
-
-    def _decode(
-        self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache, out: Tensor
-    ) -> None:
-        runner = self._runner
-        gpu_attention.decode_attention(
-            runner.card, runner.spec, product, heads, runner.turns, cache,
-            self._one_pages, self._one_positions, self._plan, Activations(out),
-        )  # fmt: skip
-
-    def _prefill(self, product: Product, heads: gpu_attention.HeadWeights, cache: LayerCache) -> Tensor:
-        runner, spec = self._runner, self._runner.spec
-        qkv = gpu_attention.rotate_and_store(
-            runner.card, spec, product, heads, runner.turns, cache, self._slots, self._positions
-        )
-        found, first = [], 0
-        for start, length, pages in self._prompts:
-            own = slice(first, first + length)
-            rows, queries = qkv[own].view(length, -1, spec.head_dim), spec.num_heads
-            q, k, v = rows[:, :queries], rows[:, queries : -spec.num_kv_heads], rows[:, -spec.num_kv_heads :]
-            if start:
-                k, v = (_gathered(part, pages, start + length) for part in (cache.keys, cache.values))
-            found.append(gpu_attention.causal_attention(runner.card, q, k, v, spec.sliding_window))
-            first += length
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def _gathered(cache: Tensor, pages: Tensor, tokens: int) -> Tensor:
-    """bfloat16 (tokens, G, E) of the pages (P,) of one sequence."""
-    raw = cache.view(torch.uint8)[pages].view(cache.dtype).bfloat16()
-    return raw.transpose(1, 2).reshape(-1, cache.shape[1], cache.shape[3])[:tokens]
 
 
 def _pieces(hidden: Activations) -> list[tuple[Tensor, Tensor | None]]:

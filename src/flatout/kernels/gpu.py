@@ -183,8 +183,9 @@ class Product:
 
     def rows(self, index: Tensor) -> Product:
         """Some tokens of it."""
-        scales = None if self.token_scales is None else self.token_scales[index]
-        return Product(self.values[..., index, :], scales, self.row_scales, self.cut)
+        # Not by an index in brackets: on "meta" that imports PyTorch's compiler.
+        scales = None if self.token_scales is None else self.token_scales.index_select(0, index)
+        return Product(self.values.index_select(-2, index), scales, self.row_scales, self.cut)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -60,27 +60,29 @@ class _Launch(ctypes.Structure):
     )
 
 
-def products_of_64(name: str, n: int, fp8: bool = False, weights_in_registers: bool = False) -> str:
-    """A function `name`(d, a, b, add): d = a b for 64 rows and `n` columns, added to d unless `add` is zero.
-    a and b are descriptors of shared memory, b's that of its transpose; or a, of 16 columns, comes in four
-    registers, and b as it is."""
+def products_of_64(
+    name: str, n: int, fp8: bool = False, in_registers: bool = False, turned: bool = False
+) -> str:
+    """A function `name`(d, a, b, add): d = a b^T for 64 rows and `n` columns, added to d where `add` is not 0.
+    a and b are descriptors of 32 bytes of each row in shared memory; or a comes in four registers.
+    turned: b is as it lies not (n, k) but (k, n)."""
     count = n // 2
     sums = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     names = ", ".join(f"%{i}" for i in range(count))
     kind = f"m64n{n}k32.f32.e4m3.e4m3" if fp8 else f"m64n{n}k16.f32.bf16.bf16"
-    if weights_in_registers:
+    if in_registers:
         taken = ", ".join(f"unsigned a{i}" for i in range(4))
         given = ", ".join(f'"r"(a{i})' for i in range(4))
-        a, at, turned = f"{{{', '.join(f'%{count + i}' for i in range(4))}}}", count + 4, ", 1"
+        a, at = f"{{{', '.join(f'%{count + i}' for i in range(4))}}}", count + 4
     else:
         taken, given, a, at = "unsigned long long a", '"l"(a)', f"%{count}", count + 1
-        turned = "" if fp8 else ", 0, 0"
+    ways = "" if fp8 else f", {int(turned)}" if in_registers else f", 0, {int(turned)}"
     return (
         f"__device__ __forceinline__ void {name}(\n"
         f"    float (&d)[{count}], {taken}, unsigned long long b, int add) {{\n"
         f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{at + 1}, 0;"\n'
         f'    " wgmma.mma_async.sync.aligned.{kind}"\n'
-        f'    " {{{names}}}, {a}, %{at}, p, 1, 1{turned}; }}"\n'
+        f'    " {{{names}}}, {a}, %{at}, p, 1, 1{ways}; }}"\n'
         f'    : {sums} : {given}, "l"(b), "r"(add));\n}}\n'
     )
 

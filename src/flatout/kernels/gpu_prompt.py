@@ -31,7 +31,8 @@ def kernel_of(head_dim: int, pair: int) -> Kernel:
     stages = min(_MOST_STAGES, room // tile - _QUERY_TILES)
     return Kernel(
         "prompt",
-        products_of_64("score", _BLOCK) + products_of_64("gather", head_dim, weights_in_registers=True),
+        products_of_64("score", _BLOCK, in_registers=True)
+        + products_of_64("gather", head_dim, in_registers=True, turned=True),
         (f"E={head_dim}", f"STAGES={stages}", f"PAIR={pair}"),
         (_QUERY_TILES + stages) * tile + _ALIGNMENT,
     )
@@ -43,18 +44,13 @@ def attend(card: Card, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> T
     tokens, heads, head_dim = q.shape
     seen, kv_heads, _ = k.shape
     fits = all(part.stride()[1:] == (head_dim, 1) and part.dtype == torch.bfloat16 for part in (q, k, v))
-    if (
-        head_dim not in HEAD_DIMS
-        or heads % kv_heads
-        or not 0 < tokens <= seen
-        or k.shape != v.shape
-        or not fits
-    ):
+    fits &= head_dim in HEAD_DIMS and heads % kv_heads == 0 and k.shape == v.shape
+    if not fits or not 0 < tokens <= seen:
         raise BackendError(
-            f"attention of prompts takes heads of {HEAD_DIMS} numbers in bfloat16, each token's in one piece, "
-            "and no more queries than keys",
-            f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}",
-            "PyTorch's fused kernels",
+            f"attention of prompts takes bfloat16 heads of {' or '.join(map(str, HEAD_DIMS))} numbers, each "
+            "token's in one piece, and at most as many queries as keys",
+            f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}, {q.dtype}",
+            "--runner cpu, and please report the model",
         )
     repeat = heads // kv_heads
     pair = 2 if repeat % 2 == 0 else 1

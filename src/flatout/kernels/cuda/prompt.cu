@@ -9,8 +9,8 @@
 // not read. With PAIR 2 two neighbours, a cluster, have two heads of one key/value head, and each brings half of
 // what both read.
 //
-// Given by whoever compiles: E, STAGES of the ring, PAIR (1 or 2), and the instructions `score` (64 queries by 128
-// keys, from shared memory) and `gather` (64 rows of weights in registers, times 16 values).
+// Given by whoever compiles: E, STAGES of the ring, PAIR (1 or 2), and the instructions `score` (16 columns of 64
+// queries, in registers, by 128 keys) and `gather` (64 rows of weights, in registers, by 16 values).
 #include "hopper.h"
 #include "multiply.h"
 
@@ -136,14 +136,23 @@ struct Rows {
   float peak[2], sum[2], shrink[2];
 };
 
-__device__ __forceinline__ void scores_of(float (&s)[BLOCK / 2], u32 queries, u32 keys) {
-  const u64 a = descriptor(queries), b = descriptor(keys);
+// Queries stay in registers: read anew for every tile of keys they are a fifth of what shared memory gives.
+__device__ __forceinline__ void fetch(u32 (&q)[E / 4], u32 queries) {
+  const int lane = threadIdx.x % 32, row = lane % 16;
+  const u32 line = queries + (threadIdx.x % 128 / 32 * 16 + row) * ROW;
+#pragma unroll
+  for (int i = 0; i < E / 16; ++i)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q[4 * i]), "=r"(q[4 * i + 1]), "=r"(q[4 * i + 2]), "=r"(q[4 * i + 3])
+                 : "r"(line + i / 4 * PIECE + ((i % 4 * 2 + lane / 16) ^ row % 8) * 16) : "memory");
+}
+
+__device__ __forceinline__ void scores_of(float (&s)[BLOCK / 2], const u32 (&q)[E / 4], u32 keys) {
+  const u64 b = descriptor(keys);
   before_products();
 #pragma unroll
-  for (int i = 0; i < E / 16; ++i) {
-    const u32 at = (i / 4 * PIECE + i % 4 * 32) >> 4;
-    score(s, a + at, b + at, i);
-  }
+  for (int i = 0; i < E / 16; ++i)
+    score(s, q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3], b + ((i / 4 * PIECE + i % 4 * 32) >> 4), i);
   commit_products();
 }
 
@@ -195,7 +204,7 @@ __device__ __forceinline__ bool weigh(float (&s)[BLOCK / 2], Rows& rows, float s
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float base = rows.peak[h] * scale;
+    const float base = rows.peak[h] == LOWEST ? 0.0f : rows.peak[h] * scale;  // of rows that saw nothing yet
     float sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < BLOCK / 2; i += 4)
@@ -218,7 +227,7 @@ __device__ void consume(const Room& room, const Map* out, const Shape& shape, in
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, place = warp * 16 + lane / 4;
   const int before = shape.seen - shape.tokens;
   float o[E / 2], s[BLOCK / 2];
-  u32 p[BLOCK / 4];
+  u32 q[E / 4], p[BLOCK / 4];
   Rows rows;
   Ring ring;
   Work work;
@@ -232,7 +241,8 @@ __device__ void consume(const Room& room, const Map* out, const Shape& shape, in
     };
     wait(room.queries_full + 8 * (round % 2), round / 2 % 2);
     wait(room.full + 8 * ring.slot, ring.phase);
-    scores_of(s, queries, room.tiles + ring.slot * TILE);
+    fetch(q, queries);
+    scores_of(s, q, room.tiles + ring.slot * TILE);
     wait_products<0>();
     settled(s);
     leave(room, ring.slot);
@@ -244,7 +254,7 @@ __device__ void consume(const Room& room, const Map* out, const Shape& shape, in
       const u32 keys = ring.slot;
       wait(room.full + 8 * keys, ring.phase);
       sync(TURN + group, 128 * GROUPS);
-      scores_of(s, queries, room.tiles + keys * TILE);
+      scores_of(s, q, room.tiles + keys * TILE);
       ring.next();
       wait(room.full + 8 * ring.slot, ring.phase);
       gathered(o, p, room.tiles + ring.slot * TILE, n != work.last);
