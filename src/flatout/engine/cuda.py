@@ -26,9 +26,9 @@ from torch import Tensor
 from flatout.core.formats import Recipe
 from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
-from flatout.engine.cuda_attend import StepAttention
+from flatout.engine.cuda_attend import StepAttention, brought
 from flatout.engine.cuda_decode import Decoder
-from flatout.engine.cuda_memory import HEAD_ROWS, MAX_STEP_TOKENS, Claim, layers_that_fit
+from flatout.engine.cuda_memory import HEAD_ROWS, MAX_STEP_TOKENS, Claim, layers_that_fit, memory_as_counted
 from flatout.engine.cuda_ranks import Rank
 from flatout.engine.cuda_stream import StreamedLayers
 from flatout.engine.cuda_weights import GpuWeights, LayerWeights, load_weights
@@ -234,8 +234,8 @@ class CudaRunner:
         """After the last norm: (S, D) of each sequence's last new token, or (T, D) of all."""
         check_step(batch, self.spec, self.page_size, self.num_pages)
         self._decoder.forget()
+        x, _ = self.embed(*brought([batch.tokens], np.int32, self.device))
         attend = StepAttention(self, batch)
-        x, _ = self.embed(attend.tokens)
         fewer = rows == "last" and len(batch.lengths) < len(batch.tokens)
         pending: Product | None = None
         for i, (layer, cache) in enumerate(zip(self.weights.layers, self.caches, strict=True)):
@@ -261,7 +261,9 @@ def open_device() -> torch.device:
         raise BackendError(
             "the cuda runner needs a GPU, its driver and a PyTorch built for it",
             "no usable device (driver missing or too old)" if built else f"PyTorch {torch.__version__}",
-            "nvidia-smi to see the driver; --runner cpu",
+            "nvidia-smi to see the driver, or --runner cpu"
+            if built
+            else "pip install torch from the index of your CUDA version, or --runner cpu",
         )
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -291,7 +293,8 @@ def open_runner(
     beside: Claim | None = None,
 ) -> CudaRunner:
     """A runner for `model` on the current GPU, leaving room for what another model claims. Raises
-    BackendError, UnsupportedModelError or ResourceError before weights are read."""
+    BackendError, UnsupportedModelError or ResourceError before weights are read, and ResourceError where
+    memory runs out all the same."""
     from flatout.engine.cuda_compile import compile_ahead
 
     device = open_device()
@@ -301,9 +304,10 @@ def open_runner(
     resident, pages = layers_that_fit(model.spec, model.recipe, weight_bytes, tokens, page_size, free, beside)
     kv_cache = "fp8" if model.recipe.kv_cache == "fp8" else "bf16"
     compiling = compile_ahead(model.spec, model.recipe, card, page_size)
-    weights = load_weights(model, device, resident)
-    if isinstance(weights.layers, StreamedLayers) and (division := weights.layers.divide()) is not None:
-        print(f"flatout: {division}", file=sys.stderr)
-    runner = CudaRunner(model.spec, weights, pages, page_size, kv_cache, max_batch)
+    with memory_as_counted():
+        weights = load_weights(model, device, resident)
+        if isinstance(weights.layers, StreamedLayers) and (division := weights.layers.divide()) is not None:
+            print(f"flatout: {division}", file=sys.stderr)
+        runner = CudaRunner(model.spec, weights, pages, page_size, kv_cache, max_batch)
     compiling.join()
     return runner

@@ -4,7 +4,8 @@ layers."""
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from flatout.core.costs import kv_bytes_per_token
@@ -105,3 +106,18 @@ def layers_that_fit(
             )
             return resident, pages
     raise shortage
+
+
+@contextmanager
+def memory_as_counted() -> Iterator[None]:
+    """Raise ResourceError where memory runs out although there was enough when it was counted."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError, or what the driver said
+        if "out of memory" not in str(error):
+            raise
+        raise ResourceError(
+            "the GPU's memory must stay free from when it is counted until the model is loaded",
+            str(error).splitlines()[0],
+            "end what else uses the GPU, fewer max_tokens, a smaller format or model",
+        ) from error

@@ -63,7 +63,7 @@ class _Launch(ctypes.Structure):
 def products_of_64(
     name: str, n: int, fp8: bool = False, in_registers: bool = False, turned: bool = False
 ) -> str:
-    """A function `name`(d, a, b, add): d = a b^T for 64 rows and `n` columns, added to d where `add` is not 0.
+    """A function `name`(d, a, b, add): d = a b^T for 64 rows and `n` columns, added to d if `add` is not 0.
     a and b are descriptors of 32 bytes of each row in shared memory; or a comes in four registers.
     turned: b is as it lies not (n, k) but (k, n)."""
     count = n // 2
