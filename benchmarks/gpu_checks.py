@@ -30,7 +30,7 @@ from flatout.engine.cuda_compile import compile_ahead
 from flatout.engine.cuda_weights import load_weights
 from flatout.engine.reference import ReferenceRunner
 from flatout.engine.runner import Runner, StepInput
-from flatout.kernels import gpu, gpu_attention, gpu_linear
+from flatout.kernels import gpu, gpu_linear, gpu_prompt
 from flatout.kernels.gpu import Activations, Product
 from flatout.kernels.linear import FP8_MAX
 from flatout.kernels.packed import PackedWeight, dequantize, pack_bf16, pack_fp8
@@ -211,19 +211,21 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> 
 
 
 def check_prompts(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Attention of prompts against float64, as routed: the project's kernel on Hopper cards. Queries are
-    large, so that the greatest score moves as a row is read. bfloat16 weights and results leave 3e-3."""
+    """The project's attention of prompts against float64. Queries and later keys are large, so that the
+    greatest score moves as a row is read. bfloat16 weights and results leave 2e-3."""
     card = gpu.card(device)
+    if not card.wgmma:
+        return
     for tokens, seen, heads, kv_heads, head_dim, window in PROMPTS:
         qkv = torch.randn(seen, heads + 2 * kv_heads, head_dim, device=device, dtype=torch.bfloat16)
         qkv[:, :heads] *= 4
         qkv[seen // 2 :, heads : heads + kv_heads] *= 3
         q, k, v = qkv[seen - tokens :, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
-        found = gpu_attention.causal_attention(card, q, k, v, window)
+        found = gpu_prompt.attend(card, q, k, v, window)
         wanted = attention_reference(q, k, v, window)
         error = float((found.double() - wanted).norm() / wanted.norm())
         name = f"attention of {tokens} of {seen}, {heads}/{kv_heads} x {head_dim}, window {window}"
-        if not error < 6e-3:
+        if not error < 4e-3:
             raise SystemExit(f"{name}: {error:.1e} off")
         yield {"attention": name, "relative_error": error}
 

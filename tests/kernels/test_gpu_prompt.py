@@ -44,6 +44,14 @@ def test_hopper_cards_have_a_kernel_for_some_heads(monkeypatch: pytest.MonkeyPat
     assert asked == [(64, 9, None), (128, 9, 3)]
 
 
+def test_few_queries_over_many_keys_go_to_pytorch() -> None:
+    card = dataclasses.replace(HOPPER, units=132)
+    asked = [(128, 512), (128, 1024), (129, 1024), (4096, 4096), (128, 8192)]
+    found = [gpu_prompt.serves(card, *lengths, 32, 128) for lengths in asked]
+    assert found == [True, False, True, True, False]
+    assert not gpu_prompt.serves(dataclasses.replace(card, wgmma=False), 128, 128, 32, 128)
+
+
 @pytest.mark.parametrize(
     "shape",
     [(5, 9, 4, 2, 96), (5, 9, 4, 3, 64), (9, 5, 4, 2, 64), (0, 5, 4, 2, 64)],

@@ -304,10 +304,14 @@ def open_runner(
     resident, pages = layers_that_fit(model.spec, model.recipe, weight_bytes, tokens, page_size, free, beside)
     kv_cache = "fp8" if model.recipe.kv_cache == "fp8" else "bf16"
     compiling = compile_ahead(model.spec, model.recipe, card, page_size)
-    with memory_as_counted():
-        weights = load_weights(model, device, resident)
-        if isinstance(weights.layers, StreamedLayers) and (division := weights.layers.divide()) is not None:
-            print(f"flatout: {division}", file=sys.stderr)
-        runner = CudaRunner(model.spec, weights, pages, page_size, kv_cache, max_batch)
-    compiling.join()
-    return runner
+    try:
+        with memory_as_counted():
+            weights = load_weights(model, device, resident)
+            if (
+                isinstance(weights.layers, StreamedLayers)
+                and (division := weights.layers.divide()) is not None
+            ):
+                print(f"flatout: {division}", file=sys.stderr)
+            return CudaRunner(model.spec, weights, pages, page_size, kv_cache, max_batch)
+    finally:
+        compiling.join()  # a process may not end while it compiles
