@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from flatout.engine.cuda_attend import gathered
 from flatout.errors import BackendError
 from flatout.kernels import gpu, gpu_attention, gpu_cuda, gpu_prompt
 
@@ -63,6 +64,15 @@ def test_it_refuses_what_it_does_not_cover(shape: tuple[int, int, int, int, int]
     k = torch.zeros(seen, kv_heads, head_dim).bfloat16()
     with pytest.raises(BackendError, match="heads of 64 or 128 numbers"):
         gpu_prompt.attend(HOPPER, q, k, k, None)
+
+
+@pytest.mark.parametrize("pages", [[2], [3, 0]])
+def test_keys_from_pages_lie_as_it_takes_them(pages: list[int]) -> None:
+    cache = torch.randn(4, 2, 16, 64).bfloat16()
+    found = gathered(cache, torch.tensor(pages), 16 * len(pages) - 3)
+    assert found.stride() == (128, 64, 1)
+    for token in (0, len(found) - 1):
+        assert torch.equal(found[token], cache[pages[token // 16], :, token % 16])
 
 
 def test_it_refuses_other_layouts() -> None:

@@ -139,7 +139,7 @@ class StepAttention:
             rows, queries = qkv[own].view(length, -1, spec.head_dim), spec.num_heads
             q, k, v = rows[:, :queries], rows[:, queries : -spec.num_kv_heads], rows[:, -spec.num_kv_heads :]
             if start:
-                k, v = (_gathered(part, pages, start + length) for part in (cache.keys, cache.values))
+                k, v = (gathered(part, pages, start + length) for part in (cache.keys, cache.values))
             found.append(gpu_attention.causal_attention(card, q, k, v, spec.sliding_window))
             first += length
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -162,7 +162,7 @@ def brought(arrays: list[np.ndarray], dtype: type, device: torch.device) -> list
     ]
 
 
-def _gathered(cache: Tensor, pages: Tensor, tokens: int) -> Tensor:
-    """bfloat16 (tokens, G, E) of the pages (P,) of one sequence."""
+def gathered(cache: Tensor, pages: Tensor, tokens: int) -> Tensor:
+    """bfloat16 (tokens, G, E), a token's heads in one piece, of the pages (P,) of one sequence."""
     raw = cache.view(torch.uint8)[pages].view(cache.dtype).bfloat16()
-    return raw.transpose(1, 2).reshape(-1, cache.shape[1], cache.shape[3])[:tokens]
+    return raw.transpose(1, 2).contiguous().view(-1, cache.shape[1], cache.shape[3])[:tokens]
