@@ -30,7 +30,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("theme", ["gpuall", "gpufull", "gpufullagain"])
+@pytest.mark.parametrize("theme", ["gpuall", "gpufinal", "gpufinalagain"])
 def test_measured_rows_lie_within_the_intervals(theme: str) -> None:
     path = ROOT / "benchmarks" / "results" / f"{theme}_nvidia-h100-80gb-hbm3-1c_2026-11-23.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["result"]["rows"]
