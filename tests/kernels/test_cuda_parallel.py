@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +19,14 @@ from tests.tiny import tiny_model, tiny_spec
 
 from flatout.core.formats import Recipe
 from flatout.core.model import Model, dense
+from flatout.engine import cuda_stream
 from flatout.engine.cuda import CudaRunner
 from flatout.engine.cuda_host import Division, HostLayer, computable, divide, processor_rate
 from flatout.engine.cuda_memory import layers_that_fit
 from flatout.engine.cuda_parallel import ParallelRunner, head_of_rank, model_of_rank, share_of
 from flatout.engine.cuda_ranks import Group, Rank
 from flatout.engine.cuda_stream import StreamedLayers
-from flatout.engine.cuda_weights import load_weights
+from flatout.engine.cuda_weights import LayerWeights, load_weights
 from flatout.engine.load import load
 from flatout.engine.reference import ReferenceRunner
 from flatout.errors import BackendError, ConfigError, ResourceError
@@ -295,6 +298,52 @@ def test_rates_of_the_processor_are_of_its_products() -> None:
     assert next(again, None) is None
     quantized = tiny_model(tiny_spec("llama", **SMALL), Recipe(name="t", layers="w8a16"))
     assert not computable(load_weights(quantized, CPU).layers[0])
+
+
+@pytest.mark.parametrize(("slower", "best"), [(4, 3), (3, 4)])
+def test_rates_are_measured_with_as_many_threads_as_are_faster(
+    slower: int, best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card that is not there: copies of a step take 5 ms the first time, 2 alone and, beside products
+    by all of four threads or by three, 4 or 2.5."""
+    model = tiny_model(tiny_spec("llama", **(SMALL | {"num_layers": 2})), Recipe(name="t"))
+    layers = load_weights(model, CPU, 0).layers
+    assert isinstance(layers, StreamedLayers)
+    lasting = iter([5.0, 2.0, 4.0 if slower == 4 else 2.5, 2.5 if slower == 4 else 4.0])
+    threads = [4]
+    computed: list[tuple[int, int]] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, end: Event) -> float:
+            return next(lasting)
+
+    def rate(given: list[LayerWeights], busy: Callable[[], bool]) -> float:
+        assert not busy()
+        computed.append((threads[0], len(given)))
+        return 1e9 if threads[0] == slower else 3e9
+
+    monkeypatch.setattr(layers, "_copies", None, raising=False)
+    monkeypatch.setattr(cuda_stream, "processor_rate", rate)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
+    alone, bus, processor = layers._rates()
+    assert alone == pytest.approx(layers.streamed_bytes / 2e-3)
+    assert bus == pytest.approx(layers.streamed_bytes / 2.5e-3)
+    assert (processor, threads) == (3e9, [best])
+    assert computed == [(4, 2), (4, 2), (3, 2), (3, 2)], "threads start before anything is timed"
 
 
 def test_layers_that_do_not_fit_are_streamed(
