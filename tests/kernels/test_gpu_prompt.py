@@ -37,6 +37,9 @@ def test_hopper_cards_have_a_kernel_for_some_heads(monkeypatch: pytest.MonkeyPat
         return torch.zeros(len(q), q[0].numel()).bfloat16()
 
     monkeypatch.setattr(gpu_prompt, "attend", attend)
+    few = parts(2, 1000, 4, 2, 64)
+    gpu_attention.causal_attention(dataclasses.replace(HOPPER, units=132), *few, 300)
+    assert asked.pop() == (64, 1000, 300), "a window makes rows short"
     for card in (CPU, HOPPER):
         for head_dim, window in ((64, None), (96, None), (128, 3)):
             found = gpu_attention.causal_attention(card, *parts(5, 9, 4, 2, head_dim), window)

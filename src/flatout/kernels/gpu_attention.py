@@ -210,7 +210,8 @@ def causal_attention(card: Card, q: Tensor, k: Tensor, v: Tensor, window: int | 
     """bfloat16 (T, H E): the last T of S tokens, q (T, H, E), over k and v (S, G, E), by the project's kernel
     where there is one, or by PyTorch's fused kernels."""
     tokens, seen = q.shape[0], k.shape[0]
-    if gpu_prompt.serves(card, tokens, seen, *q.shape[1:]):
+    reach = seen if window is None else min(seen, tokens + window)
+    if gpu_prompt.serves(card, tokens, reach, *q.shape[1:]):
         return gpu_prompt.attend(card, q, k, v, window)
     if card.dry:  # as for products (gpu_linear)
         return torch.empty(tokens, q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)

@@ -25,9 +25,9 @@ _SHORT = 512  # keys that any program reads soon enough
 
 
 def serves(card: Card, tokens: int, seen: int, heads: int, head_dim: int) -> bool:
-    """Whether the last `tokens` of `seen` read faster through the kernel than through PyTorch's, several of
-    whose programs share a long row of keys: with 32 tiles of queries over 2,048 keys (32/8 x 128, H100) 27
-    against 24 us, with 64 26 against 38."""
+    """Whether `tokens` that see up to `seen` read faster through the kernel than through PyTorch's, several
+    of whose programs share a long row of keys: with 32 tiles of queries over 2,048 keys (32/8 x 128, H100)
+    27 against 24 us, with 64 26 against 38."""
     tiles = heads * -(-tokens // _BLOCK)
     return card.wgmma and head_dim in HEAD_DIMS and (seen <= _SHORT or 3 * tiles >= card.units)
 
