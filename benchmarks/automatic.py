@@ -97,6 +97,7 @@ def main() -> int:
     parser.add_argument("--validation", type=int, default=32, help="passages")
     parser.add_argument("--sealed", type=int, help="passages; default as many as the plan asks for")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each A/B test")
+    parser.add_argument("--theme", default="automatic", help="of the results file")
     parser.add_argument("--dry", action="store_true", help="write no results file")
     args = parser.parse_args()
     margin, threads = parse_max_loss(args.max_loss), args.threads
@@ -196,7 +197,7 @@ def main() -> int:
             "workload": to_json(workload),
             "rows": rows,
         }
-        print(write("automatic", result, command=" ".join(["python benchmarks/automatic.py", *sys.argv[1:]])))
+        print(write(args.theme, result, command=" ".join(["python benchmarks/automatic.py", *sys.argv[1:]])))
     return 0
 
 
