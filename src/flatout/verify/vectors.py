@@ -21,7 +21,7 @@ import numpy as np
 from flatout.core.types import to_json
 from flatout.data.passages import Passage
 from flatout.errors import EvidenceError
-from flatout.verify.statistics import FEWEST_CLUSTERS, ratio_bound
+from flatout.verify.statistics import FEWEST_CLUSTERS, ratio_bound, share_bound
 
 WORDS = 28
 """Of a piece: a sentence or two."""
@@ -125,7 +125,7 @@ def judge_vectors(
         )
     n = np.array([row.pieces for row in rows], dtype=np.float64)
     far = ratio_bound(np.array([row.distance for row in rows]), n, alpha)
-    lost = ratio_bound(np.array([float(row.lost - row.gained) for row in rows]), n, alpha)
+    lost = share_bound(np.array([float(row.lost - row.gained) for row in rows]), n, alpha)
     shown = f"1 - cosine at most {far.upper:.2%}, {lost.upper:.2%} of the pieces lost, margin {margin:.2%}"
     if far.upper < margin and lost.upper < margin:
         verdict, reason = "passed", shown
