@@ -91,9 +91,8 @@ def compare(
     """Rows by passage, and which pieces each model places. Raises EvidenceError for vectors that are none."""
     for vectors in (original, optimised):
         if vectors.shape != (len(pieces), original.shape[1]) or not np.isfinite(vectors).all():
-            raise EvidenceError(
-                "every text needs a vector of numbers", str(vectors.shape), "check the model's weights"
-            )
+            found = "infinity or NaN" if vectors.shape == original.shape else str(vectors.shape)
+            raise EvidenceError("every text needs a vector of numbers", found, "check the model's weights")
         if np.abs(np.linalg.norm(vectors, axis=1) - 1).max() > 1e-3:
             raise EvidenceError("vectors that are compared have length 1", "others", "normalize=True")
     names = list(dict.fromkeys(owner for owner, _ in pieces))
