@@ -16,7 +16,7 @@ from flatout.data.passages import load_passages
 from flatout.engine.reference import ReferenceRunner
 from flatout.errors import ConfigError, EvidenceError
 from flatout.search import bench as module
-from flatout.verify.quality import fits, refuse_different, score_model, token_clusters
+from flatout.verify.quality import Cluster, fits, refuse_different, score_model, token_clusters
 
 MODEL = Path(__file__).parents[1] / "data" / "offgrid"
 WORK = Workload(objective="latency", prompt=64, output=16, batch=1)
@@ -56,6 +56,14 @@ def test_an_original_that_overflows_is_told_by_the_linear(monkeypatch: pytest.Mo
     )
     with pytest.raises(ConfigError, match=r"activations must be finite; .* in the inputs of layers.4.down"):
         bench.score_original(clusters, silent)
+
+
+def test_text_of_another_tokenizer_is_told_before_anything_is_searched() -> None:
+    bench = module.CpuBench(str(MODEL), 1, WORK)
+    draw = np.random.default_rng(0).integers(0, bench.source.spec.vocab_size, 120)
+    cluster = Cluster(id="c", domain="d", tokens=tuple(int(token) for token in draw))
+    with pytest.raises(EvidenceError, match=r"predict its text better than random tokens \(9.0 nats each\)"):
+        bench.score_original([cluster], silent)
 
 
 def test_what_is_compared_once_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
