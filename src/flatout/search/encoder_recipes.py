@@ -62,10 +62,12 @@ def parse_encoder_recipe(name: str, spec: EncoderSpec) -> EncoderRecipe:
         seen.add(place)
         if place == "sparsity":
             recipe = replace(recipe, sparsity=value)
-        elif value.isdecimal():
-            recipe = replace(recipe, **{place: int(value)})
-        else:
+        elif not value.isdecimal():
             raise ConfigError(f"{place} is a whole number", repr(value), f"{place}=1")
+        elif place == "depth":
+            recipe = replace(recipe, depth=int(value))
+        else:
+            recipe = replace(recipe, ffn=int(value))
     _check(recipe, spec)
     return recipe
 
