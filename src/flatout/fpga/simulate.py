@@ -163,7 +163,8 @@ def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -
         raise BackendError("Verilator must build the simulation", str(error), REMEDY) from error
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if "rror" in line]
-        raise BackendError("Verilator must build the simulation", " ".join(lines[:3]), REMEDY)
+        said = " ".join(lines[:3]) or f"exit code {done.returncode} of {command[0]}"
+        raise BackendError("Verilator must build the simulation", said, REMEDY)
 
 
 class Accelerator:

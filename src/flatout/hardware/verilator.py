@@ -64,4 +64,6 @@ def _answer(command: Path) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError("Verilator must answer", str(error), REMEDY) from error
+    if done.returncode:
+        raise BackendError("Verilator must answer", f"exit code {done.returncode} of {command}", REMEDY)
     return done.stdout.strip()
