@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flatout.report.fpga import cycles_by_part, render, short, why_not
+from flatout.report.fpga import UNUSED, cycles_by_part, render, short, why_not
 
 
 def fitted(board: str, needed: int, share: float) -> dict[str, Any]:
@@ -63,13 +63,14 @@ def test_the_page_says_what_the_integers_lose() -> None:
 
 def test_parts_add_up_to_the_whole() -> None:
     parts = cycles_by_part(result()["decode"])
-    assert parts == [("linears", 600), ("attention", 300), ("norms", 50), ("between", 50)]
+    assert parts == [("linears", 600), ("attention", 300), ("norms", 50), ("between instructions", 50)]
 
 
 def test_unused_bandwidth_is_a_reason() -> None:
-    ((board, reason),) = why_not(result())
-    assert board == "u280"
-    assert "4 % of the memory's bandwidth" in reason
+    assert why_not(result()) == [("u280", UNUSED)]
+    boards = [fitted("a", 700, 0.04), fitted("b", 300, 0.06), fitted("c", 700, 1.0)]
+    too_many = "flip-flops: 700 needed, 500 of 1,000 usable"
+    assert why_not(result(boards=boards)) == [("a, c", too_many), ("a, b", UNUSED)]
 
 
 def test_numbers_are_shortened() -> None:
