@@ -267,6 +267,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     theme, recipe = f"fpga_{args.part}", args.recipe or "w4a8-g64"
+    if args.model and args.part != "place":
+        theme += f"_{Path(args.model).name}"
     if args.part == "trace":
         result = trace_rtl(args.model or "tests/data/offgrid", recipe, args.tokens or 256)
     elif args.part == "speculate":
