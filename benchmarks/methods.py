@@ -40,8 +40,6 @@ import numpy as np
 import torch
 
 from flatout.compress.apply import apply
-from flatout.compress.encoder import compress_encoder
-from flatout.compress.encoder_reduce import prune_encoder, whole
 from flatout.compress.method import data_of
 from flatout.core.checkpoint import Checkpoint, open_checkpoint
 from flatout.core.encoder import EncoderModel
@@ -59,7 +57,7 @@ from flatout.engine.runner import Runner
 from flatout.engine.score import score_documents
 from flatout.hardware.detect import detect
 from flatout.models.bert import Bert
-from flatout.search.encoder import calibration_texts, encoder_from_name
+from flatout.search.encoder_recipes import encoder_from_name
 from flatout.search.recipes import recipe_from_name
 from flatout.verify.quality import Cluster, divergence
 from flatout.verify.vectors import compare, pieces_of
@@ -224,21 +222,14 @@ def encoder_rows(model: str, names: Sequence[str], threads: int) -> list[dict[st
     tokenizer = checkpoint.tokenizer()
     pieces = pieces_of(load_passages("validation"))
 
-    def made(name: str) -> EncoderModel:
-        body, _, sparsity = name.partition(",sparsity=")
-        if not sparsity:
-            return encoder_from_name(checkpoint, body)
-        pruned = prune_encoder(whole(checkpoint), parse_sparsity(sparsity), calibration_texts(checkpoint))
-        return compress_encoder(pruned, body)
-
     def vectors(encoder: Encoder) -> np.ndarray:
         return encoder.encode([text for _, text in pieces])
 
     how = {"pooling": checkpoint.pooling, "normalize": True}
-    original, found = vectors(Encoder(Bert(made("fp32")), tokenizer, **how)), []
+    original, found = vectors(Encoder(Bert(encoder_from_name(checkpoint, "fp32")), tokenizer, **how)), []
     for name in names:
         start, clock = time.process_time(), time.perf_counter()
-        encoder = made(name)
+        encoder = encoder_from_name(checkpoint, name)
         spent = {"cpu_seconds": time.process_time() - start, "seconds": time.perf_counter() - clock}
         fast = Encoder.of(encoder, tokenizer, threads=threads, **how)
         own = vectors(fast)

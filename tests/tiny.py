@@ -27,6 +27,9 @@ ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
 }
 
+QUICK_BUILD = ("OPT_FAST=-Og", "OPT_GLOBAL=-O0")
+"""Of simulators (`fpga.simulate.OPTIMISATION`): one of a tiny model takes longer to compile than it runs."""
+
 
 def tiny_spec(family: str = "llama", **changes: Any) -> ModelSpec:
     """A two-layer model of `family` with 4 query heads, 2 key/value heads and the family's own

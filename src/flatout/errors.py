@@ -11,6 +11,9 @@ FlatoutError                exit code 2
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FlatoutError(Exception):
     """Base of all user errors. `rule` says what must hold, `value` what was found, `remedy` what to do."""
@@ -25,6 +28,12 @@ class FlatoutError(Exception):
         if remedy:
             parts.append(f"try: {remedy}")
         super().__init__("; ".join(parts))
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The one of `known` that `name` was probably meant to be, for a remedy."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return close[0] if close else otherwise
 
 
 class ModelFileError(FlatoutError):

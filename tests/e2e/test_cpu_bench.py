@@ -14,9 +14,9 @@ from flatout.core.fuse import float_recipe
 from flatout.core.types import Workload
 from flatout.data.passages import load_passages
 from flatout.engine.reference import ReferenceRunner
-from flatout.errors import EvidenceError
+from flatout.errors import ConfigError, EvidenceError
 from flatout.search import bench as module
-from flatout.verify.quality import fits, refuse_different, score_model, token_clusters
+from flatout.verify.quality import Cluster, fits, refuse_different, score_model, token_clusters
 
 MODEL = Path(__file__).parents[1] / "data" / "offgrid"
 WORK = Workload(objective="latency", prompt=64, output=16, batch=1)
@@ -43,6 +43,27 @@ def test_an_engine_that_differs_from_the_reference_scores_nothing(monkeypatch: p
     clusters = token_clusters(bench.tokenizer, load_passages("validation")[:1], fits(bench.source.spec))
     with pytest.raises(EvidenceError, match="must agree with the reference within"):
         bench.score_original(clusters, silent)
+
+
+def test_an_original_that_overflows_is_told_by_the_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = module.CpuBench(str(MODEL), 1, WORK)
+    clusters = token_clusters(bench.tokenizer, load_passages("validation")[:1], fits(bench.source.spec))
+    read, name = bench.source.array, "model.layers.4.mlp.up_proj.weight"
+    monkeypatch.setattr(
+        type(bench.source),
+        "array",
+        lambda _, tensor: read(tensor) * np.float32(3e38 if tensor == name else 1),
+    )
+    with pytest.raises(ConfigError, match=r"activations must be finite; .* in the inputs of layers.4.down"):
+        bench.score_original(clusters, silent)
+
+
+def test_text_of_another_tokenizer_is_told_before_anything_is_searched() -> None:
+    bench = module.CpuBench(str(MODEL), 1, WORK)
+    draw = np.random.default_rng(0).integers(0, bench.source.spec.vocab_size, 120)
+    cluster = Cluster(id="c", domain="d", tokens=tuple(int(token) for token in draw))
+    with pytest.raises(EvidenceError, match=r"predict its text better than random tokens \(9.0 nats each\)"):
+        bench.score_original([cluster], silent)
 
 
 def test_what_is_compared_once_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import ctypes
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiny import tiny_model, tiny_spec
+from tests.tiny import QUICK_BUILD, tiny_model, tiny_spec
 
 from flatout.core.formats import uniform
+from flatout.fpga import simulate
 from flatout.fpga.chip import write_chip
 from flatout.fpga.compile import Shape, compile_model
 from flatout.fpga.model import KeyValues, forward, integer_model
@@ -28,34 +28,23 @@ simulated = pytest.mark.skipif(find_verilator() is None, reason="no Verilator: p
 
 @pytest.mark.fpga
 @simulated
-def test_a_chip_answers_as_the_specification(tmp_path: Path) -> None:
+def test_a_chip_answers_as_the_specification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products and sums of dot_tree.sv, a memory of block RAM, keys of more than one block."""
     spec = tiny_spec(vocab_size=256, num_kv_heads=4)
     design = compile_model(integer_model(tiny_model(spec, uniform("w4a8-g32")), CHIP.lanes), CHIP, 64)
-    names = write_chip(design, tmp_path).split()
-    bench = Path(__file__).parents[1] / "rtl" / "on_chip_test.sv"
-    verilator = find_verilator()
-    assert verilator is not None
-    environment = {**os.environ, **verilator.environment}
-    subprocess.run(
-        [
-            str(verilator.command), "--binary", "--timing", "-DUSE_TREE", "-Wno-fatal", "-Wno-lint",
-            "-j", "1", "--top-module", "on_chip_test", "-GANSWERS=12", "-CFLAGS", "-std=c++20",
-            "--output-split", "0",
-            "-MAKEFLAGS", "CXX=g++ LINK=g++ OPT_FAST=-O0 OPT_GLOBAL=-O0", str(bench), *names,
-        ],
-        cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=600,
-    )  # fmt: skip
-    said = subprocess.run(
-        [str(tmp_path / "obj_dir" / "Von_chip_test")], cwd=tmp_path, check=True, capture_output=True,
-        text=True,
-        timeout=600,
-    )  # fmt: skip
-    found = [int(line.split()[1]) for line in said.stdout.splitlines() if line.startswith("next")]
+    write_chip(design, tmp_path)
+    bench = Path(__file__).parents[1] / "rtl" / "on_chip_test.cpp"
+    texts = {path.name: path.read_text() for path in (bench, *tmp_path.glob("*.sv*"))}
+    monkeypatch.chdir(tmp_path)  # where the contents of its memories are
+    monkeypatch.setattr(simulate, "OPTIMISATION", QUICK_BUILD)
+    options = ["-DUSE_TREE", "--output-split", "0"]
+    chip = ctypes.CDLL(str(simulate.build_library("on_chip", texts, options)))
+    found = np.zeros(12, dtype=np.uint16)
+    chip.answers(5, len(found), found.ctypes.data_as(ctypes.c_void_p), ctypes.c_uint64(10**6))
     tokens, memory = [5], KeyValues(spec, 64)
     for _ in range(12):
         tokens.append(int(forward(design.model, np.array(tokens[-1:]), memory).argmax()))
-    assert found == tokens[1:]
+    assert found.tolist() == tokens[1:]
 
 
 @pytest.mark.fpga

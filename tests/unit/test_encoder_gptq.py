@@ -26,7 +26,7 @@ from flatout.core.quantized import QuantizedTensor
 from flatout.engine.encoder import Encoder
 from flatout.errors import ConfigError, ModelFileError
 from flatout.models.bert import Bert
-from flatout.search.encoder import encoder_from_name
+from flatout.search.encoder_recipes import encoder_from_name
 
 TEXTS = [[2, *((7 * i * j + 3) % 300 for j in range(40)), 3] for i in range(1, 9)]
 
@@ -138,6 +138,16 @@ def test_kept_codes_that_were_changed_are_refused(encoder: EncoderCheckpoint, tm
     ("name", "message"),
     [
         ("w8a8/awq", "after the slash of an encoder stands rtn or gptq"),
+        ("w8a8/gtpq", "found: 'gtpq'; try: w8a8/gptq"),
+        ("w8a8,head=bf16", "a change of an encoder is sparsity=, depth=, ffn=; found: 'head=bf16'"),
+        ("w8a8,dept=1", "found: 'dept=1'; try: depth=1"),
+        ("w8a8,depth=one", "depth is a whole number"),
+        ("w8a8,depth=0", "depth lies between 1 and the model's 2"),
+        ("w8a8,ffn=9999", "ffn lies between 1 and the model's"),
+        ("w8a8-g32,ffn=40", "groups must divide the width"),
+        ("w8a8,ffn=42,sparsity=wanda-2:4", "2:4 needs rows of a multiple of 4 weights"),
+        ("w8a8,ffn=64,ffn=32", "a recipe names each change once; found: ffn"),
+        ("bf16,sparsity=wnda-50%", "try: wanda-50%"),
         ("bf16/gptq", "gptq chooses integer codes"),
         ("w8a8-g128/gptq", "groups must divide the width"),
     ],

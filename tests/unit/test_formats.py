@@ -74,7 +74,7 @@ def test_names_mean(name: str) -> None:
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"found: '") as caught:
         parse_format(name)
-    assert "try: w" in str(caught.value)
+    assert parse_format(str(caught.value).rpartition("try: ")[2])
 
 
 @settings(deadline=None, derandomize=True)

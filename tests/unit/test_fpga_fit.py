@@ -174,12 +174,18 @@ def test_an_old_simulator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         else:
             with pytest.raises(BackendError, match=r"5\.006 or newer; found: Verilator 4\.038"):
                 simulator.require_verilator()
+    old.write_text("#!/bin/sh\nexit 7\n")
+    with pytest.raises(BackendError, match=r"Verilator must answer; found: exit code 7 of .*verilator"):
+        simulator.require_verilator()
 
 
 def test_the_nearest_thing_that_fits_is_named() -> None:
     model = integer_model(tiny_model(tiny_spec(), uniform("w4a8-g32")), 64)
     with pytest.raises(ResourceError, match=r"layers\.0\.qkv: groups of 32.*try: .*recipe w4a8-g64"):
         compile_model(model, Shape(), 40)
+    narrow = tiny_model(tiny_spec(num_layers=1, head_dim=64), uniform("w4a8-g64"))
+    with pytest.raises(ResourceError, match=r"0\.down: width 128 is not within 256\..*intermediate size 256"):
+        compile_model(integer_model(narrow, 64), Shape(), 40)
     model = integer_model(tiny_model(tiny_spec(), uniform("w4a8-g32")), 16)
     with pytest.raises(ResourceError, match=r"positions: 65 > 64; try: 64 tokens, context 63"):
         compile_model(model, SHAPE, 65)

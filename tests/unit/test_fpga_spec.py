@@ -165,9 +165,17 @@ def test_a_norm_never_saturates(largest: float) -> None:
     assert (np.abs(found / factor - real).max(axis=1) <= np.abs(real).max(axis=1) / 127).all()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "mistral"])
-def test_what_has_no_instruction_is_refused(family: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="the accelerator runs Llama models"):
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [
+        ("qwen2", "no biases of q, k and v; found: qkv_bias=True"),
+        ("qwen3", "no norms of q and k; found: qk_norm=True"),
+        ("gemma", "the activation silu; found: activation=gelu_tanh"),
+        ("mistral", "no sliding window; found: sliding_window=8"),
+    ],
+)
+def test_what_has_no_instruction_is_refused(family: str, found: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"the accelerator runs Llama models, which have {found}"):
         integer_model(tiny_model(tiny_spec(family), uniform("w8a8-g64")), chunk=16)
 
 

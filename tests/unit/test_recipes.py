@@ -85,17 +85,16 @@ CHANGES = st.sampled_from(
 
 
 @settings(deadline=None, derandomize=True, max_examples=80)
-@given(BODIES, st.lists(CHANGES, max_size=3))
+@given(BODIES, st.lists(CHANGES, max_size=3, unique_by=lambda change: change.partition("=")[0]))
 def test_changes_take_effect_in_order(body: str, changes: list[str]) -> None:
     recipe = recipe_from_name(",".join([body, *changes]), SOURCE)
     assert recipe.name == ",".join([body, *changes])
     for change in changes:
         place, _, value = change.partition("=")
-        last = [c for c in changes if c.startswith(place + "=")][-1].partition("=")[2]
         if place == "kv":
-            assert recipe.kv_cache == last
+            assert recipe.kv_cache == value
         elif place in ("head", "embedding"):
-            assert getattr(recipe, place) == last
+            assert getattr(recipe, place) == value
         else:
             assert (place, value) in recipe.overrides
     rounded = [f for f in (recipe.layers, recipe.head, recipe.embedding) if f.startswith("w")]
@@ -118,7 +117,21 @@ def test_changes_take_effect_in_order(body: str, changes: list[str]) -> None:
         ("w8a8,kv=fp8", "the cpu runner has no fp8; found: the KV cache"),
         ("fp8", "the cpu runner has no fp8; found: layers"),
         ("w8a8,layers.x.down=w8a8", "an override names"),
-        ("w8a8,tail=w8a8", "an override names"),
+        ("w8a8,layers.0.dwn=w8a8", "an override names"),
+        ("w8a8,tail=w8a8", "a change is of head, embedding, kv, sparsity, depth"),
+        ("w8a8,dept=1", "found: 'dept'; try: depth=1"),
+        ("w4a16-g64/gtpq", "found: 'gtpq'; try: w4a16-g64/gptq"),
+        ("w4a16-g64/awq-gqtp", "try: w4a16-g64/awq-gptq"),
+        ("W4A16-G64", "try: w4a16-g64"),
+        ("w4a16g64asym", "try: w4a16-g64-asym"),
+        ("w5a16-g96-asym", "found: 'w5a16-g96-asym'; try: w5a16-g64-asym"),
+        ("w8a8,kv=int8,kv=bf16", "a recipe names each place once; found: kv, 2 times"),
+        ("bf16,sparsity=wanda-50%,sparsity=magnitude-2:4", "each place once; found: sparsity, 2 times"),
+        ("w8a8,layers.*.down=bf16,layers.*.down=w8a8", r"each place once; found: layers\.\*\.down"),
+        ("bf16,sparsity=wnda-50%", "found: 'wnda-50%'; try: wanda-50%"),
+        ("bf16,sparsity=half", "try: wanda-50% or sparsegpt-2:4"),
+        ("bf16/gptq", "a method chooses integer codes; found: bf16/gptq"),
+        ("w4a16-g64/smooth", "smoothing is for int8 activations that share one scale a token"),
     ],
 )
 def test_bad_names_are_refused_with_the_rule(name: str, message: str) -> None:
@@ -142,3 +155,9 @@ def test_a_rotated_recipe_gives_up_the_blocks_of_the_tables() -> None:
     rotated = recipe_from_name("w4a16-g32/rotate-gptq", source)
     assert (rotated.head, rotated.embedding, rotated.method) == ("w8a8-g64", "w8a8-g64", "rotate-gptq")
     assert recipe_from_name("w3a16-g64-asym/awq", source).layers == "w3a16-g64-asym"
+
+
+def test_a_method_is_of_integer_layers_among_floats() -> None:
+    recipe = recipe_from_name("bf16/gptq,layers.*.down=w4a16-g64", SOURCE)
+    assert (recipe.method, recipe.layers) == ("gptq", "bf16")
+    assert recipe_from_name("bf16,layers.*.down=w4a16-g64", SOURCE).method == "rtn"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flatout.report.fpga import cycles_by_part, render, short, why_not
+from flatout.report.fpga import UNUSED, cycles_by_part, render, short, why_not
 
 
 def fitted(board: str, needed: int, share: float) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def result(**changes: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "board": "kv260", "recipe": "w4a8-g64", "fit": boards[0], "boards": boards, "synthesis": None,
         "bit_exact": True, "differences": 0, "tokens": 64, "logits_sha256": "ab" * 32, "perplexity": 12.5,
-        "specification_perplexity": 12.5, "cycles_per_token": 1000, "mbu": 0.93, "decode": step,
-        "together": step | {"tokens": 4, "cycles": 1100}, "speculative": None,
+        "specification_perplexity": 12.5, "accuracy": None, "cycles_per_token": 1000, "mbu": 0.93,
+        "decode": step, "together": step | {"tokens": 4, "cycles": 1100}, "speculative": None,
         "speed": [{"clock_mhz": 300, "tokens_per_s": 197.2, "joules_per_token": [0.025, 0.041]}],
     }  # fmt: skip
     return found | changes
@@ -52,15 +52,25 @@ def test_the_page_does_not_hide_what_is_wrong() -> None:
     assert "OTHER tokens" in render("m", result(speculative=guessed))
 
 
+def test_the_page_says_what_the_integers_lose() -> None:
+    lost = {"perplexity_original": 12.25, "nats": 0.0202, "standard_error": 0.01}
+    page = render("m", result(accuracy=lost))
+    assert "12.250000" in page
+    assert "+0.0202 ± 0.0100 nats a token" in page
+    assert "not measured here" not in page
+    assert "not measured here: the artifact&#39;s certificate" in render("m", result()).replace("'", "&#39;")
+
+
 def test_parts_add_up_to_the_whole() -> None:
     parts = cycles_by_part(result()["decode"])
-    assert parts == [("linears", 600), ("attention", 300), ("norms", 50), ("between", 50)]
+    assert parts == [("linears", 600), ("attention", 300), ("norms", 50), ("between instructions", 50)]
 
 
 def test_unused_bandwidth_is_a_reason() -> None:
-    ((board, reason),) = why_not(result())
-    assert board == "u280"
-    assert "4 % of the memory's bandwidth" in reason
+    assert why_not(result()) == [("u280", UNUSED)]
+    boards = [fitted("a", 700, 0.04), fitted("b", 300, 0.06), fitted("c", 700, 1.0)]
+    too_many = "flip-flops: 700 needed, 500 of 1,000 usable"
+    assert why_not(result(boards=boards)) == [("a, c", too_many), ("a, b", UNUSED)]
 
 
 def test_numbers_are_shortened() -> None:

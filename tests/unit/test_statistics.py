@@ -23,6 +23,7 @@ from flatout.verify.statistics import (
     order_statistic_interval,
     power,
     ratio_bound,
+    share_bound,
 )
 
 MARGIN = 0.01
@@ -317,3 +318,32 @@ def test_too_few_pairs_have_no_interval() -> None:
         order_statistic_interval([1.0] * 5)
     with pytest.raises(EvidenceError, match="finite"):
         order_statistic_interval([1.0] * 8 + [math.nan])
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_few_changes_have_a_bound(changed: int) -> None:
+    """Where resamples miss the few passages that changed, bootstrap-t has none: the count's does not depend
+    on resampling, and is the exact one of so many events (from chi-squared quantiles here)."""
+    D, n = np.zeros(72), np.full(72, 12.0)
+    D[:changed] = 1
+    D[50] = -1  # a gain, which lowers nothing
+    if changed != 1:  # then as many are gained as lost, and resamples without spread agree with that
+        assert ratio_bound(D, n, 0.025).upper == math.inf
+    found = share_bound(D, n, 0.025)
+    assert found.upper == pytest.approx(stats.chi2.ppf(0.975, 2 * (changed + 1)) / 2 / n.sum())
+    assert (found.method, found.delta) == ("poisson", (changed - 1) / n.sum())
+    D[5:8] = 1
+    assert share_bound(D, n, 0.025) == ratio_bound(D, n, 0.025)
+
+
+@pytest.mark.parametrize("expected", [0.5, 2.0, 4.0, 8.0, 16.0])
+def test_bounds_of_rare_changes_hold(expected: float) -> None:
+    """Passages that lose one piece, or rarely two: at 2.5 %, the true share may lie above the bound in 2.5 %
+    of the texts (Clopper and Pearson at 99 %)."""
+    rng, texts, missed = np.random.default_rng(5), 300, 0
+    n = np.full(72, 12.0)
+    truth = expected * 1.1 / n.sum()
+    for _ in range(texts):
+        D = (rng.random(72) < expected / 72) * (1.0 + (rng.random(72) < 0.1))
+        missed += share_bound(D, n, 0.025).upper < truth
+    assert missed == 0 or stats.beta.ppf(0.01, missed, texts - missed + 1) <= 0.025

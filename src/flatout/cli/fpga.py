@@ -11,6 +11,7 @@ from flatout.errors import ConfigError
 
 if TYPE_CHECKING:
     from flatout.fpga.boards import Board
+    from flatout.fpga.evaluate import Accuracy
 
 _SHOWN = 8
 
@@ -71,10 +72,10 @@ def fpga(
     if explore:
         return _explore(model, target, context, as_json)
     require_verilator()
-    if is_artifact(model):
+    checkpoint = None if is_artifact(model) else open_checkpoint(model)
+    if checkpoint is None:
         loaded, tokenizer, _ = load_artifact(model)
     else:
-        checkpoint = open_checkpoint(model)
         tokenizer = checkpoint.tokenizer
         log(f"rounding {model} to {recipe}")
         loaded = compress(checkpoint, uniform(recipe))
@@ -89,7 +90,7 @@ def fpga(
     found = evaluate(
         loaded, target, np.array(text), shape=shape,
         synthesise=(lambda: synthesise(shape, "xcup")) if synth else None,
-        tokens=tokens, context=context,
+        tokens=tokens, context=context, original=checkpoint,
         answer=answer, out=Path(out) if out else None,
         progress=None if as_json else Progress(),
     )  # fmt: skip
@@ -99,7 +100,7 @@ def fpga(
         verdict = "equal to the specification" if found.bit_exact else f"{found.differences} numbers differ"
         rows = [
             ["simulated", f"{found.tokens} tokens and one after {found.decode.context}: {verdict}"],
-            ["perplexity", f"{found.perplexity:.3f} on these tokens"],
+            ["perplexity", f"{found.perplexity:.3f} on these tokens{_beside(found.accuracy)}"],
             ["cycles", f"{found.cycles_per_token:,} a token, {found.mbu:.1%} of what the memory could carry"],
             ["cycle model", f"{found.decode.predicted_cycles / found.decode.cycles - 1:+.2%}"],
             ["together", f"{found.together.cycles:,} for {found.together.tokens} tokens"],
@@ -129,6 +130,16 @@ def fpga(
         write_bytes(Path(report), render(model, to_json(found)).encode())
     same = found.speculative is None or found.speculative.identical
     return 0 if found.bit_exact and same and found.fit.fits else 3
+
+
+def _beside(accuracy: Accuracy | None) -> str:
+    """What rounding cost on the same tokens, for an artifact nothing."""
+    if accuracy is None:
+        return ""
+    return (
+        f", {accuracy.perplexity_original:.3f} of the original: "
+        f"{accuracy.nats:+.3f} nats a token, standard error {accuracy.standard_error:.3f}"
+    )
 
 
 def _explore(model: str, board: Board, context: int, as_json: bool) -> int:

@@ -8,7 +8,6 @@ nothing heavy. Exit codes: 0 done, 2 user error, 3 the budget cannot be met, 130
 
 from __future__ import annotations
 
-import difflib
 import errno
 import json
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from flatout._version import __version__
-from flatout.errors import ConfigError, FlatoutError, ResourceError
+from flatout.errors import ConfigError, FlatoutError, ResourceError, nearest
 
 COMMANDS = {
     "doctor": "hardware, compilers and libraries: what is there, what is missing, how to get it",
@@ -59,9 +58,8 @@ def _dispatch(args: list[str]) -> int:
         return 0
     name = args[0]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        remedy = f"flatout {near[0]}" if near else "flatout --help"
-        raise ConfigError(f"the command is one of {', '.join(COMMANDS)}", repr(name), remedy)
+        remedy = nearest(name, COMMANDS, "--help")
+        raise ConfigError(f"the command is one of {', '.join(COMMANDS)}", repr(name), f"flatout {remedy}")
     return _run(name, args[1:])
 
 

@@ -129,13 +129,19 @@ def _loss(value: float | None) -> str:
     return "unbounded" if value is None else percent(value, signed=True)
 
 
+def _most(quality: dict[str, Any]) -> str:
+    if quality["loss_upper"] is None:
+        return "no upper bound can be made"
+    return f"at most {_loss(quality['loss_upper'])} ({quality['method']})"
+
+
 def _quality_table(quality: dict[str, Any]) -> str:
     verdict = quality["verdict"].replace("_", " ")
     rows = [
         ["verdict", f"{verdict}: {quality['reason']}"],
         [
             "loss",
-            f"{_loss(quality['loss'])}, at most {_loss(quality['loss_upper'])} ({quality['method']})",
+            f"{_loss(quality['loss'])}, {_most(quality)}",
         ],
         [
             "perplexity",

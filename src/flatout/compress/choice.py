@@ -1,13 +1,17 @@
 """Which structure loses the least for what the hardware gains.
 
+    minimise  loss_layers(d) + loss_ffn(f) + loss_groups(g)   where   cost(d, f, g) <= share * cost(parent)
+
 Scores of importance rank units of one kind and do not compare kinds. So each kind (layers, feed-forward
 channels, head groups) is cut alone at a few sizes, and what the text's loss becomes is measured; sizes
 between are interpolated, losses of different kinds added, and of all combinations that cost at most a share
 of the parent, in predicted seconds or in parameters, the one with the least sum is taken. Sizes are
 multiples of the kernels' tile, since a width between two tiles takes as long as the larger.
 
-Losses of cuts do not quite add (what is left out twice hurts more), so the sum orders candidates and promises
-nothing; the child's own loss is measured like any model's.
+That is the first step of Minitron (Muralidharan et al., 2024, arXiv 2407.14679), which lists candidates by
+parameters and trains each for a while. Trade-off: a few dozen passes over a little text instead of training,
+and losses of cuts do not quite add (what is left out twice hurts more), so the sum orders candidates and
+promises nothing; the child's own loss is measured like any model's.
 """
 
 from __future__ import annotations

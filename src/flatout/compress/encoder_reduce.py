@@ -1,9 +1,12 @@
 """Encoders with weights taken away: sparse linears, fewer layers and feed-forward channels, fewer words.
 
-What compress/prune.py, structure.py and vocabulary.py do to decoders, for the BERT family. Heads stay: their
-number times their size is the width in every BERT configuration. Statistics are those of the original's
-activations, all texts in one pass; post-norm layers are renormalised after each sum, so that errors of early
-layers change later ones little.
+What compress/prune.py, structure.py and vocabulary.py do to decoders, for the BERT family; the formulas and
+their sources are in compress/{magnitude,wanda,sparsegpt,importance}.py. Heads stay: their number times their
+size is the width in every BERT configuration.
+
+Trade-off: statistics are those of the original's activations, all texts in one pass, and not behind layers
+that are pruned already: quicker, and post-norm layers are renormalised after each sum, so that errors of
+early layers change later ones little. Nothing trains what is left.
 """
 
 from __future__ import annotations

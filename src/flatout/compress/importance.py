@@ -6,6 +6,9 @@
                    "ShortGPT", 2024, arXiv 2403.03853)
 
 Scores rank units of one kind; they do not compare kinds, which compress/choice.py does.
+
+Trade-off: one pass of the text and no gradients; each unit is judged as if all others stayed, so two that do
+the same both count, although one could go.
 """
 
 from __future__ import annotations

@@ -40,10 +40,15 @@ def check_understood(source: Source, documents: Sequence[np.ndarray]) -> None:
         return  # every document is one token: nothing to predict
     logits = Llama(source).forward(ids)
     loss = float(torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:])))
-    guess = math.log(source.spec.vocab_size)
+    refuse_nonsense(loss, source.spec.vocab_size)
+
+
+def refuse_nonsense(loss: float, vocab_size: int) -> None:
+    """Raise EvidenceError for text that costs the original `loss` nats a token, more than random ones."""
+    guess = math.log(vocab_size)
     if loss >= guess + _WORSE_THAN_GUESSING:
         raise EvidenceError(
-            f"the model must predict calibration text better than random tokens ({guess:.1f} nats each)",
+            f"the model must predict its text better than random tokens ({guess:.1f} nats each)",
             f"{loss:.1f} nats",
             "text in the model's language, encoded by its own tokenizer",
         )

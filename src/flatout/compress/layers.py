@@ -11,6 +11,9 @@ pile up in the residual stream. Rounding W' by GPTQ under H = X^T X minimises |Y
 "GPTAQ", 2025, arXiv 2504.02692, and Zhang et al., "Qronos", 2025, arXiv 2505.11695, fold the same correction
 into the sweep over the columns).
 
+Trade-off: a second stream of activations and a solve for every linear. The whole way (strength 1) learns the
+calibration text and harms on other text; GPTQ goes a quarter of it (docs/log.md).
+
 Memory: one layer's float weights, one Hessian and both streams' activations of the text, about 4 bytes x
 tokens x (4 x intermediate size + 6 x hidden size).
 """

@@ -6,6 +6,9 @@ activations, so the codes of a linear depend on its own format and on nothing el
 feeds a smoothed linear its rows are divided, and that goes into their scales. That is what lets a search
 change one layer of a candidate and build the rest from what it has.
 
+The formulas and their sources are in those two files. Trade-off: a linear is rounded once and not for what it
+receives behind those already rounded, so a whole model of one format loses less by plain gptq.
+
 Memory: half of 4 bytes x K^2 for every linear (core.costs.moment_bytes; 200 MB for SmolLM2-135M) and a byte a
 weight for every format used.
 """

@@ -8,8 +8,9 @@ In memory at a time: one layer's float weights, one second-moment matrix, the ac
 text (4 bytes x tokens x (3 x intermediate size + hidden size)), and what the caller keeps of each layer.
 `compress/prune_folder.py` keeps nothing.
 
-Nothing here multiplies faster for the zeros: pruned weights save bytes in files (core/sparse.py,
-core/coded.py) and are where recovery by training starts.
+The formulas and their sources are in compress/{magnitude,wanda,sparsegpt}.py. Trade-off: nothing multiplies
+faster for the zeros; pruned weights save bytes in files (core/sparse.py, core/coded.py) and are where
+recovery by training starts.
 """
 
 from __future__ import annotations

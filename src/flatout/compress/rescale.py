@@ -5,7 +5,10 @@
 1 / s goes where it costs nothing: into the norm before qkv, gate_up and the head, into the rows of up_proj
 before down, and into the rows of v_proj before o, where the query heads that read one key/value head share
 their factors. The model computes what it did before. Smoothing (compress/smooth.py) and AWQ
-(compress/awq.py) choose the factors.
+(compress/awq.py) choose the factors; the places are those of both papers.
+
+Trade-off: rounding sees other numbers at no cost, but the file's own blocks are given up wherever a factor
+goes, and all linears that read one norm share its factors.
 
 Legend: N rows and K columns of a weight, P free factors (K, or fewer where columns share one).
 """

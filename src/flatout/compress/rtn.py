@@ -1,5 +1,7 @@
 """Round to nearest: the scale of each group from its extremes (or from a search), the codes by rounding.
 
+    c = clamp(round(w / s) + z),   W' = s (c - z),   s, z of a group of neighbours along a row
+
 Symmetric 8-bit codes span [-127, 127] with scale amax / 127; those of b < 8 bits span -2^(b - 1) to
 2^(b - 1) - 1 around the zero 2^(b - 1) with scale amax / (2^(b - 1) - 1/2), which leaves no error above half
 a step; asymmetric codes span min(w, 0)..max(w, 0) with an integer zero. Scales are float16 (float32 where a

@@ -15,13 +15,15 @@ or, for q4_1,             w[n, k] = scale[n, k // group] * code[n, k] + minimum[
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flatout.core.sparsity import parse_sparsity
 from flatout.core.spec import ModelSpec
 from flatout.core.structure import Structure
-from flatout.errors import ConfigError
+from flatout.errors import ConfigError, nearest
 
 _GRAMMAR = re.compile(r"w(?P<bits>[34568])a(?P<act>8|16)(-g(?P<group>\d+))?(?P<asym>-asym)?")
 METHODS = (
@@ -97,6 +99,14 @@ def with_short_scales(name: str) -> str:
     return name + _BYTE_SCALES if _NATIVE.get(name, (0, ""))[0] == 4 else name
 
 
+def _known_formats() -> Iterator[str]:
+    yield from ("fp32", "bf16", "fp8", *_NATIVE, "q4_0-s8", "q4_1-s8")
+    for bits, activation in itertools.product("86543", ("8", "16")):
+        for group, zero in itertools.product(("", "-g32", "-g64", "-g128"), ("", "-asym")):
+            if group or bits not in "34":
+                yield f"w{bits}a{activation}{group}{zero}"
+
+
 def parse_format(name: str) -> Format:
     """The format called `name`. Raises ConfigError with the grammar for anything else."""
     if name == "fp32":
@@ -115,12 +125,14 @@ def parse_format(name: str) -> Format:
         raise ConfigError(
             "a format is fp32, bf16, fp8, q4_{0,1}[-s8], q8_0 or w{8,6,5,4,3}a{8,16}[-g{32,64,128}][-asym]",
             repr(name),
-            "w8a8-g64",
+            nearest(name, _known_formats(), "w8a8-g64"),
         )
     group = int(match["group"]) if match["group"] else 0
     if match["group"] not in (None, "32", "64", "128") or (match["bits"] in "34" and group == 0):
         raise ConfigError(
-            "groups are 32, 64 or 128 wide, and weights of 3 or 4 bits need one", repr(name), "w4a8-g64"
+            "groups are 32, 64 or 128 wide, and weights of 3 or 4 bits need one",
+            repr(name),
+            f"w{match['bits']}a{match['act']}-g64{match['asym'] or ''}",
         )
     integer_activation = match["act"] == "8"
     return Format(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flatout.core.files import sha256_of, shown
-from flatout.errors import BackendError, ModelFileError, ResourceError
+from flatout.errors import BackendError, ModelFileError, ResourceError, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +91,10 @@ def resolve(model: str) -> Path:
         ) from error
     if _HF_ID.fullmatch(model) and not model.startswith((".", "/")):
         return _hugging_face(model)
-    import difflib
-
-    close = difflib.get_close_matches(model, BUILT_INS, n=1)
     raise ModelFileError(
         f"a model is a file, a folder, a Hugging Face id or one of {', '.join(BUILT_INS)}",
         shown(model),
-        close[0] if close else "check the path",
+        nearest(model, BUILT_INS, "check the path"),
     )
 
 

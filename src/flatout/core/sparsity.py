@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from flatout.errors import ConfigError
+from flatout.errors import ConfigError, nearest
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 _GRAMMAR = re.compile(r"(?P<method>[a-z]+)-((?P<percent>\d{1,2}(\.\d+)?)%|(?P<kept>\d{1,2}):(?P<of>\d{1,2}))")
@@ -44,9 +44,10 @@ def parse_sparsity(name: str) -> Sparsity:
     """The sparsity called `name`. Raises ConfigError with the grammar for anything else."""
     match = _GRAMMAR.fullmatch(name)
     if match is None or match["method"] not in METHODS:
-        raise ConfigError(
-            f"a sparsity is {{{','.join(METHODS)}}}-P% or -N:M", repr(name), "wanda-50% or sparsegpt-2:4"
-        )
+        method, dash, pattern = name.partition("-")
+        near = f"{nearest(method, METHODS, 'wanda')}{dash}{pattern}"
+        remedy = near if _GRAMMAR.fullmatch(near) else "wanda-50% or sparsegpt-2:4"
+        raise ConfigError(f"a sparsity is {{{','.join(METHODS)}}}-P% or -N:M", repr(name), remedy)
     if match["of"]:
         kept, of = int(match["kept"]), int(match["of"])
         if not 1 <= kept < of:

@@ -57,11 +57,15 @@ def check_formats(recipe: Recipe) -> None:
     for place, name in [*places.items(), ("the KV cache", recipe.kv_cache)]:
         if name == "fp8":
             raise ConfigError(
-                "the cpu runner has no fp8", f"{place} in {recipe.name}", "bf16 or w8a16, --runner cuda"
+                "the cpu runner has no fp8",
+                f"{place} in {recipe.name}",
+                'bf16 or w8a16, or flatout.load(..., runner="cuda")',
             )
         if name == "int4":
             raise ConfigError(
-                "the cpu runner has no int4 cache", f"{place} in {recipe.name}", "int8, --runner reference"
+                "the cpu runner has no int4 cache",
+                f"{place} in {recipe.name}",
+                'int8, or flatout.load(..., runner="reference")',
             )
 
 

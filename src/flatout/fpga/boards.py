@@ -9,10 +9,9 @@ closed row or of turning the bus are our assumptions.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
-from flatout.errors import ConfigError
+from flatout.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +71,6 @@ most of an HBM unused."""
 def board(name: str) -> Board:
     """The board called `name`. Raises ConfigError."""
     if name not in BOARDS:
-        near = difflib.get_close_matches(name, BOARDS, n=1)
-        raise ConfigError(
-            f"the board is one of {', '.join(BOARDS)}", repr(name), near[0] if near else "kv260"
-        )
+        near = nearest(name, BOARDS, "kv260")
+        raise ConfigError(f"the board is one of {', '.join(BOARDS)}", repr(name), near)
     return BOARDS[name]

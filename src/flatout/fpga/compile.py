@@ -108,7 +108,11 @@ def check_shape(model: IntegerModel, shape: Shape, context: int) -> None:
         width = linear.codes.shape[1]
         if not 4 * lanes <= width < 64 * lanes:
             nearest = min(max(width, 4 * lanes), 63 * lanes)
-            wrong.append((f"{name}: width {width} is not within {4 * lanes}..{63 * lanes}", f"{nearest}"))
+            sizes = {"o": "query width", "down": "intermediate size"}
+            size = sizes.get(name.rpartition(".")[2], "hidden size")
+            wrong.append(
+                (f"{name}: width {width} is not within {4 * lanes}..{63 * lanes}", f"{size} {nearest}")
+            )
     heads = spec.num_heads // spec.num_kv_heads
     rows = vector_rows(model, shape)["end"]
     positions = min(1 << shape.context_log2, spec.max_positions)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flatout.core.fuse import Source
 from flatout.core.model import Model
 from flatout.errors import ConfigError
 from flatout.fpga.boards import OTHER_BOARDS, Board
@@ -31,8 +32,8 @@ from flatout.fpga.trace import cache_differences
 CLOCKS_MHZ = (250, 300)
 PROMPT = 64
 """Tokens of text before an answer."""
-PIECE = 16
-"""Passes whose logits are held at a time."""
+PIECE, HEAD_ROWS = 16, 64
+"""Passes, and tokens of the original, whose logits are held at a time."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -62,10 +63,20 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """What the integers cost on the simulated tokens: perplexity of the original in float32, nats a token
+    more than it, and their standard error over tokens. So few tokens do not judge a recipe."""
+
+    perplexity_original: float
+    nats: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """bit_exact: all logits of `tokens` tokens, all their keys and values, and the long-context pass are the
     specification's. simulation_core_seconds: of these tokens, specification included, builds not.
-    cycles_per_token: of decoding one by one at `decode.context`."""
+    cycles_per_token: of decoding one by one at `decode.context`. accuracy: None without the original."""
 
     board: str
     recipe: str
@@ -78,6 +89,7 @@ class Evaluation:
     logits_sha256: str
     perplexity: float
     specification_perplexity: float
+    accuracy: Accuracy | None
     simulation_core_seconds: float
     cycles_per_token: int
     mbu: float
@@ -90,12 +102,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What simulating a text gave. first: its first pass; seconds: of this process's cores, all included."""
+    """What simulating a text gave. nats: losses (T,) of its tokens, by the RTL and by the specification;
+    first: its first pass; seconds: of this process's cores, all included."""
 
     differences: int
     logits_sha256: str
-    perplexity: float
-    specification_perplexity: float
+    nats: tuple[np.ndarray, np.ndarray]
     first: Pass
     seconds: float
 
@@ -124,13 +136,15 @@ def evaluate(
     shape: Shape,
     tokens: int,
     context: int,
+    original: Source | None = None,
     answer: int = 0,
     synthesise: Callable[[], Synthesis] | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Simulate the first `tokens` of `text` and one token after `context`; compare with the specification.
-    answer: tokens to decode after the first PROMPT with guesses that are judged together. synthesise: called
+    original: what `model` was rounded from, to be compared on the same tokens. answer: tokens to decode after
+    the first PROMPT with guesses that are judged together. synthesise: called
     at the end, for the cells of `shape` to be fitted instead of counts. out: where files for AMD's tools go.
 
     Raises ConfigError when the text is too short; UnsupportedModelError and ResourceError for a model that
@@ -151,6 +165,7 @@ def evaluate(
 
     checked = check_text(design, text[: tokens + 1], memory, say)
     differences = checked.differences
+    accuracy = accuracy_of(original, text[: tokens + 1], checked.nats[0]) if original else None
 
     past = KeyValues(integers.spec, design.context)
     if context:
@@ -199,8 +214,9 @@ def evaluate(
         differences=differences,
         tokens=tokens,
         logits_sha256=checked.logits_sha256,
-        perplexity=checked.perplexity,
-        specification_perplexity=checked.specification_perplexity,
+        perplexity=float(np.exp(checked.nats[0].mean())),
+        specification_perplexity=float(np.exp(checked.nats[1].mean())),
+        accuracy=accuracy,
         simulation_core_seconds=checked.seconds,
         cycles_per_token=alone.cycles,
         mbu=alone.mbu,
@@ -238,14 +254,38 @@ def check_text(design: Compiled, text: np.ndarray, memory: MemoryModel, say: Pro
     assert first is not None, "a text has tokens"
     return Checked(
         differences=differences, logits_sha256=digest.hexdigest(), first=first,
-        seconds=time.process_time() - begin,
-        perplexity=float(np.exp(nats[0].mean())), specification_perplexity=float(np.exp(nats[1].mean())),
+        seconds=time.process_time() - begin, nats=(nats[0], nats[1]),
     )  # fmt: skip
+
+
+def accuracy_of(original: Source, text: np.ndarray, nats: np.ndarray) -> Accuracy:
+    """Losses `nats` (T,) of the integers on `text` (T + 1,) beside those of `original` in float32."""
+    from flatout.models.llama import Llama
+
+    llama = Llama(original, as_served=False)
+    hidden = llama.hidden(text[:-1])
+    before = np.concatenate(
+        [
+            logit_losses(llama.head(hidden[at : at + HEAD_ROWS]).numpy(), text[at + 1 : at + 1 + HEAD_ROWS])
+            for at in range(0, len(nats), HEAD_ROWS)
+        ]
+    )
+    more = nats - before
+    return Accuracy(
+        perplexity_original=float(np.exp(before.mean())),
+        nats=float(more.mean()),
+        standard_error=float(more.std(ddof=1) / len(more) ** 0.5),
+    )
 
 
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Negative log-probabilities (T,) of `targets` (T,) under integer `logits` (T, V)."""
-    real = logits.astype(np.float64) / 2.0**FRACTIONS.linear
+    return logit_losses(logits / 2.0**FRACTIONS.linear, targets)
+
+
+def logit_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Negative log-probabilities (T,) of `targets` (T,) under real `logits` (T, V)."""
+    real = logits.astype(np.float64)
     real -= real.max(axis=1, keepdims=True)
     chosen = real[np.arange(len(targets)), targets] - np.log(np.exp(real).sum(axis=1))
     return np.asarray(-chosen)

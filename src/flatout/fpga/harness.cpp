@@ -148,7 +148,7 @@ int64_t simulation_run(void* handle, uint32_t count, const uint32_t* tokens, uin
         for (uint32_t i = 0; i <= top->logit_pair; i++)
           logits[static_cast<size_t>(c) * vocabulary + top->logit_index + i] = words[2 * c + i];
     }
-#ifdef PROBE
+#ifndef NETLIST  // which has no ports for looking inside
     // The last results of an instruction arrive while the next one is being read.
     if (vector_memory && pc != left) {
       const size_t size = static_cast<size_t>(s->columns) * lanes * 2;

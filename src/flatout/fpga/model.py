@@ -133,18 +133,19 @@ def check_shifts(model: IntegerModel) -> None:
 
 def check_supported(spec: ModelSpec) -> None:
     """Raise UnsupportedModelError for what the accelerator has no instruction for."""
-    for what, found, needed in (
-        ("biases of q, k and v", spec.qkv_bias, False),
-        ("norms of q and k", spec.qk_norm, False),
-        ("the activation", spec.activation, "silu"),
-        ("an offset of norm weights", spec.norm_offset, 0.0),
-        ("a factor on embeddings", spec.embedding_scale, 1.0),
-        ("a sliding window", spec.sliding_window, None),
+    for what, setting, needed in (
+        ("no biases of q, k and v", "qkv_bias", False),
+        ("no norms of q and k", "qk_norm", False),
+        ("the activation silu", "activation", "silu"),
+        ("no offset of norm weights", "norm_offset", 0.0),
+        ("no factor on embeddings", "embedding_scale", 1.0),
+        ("no sliding window", "sliding_window", None),
     ):
+        found = getattr(spec, setting)
         if found != needed:
             raise UnsupportedModelError(
-                f"the accelerator runs Llama models ({what}: {needed})",
-                str(found),
+                f"the accelerator runs Llama models, which have {what}",
+                f"{setting}={found}",
                 "a Llama or Mistral 0.3 model",
             )
 

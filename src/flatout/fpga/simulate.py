@@ -1,6 +1,7 @@
 """The RTL as a Python call: Verilator makes a library of it, ctypes calls the library.
 
-A build is kept in the cache under the hash of everything it is made from.
+A build is kept in the cache under the hash of everything it is made from, and Verilator's own library beside
+it, which is the same for every accelerator.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flatout.core.files import write_bytes
 from flatout.core.sources import cache_dir, lock
 from flatout.errors import BackendError, ConfigError
 from flatout.fpga.compile import Compiled, Shape, store_cache
@@ -26,7 +28,7 @@ from flatout.hardware.detect import detect
 from flatout.hardware.verilator import REMEDY, require_verilator
 
 BUILD_SECONDS = 3600
-OPTIMISATION = "OPT_FAST=-O3"
+OPTIMISATION: tuple[str, ...] = ("OPT_FAST=-O3",)
 """Of Verilator's makefile: text on a real model is simulated for longer than its simulator compiles."""
 
 
@@ -81,8 +83,27 @@ def sources() -> dict[str, str]:
 
 def build(shape: Shape, primitives: Path | None = None, netlist: Mapping[str, str] | None = None) -> Path:
     """The library of an accelerator of `shape`; primitives: a file with a DSP48E2, used instead of sums;
-    netlist: Verilog files that take the place of the RTL. Raises BackendError without a simulator or
-    compiler."""
+    netlist: Verilog files that take the place of the RTL. Raises BackendError as build_library does."""
+    texts = sources()
+    if netlist is not None:
+        texts = {"harness.cpp": texts["harness.cpp"], **netlist}
+        return build_library("accelerator", texts, [], "-O1 -DNETLIST")
+    options = ["-DPROBE", *(f"-G{name}={value}" for name, value in parameters(shape).items())]
+    if primitives is not None:
+        options.append("-DUSE_DSP48E2")
+        texts[primitives.name] = primitives.read_text()
+    else:
+        del texts["mac_chain.sv"]
+    options += ["--output-split", "0"]  # one file, which needs no precompiled headers
+    return build_library("accelerator", texts, options)
+
+
+def build_library(
+    top: str, texts: Mapping[str, str], options: Sequence[str], flags: str = "-march=native"
+) -> Path:
+    """The library that Verilator and g++ make of module `top`: `texts` are sources by file name, one of them
+    C++ that calls it; options are Verilator's, flags the compiler's. Raises BackendError without a simulator
+    or compiler, or when one of them fails."""
     verilator = require_verilator()
     missing = [name for name in ("g++", "make", "perl") if shutil.which(name) is None]
     if missing:
@@ -91,28 +112,18 @@ def build(shape: Shape, primitives: Path | None = None, netlist: Mapping[str, st
             "no " + ", ".join(missing),
             REMEDY,
         )
+    flags += " -fPIC -std=c++17"
     options = [
-        "--cc", "--exe", "--build", "-j", "1", "--top-module", "accelerator", "-Wno-fatal", "-Wno-lint",
+        "--cc", "--exe", "--top-module", top, "-Wno-fatal", "-Wno-lint",
         "-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
-        "-CFLAGS", f"{'-O1' if netlist else '-march=native -DPROBE'} -fPIC -std=c++17",
-        "-LDFLAGS", "-shared",
-        "-MAKEFLAGS", f"CXX=g++ LINK=g++ CFG_CXXFLAGS_PCH_I=-include {OPTIMISATION}",
+        "-CFLAGS", flags, "-LDFLAGS", "-shared", *options,
     ]  # fmt: skip
-    texts = sources()
-    if netlist is None:
-        options += ["-DPROBE", *(f"-G{name}={value}" for name, value in parameters(shape).items())]
-        options += ["--output-split", "0"]  # one file, which needs no precompiled headers
-    if netlist is not None:
-        texts = {"harness.cpp": texts["harness.cpp"], **netlist}
-    elif primitives is not None:
-        options.append("-DUSE_DSP48E2")
-        texts[primitives.name] = primitives.read_text()
-    else:
-        del texts["mac_chain.sv"]
-    made_from = (sorted(texts.items()), options, str(verilator.command), detect().name)
-    digest = hashlib.sha256(repr(made_from).encode())
-    folder = cache_dir() / "fpga" / digest.hexdigest()[:24]
-    library = folder / "obj_dir" / "Vaccelerator"
+    make = ["make", "-C", "obj_dir", "-f", f"V{top}.mk", "CXX=g++", "LINK=g++"]
+    make += ["CFG_CXXFLAGS_PCH_I=-include", *OPTIMISATION]
+    compiler = (str(verilator.command), verilator.version, flags, OPTIMISATION, detect().name)
+    folder = cache_dir() / "fpga" / _digest(sorted(texts.items()), options, compiler)
+    runtime = folder.with_name(f"runtime-{_digest(compiler)}")
+    library = folder / "obj_dir" / f"V{top}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder.parent / f"{folder.name}.lock"):
         if library.is_file():
@@ -123,19 +134,37 @@ def build(shape: Shape, primitives: Path | None = None, netlist: Mapping[str, st
         for name, text in texts.items():
             (building / name).write_text(text)
         inputs = [name for name in texts if name.endswith((".sv", ".v", ".cpp"))]
-        try:
-            done = subprocess.run(
-                [str(verilator.command), *options, *inputs], cwd=building,
-                env={**os.environ, **verilator.environment},
-                capture_output=True, text=True, timeout=BUILD_SECONDS, check=False,
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BackendError("Verilator must build the simulation", str(error), REMEDY) from error
-        if done.returncode:
-            lines = [line for line in (done.stderr + done.stdout).splitlines() if "rror" in line]
-            raise BackendError("Verilator must build the simulation", " ".join(lines[:3]), REMEDY)
+        environment = {**os.environ, **verilator.environment}
+        _run([str(verilator.command), *options, *inputs], building, environment)
+        made = building / "obj_dir"
+        for kept in runtime.glob("*.o"):  # younger than what Verilator has just written, so make uses them
+            shutil.copyfile(kept, made / kept.name)
+        _run(make, building, environment)
+        runtime.mkdir(exist_ok=True)
+        for compiled in made.glob("verilated*.o"):
+            if not (runtime / compiled.name).exists():
+                write_bytes(runtime / compiled.name, compiled.read_bytes())
         building.rename(folder)
     return library
+
+
+def _digest(*what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:24]
+
+
+def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    """Run a step of a build in `folder`. Raises BackendError."""
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=BUILD_SECONDS,
+            check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError("Verilator must build the simulation", str(error), REMEDY) from error
+    if done.returncode:
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if "rror" in line]
+        said = " ".join(lines[:3]) or f"exit code {done.returncode} of {command[0]}"
+        raise BackendError("Verilator must build the simulation", said, REMEDY)
 
 
 class Accelerator:

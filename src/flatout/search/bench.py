@@ -36,7 +36,7 @@ from flatout.core.tokenizer import Tokenizer
 from flatout.core.types import Hardware, Workload
 from flatout.engine.cpu import CpuRunner, extension
 from flatout.engine.runner import Runner
-from flatout.errors import BackendError
+from flatout.errors import BackendError, EvidenceError
 from flatout.hardware.ceilings import measure_ceilings
 from flatout.hardware.detect import available_cores, give_back_memory
 from flatout.hardware.energy import EnergyMeter, open_meter
@@ -184,11 +184,20 @@ class CpuBench:
         return self._exact
 
     def _compare(self, exact: Runner, witnesses: Sequence[Cluster]) -> None:
-        """Raise EvidenceError unless `exact` scores these as the reference does."""
-        from flatout.engine.reference import ReferenceRunner  # loads PyTorch
+        """Raise EvidenceError unless `exact` scores these as the reference does and the text means something
+        to the model, and ConfigError that names the linear where its own activations are not finite."""
+        from flatout.compress.inputs import linear_inputs, refuse_nonsense  # loads PyTorch
+        from flatout.engine.reference import ReferenceRunner
 
         reference = ReferenceRunner(self._checkpoint, self._pages, _PAGE)
-        refuse_different(score_model(reference, witnesses), score_model(exact, witnesses))
+        try:
+            scores = score_model(reference, witnesses)
+            refuse_different(scores, score_model(exact, witnesses))
+        except EvidenceError:
+            tokens = np.asarray(witnesses[0].tokens, dtype=np.int64)
+            linear_inputs(self._checkpoint, [tokens], lambda *_: None)
+            raise
+        refuse_nonsense(-float(np.concatenate(scores).mean()), self._checkpoint.spec.vocab_size)
 
     def _serve(self, model: Model) -> CpuRunner:
         return CpuRunner(model, threads=self._threads, num_pages=self._pages)

@@ -4,8 +4,9 @@ Validation passages say which formats keep the budget, an A/B test of the worklo
 opens the sealed passages (verify/vectors.py), and has to beat the engine at original precision and PyTorch,
 which is how sentence-transformers runs the model; otherwise the next one is tried, and in the end the
 original comes back. The artifact is the original's folder, which everything loads as before, with the format
-in flatout.json: our engine rounds to nearest when it loads it. A recipe FORMAT/gptq is calibrated on the
-shipped calibration passages, and its codes are kept beside the folder's weights.
+in flatout.json: our engine rounds to nearest when it loads it. Codes of a recipe FORMAT/gptq are kept beside
+the folder's weights; a recipe that takes weights away (search/encoder_recipes.py) writes a smaller or sparser
+folder of the same kind.
 """
 
 from __future__ import annotations
@@ -20,17 +21,25 @@ from typing import Any
 import numpy as np
 
 from flatout._version import __version__
-from flatout.compress.encoder import compress_encoder, load
+from flatout.compress.encoder import EncoderSource, compress_encoder, load
+from flatout.compress.encoder_reduce import ReducedEncoder, write_encoder
 from flatout.core.encoder import EncoderModel, check_encoder_format
 from flatout.core.encoder_folder import EncoderCheckpoint, open_encoder, save_encoder
 from flatout.core.files import sha256_of, shown
 from flatout.core.formats import parse_format
 from flatout.core.quantized import QuantizedTensor
+from flatout.core.scratch import scratch_folder
 from flatout.core.types import Workload, to_json
 from flatout.data.passages import load_passages, passages_sha256
 from flatout.engine.encoder import Encoder
 from flatout.errors import ConfigError, EvidenceError
 from flatout.hardware.detect import available_cores, detect
+from flatout.search.encoder_recipes import (
+    calibration_texts,
+    encoder_of,
+    parse_encoder_recipe,
+    reduced_encoder,
+)
 from flatout.search.preflight import check_output
 from flatout.search.request import parse_max_loss
 from flatout.search.units import percent, times
@@ -48,8 +57,6 @@ FORMATS = ("w8a8", "w8a8-g64", "w8a8-g32", "w8a16", "w4a16-g32")
 _BATCHES = {"latency": 1, "throughput": 32}
 _TOKENS = 128
 _WORKLOAD = re.compile(r"(?P<tokens>\d{1,4})(x(?P<batch>\d{1,4}))?")
-_METHODS = ("rtn", "gptq")
-_CALIBRATION = 64  # passages
 _ALPHA = 0.05
 _LOOK_S, _RACE_S = 6.0, 12.0  # of an A/B test
 
@@ -66,32 +73,6 @@ class Candidate:
     reason: str = ""
 
 
-def encoder_from_name(source: EncoderCheckpoint, name: str) -> EncoderModel:
-    """The encoder by recipe FORMAT, to nearest, or FORMAT/gptq. Raises ConfigError for another method, and
-    what both methods raise."""
-    fmt, _, method = name.partition("/")
-    _check_recipe(source, name)
-    if method != "gptq":
-        return compress_encoder(source, fmt)
-    from flatout.compress.encoder_gptq import gptq_encoder  # loads PyTorch
-
-    return gptq_encoder(source, fmt, calibration_texts(source))
-
-
-def calibration_texts(source: EncoderCheckpoint) -> list[list[int]]:
-    """Token ids of the shipped passages that calibrate an encoder."""
-    return source.tokenizer().encode_batch([p.text for p in load_passages("calibration")[:_CALIBRATION]])
-
-
-def _check_recipe(source: EncoderCheckpoint, name: str) -> None:
-    fmt, slash, method = name.partition("/")
-    if slash and method not in _METHODS:
-        raise ConfigError(
-            f"after the slash of an encoder stands {' or '.join(_METHODS)}", name, f"{fmt}/gptq"
-        )
-    check_encoder_format(source.spec, parse_format(fmt))
-
-
 class _Search:
     """What every step shares: the checkpoint, its vectors, and encoders by format."""
 
@@ -102,6 +83,7 @@ class _Search:
         self.passages = {split: load_passages(split) for split in ("validation", "holdout")}
         self._encoders: dict[str, Encoder] = {}
         self.models: dict[str, EncoderModel] = {}
+        self._sources: dict[str, EncoderSource] = {}
         self._original: dict[str, np.ndarray] = {}
         tokenizer = checkpoint.tokenizer()
         ids = tokenizer.encode_batch([p.text for p in self.passages["validation"]])
@@ -118,7 +100,10 @@ class _Search:
     def encoder(self, name: str) -> Encoder:
         if name not in self._encoders:
             found = self.checkpoint
-            self.models[name] = encoder_from_name(found, name)
+            recipe = parse_encoder_recipe(name, found.spec)
+            self._sources[name] = reduced_encoder(found, recipe)
+            texts = calibration_texts(found) if recipe.method == "gptq" else []
+            self.models[name] = encoder_of(self._sources[name], recipe, texts)
             self._encoders[name] = Encoder.of(
                 self.models[name],
                 found.tokenizer(),
@@ -127,6 +112,19 @@ class _Search:
                 normalize=True,
             )
         return self._encoders[name]
+
+    def save(self, name: str, out: Path, manifest: Json) -> None:
+        """Write the encoder of recipe `name`, which was made before, as the folder `out`."""
+        recipe, source = parse_encoder_recipe(name, self.checkpoint.spec), self._sources[name]
+        made = self.models[name].weights if recipe.method == "gptq" else {}
+        rounded = {key: weight for key, weight in made.items() if isinstance(weight, QuantizedTensor)}
+        if not isinstance(source, ReducedEncoder):
+            save_encoder(self.checkpoint, out, recipe.format, manifest, rounded)
+            return
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(out.absolute().parent, f".{out.name}.flatout-") as temporary:
+            folder = write_encoder(source, temporary / "reduced")
+            save_encoder(folder, out, recipe.format, manifest, rounded)
 
     def original_vectors(self, split: str) -> np.ndarray:
         """Of the float32 weights, by the plain PyTorch specification, once a split."""
@@ -190,10 +188,10 @@ def optimize_encoder(
     check_output(Path(out), Path(model))
     checkpoint = open_encoder(model)
     search = _Search(checkpoint, threads or available_cores(), work, step or (lambda what, done, of: None))
-    if recipe:
-        _check_recipe(checkpoint, recipe)
+    if recipe is not None:
+        parse_encoder_recipe(recipe, checkpoint.spec)
     sha256 = sha256_of(checkpoint.files)
-    rows = _screen(search, [recipe] if recipe else _fitting(checkpoint), margin)
+    rows = _screen(search, _fitting(checkpoint) if recipe is None else [recipe], margin)
     chosen, verdict, races, k = _prove(search, rows, margin, sha256)
     baseline = races["baseline"]
     passed = verdict.passed and recipe in (None, chosen.format)
@@ -223,10 +221,7 @@ def optimize_encoder(
         "candidates": [to_json(replace(row, validation=None)) | _validation(row) for row in rows],
         "report": None,
     }
-    fmt, _, method = chosen.format.partition("/")
-    made = search.models[chosen.format].weights if method == "gptq" else {}
-    rounded = {name: weight for name, weight in made.items() if isinstance(weight, QuantizedTensor)}
-    save_encoder(checkpoint, Path(out), fmt, {"measurements": result}, rounded)
+    search.save(chosen.format, Path(out), {"measurements": result})
     _check_saved(search, Path(out), chosen.format)
     return result | {"artifact": str(out)}
 
@@ -322,7 +317,7 @@ def _certify(search: _Search, name: str, margin: float, sha256: str) -> tuple[Ve
 def _check_saved(search: _Search, out: Path, name: str) -> None:
     again = load(out, threads=search.threads)
     texts = [text for _, text in pieces_of(search.passages["validation"][:1])]
-    if not isinstance(again, Encoder) or again.runner.spec != search.checkpoint.spec:
+    if not isinstance(again, Encoder) or again.runner.spec != search.models[name].spec:
         raise EvidenceError("a saved encoder must load again", str(out), "report this")
     vectors = again.encode(texts)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

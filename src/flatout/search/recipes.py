@@ -25,10 +25,11 @@ from flatout.core.fuse import Source, float_recipe, native_format, native_recipe
 from flatout.core.spec import ModelSpec
 from flatout.core.structure import SIZES
 from flatout.engine.cpu import check_formats
-from flatout.errors import ConfigError
+from flatout.errors import ConfigError, nearest
 
 ORIGINAL = float_recipe("bf16")
 """The model at original precision as the cpu runner holds it: bf16 weights and cache."""
+_PLACES = ("head", "embedding", "kv", "sparsity", *SIZES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,13 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
     body, _, method = body.partition("/")
     methods = [known for known in METHODS if known != "native"]
     if method not in ("", *methods):
-        raise ConfigError(f"after the slash stands {', '.join(methods)}", repr(method), f"{body}/gptq")
+        near = f"{body}/{nearest(method, methods, 'gptq')}"
+        raise ConfigError(f"after the slash stands {', '.join(methods)}", repr(method), near)
+    places = [change.partition("=")[0] for change in changes]
+    for place in places:
+        if places.count(place) > 1:
+            twice = f"{place}, {places.count(place)} times"
+            raise ConfigError("a recipe names each place once", twice, "one of them")
     if body in ("native", "native-s8"):
         native = _native(source)
         if body == "native-s8":
@@ -72,7 +79,7 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
         recipe = native
     else:
         recipe = _uniform(body, source)
-    if method and parse_format(recipe.layers).is_integer:
+    if method:
         recipe = replace(recipe, method=method)
     if method.startswith("rotate"):  # no blocks of the file are left
         table = eight_bit(source.spec.hidden_size)
@@ -82,15 +89,34 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
         recipe = replace(recipe, head=head, embedding=embedding)
     for change in changes:
         recipe = _changed(recipe, change)
+    if method:
+        _check_method(recipe, name)
     recipe.check(source.spec)
     check_formats(recipe)
     return recipe.renamed(name)
+
+
+def _check_method(recipe: Recipe, name: str) -> None:
+    """Raise ConfigError for a recipe of which its method would change nothing."""
+    formats = [
+        parse_format(fmt)
+        for fmt in (recipe.layers, recipe.head, recipe.embedding, *dict(recipe.overrides).values())
+    ]
+    if not any(fmt.is_integer for fmt in formats):
+        raise ConfigError("a method chooses integer codes", name, f"w4a16-g64/{recipe.method}")
+    if recipe.method == "smooth" and not any(fmt.scales_tokens for fmt in formats):
+        raise ConfigError(
+            "smoothing is for int8 activations that share one scale a token", name, "w8a8/smooth"
+        )
 
 
 def _changed(recipe: Recipe, change: str) -> Recipe:
     place, equals, value = change.partition("=")
     if not equals or not value:
         raise ConfigError("a change is PLACE=FORMAT", repr(change), "layers.*.down=w8a8-g32")
+    if place not in _PLACES and not place.startswith("layers."):
+        rule = f"a change is of {', '.join(_PLACES)}, layers.I or layers.*.LINEAR"
+        raise ConfigError(rule, repr(place), f"{nearest(place, _PLACES, 'head')}={value}")
     if place == "sparsity":
         return replace(recipe, sparsity=value)
     if place in SIZES:

@@ -25,7 +25,7 @@ def saved_recipe(text: str, out: Path) -> Recipe | None:
     Raises ModelFileError for a file that holds none, ConfigError for a candidate that it does not hold.
     """
     path, _, name = text.partition(":")
-    if Path(path).exists():
+    if path and Path(path).exists():
         return _recipe(Path(path), name)
     if is_artifact(out) and text in _candidates(read_json_object(out / MANIFEST)):
         return _recipe(out, text)

@@ -198,7 +198,8 @@ def _decide(losses: Sequence[ClusterLoss], margin: float, level: float) -> tuple
         return bound, -math.inf, "cannot_decide", reason
     bound = ratio_bound(D, n, level)
     lower = -ratio_bound(-D, n, level).upper
-    shown = f"upper bound {_expm1(bound.upper):.2%}, margin {margin:.2%}"
+    most = f"{_expm1(bound.upper):.2%}" if math.isfinite(bound.upper) else "none: too few passages differ"
+    shown = f"upper bound {most}, margin {margin:.2%}"
     if bound.upper < limit:
         return bound, lower, "passed", shown
     if lower >= limit:

@@ -16,6 +16,12 @@ allow for skewness:
     bootstrap-t   delta - q SE, q = the alpha quantile of (delta* - delta) / SE* over resampled
                   clusters (Efron 1981)
 
+Where hardly any cluster differs, resamples that miss them all have no spread and bootstrap-t has no bound:
+it is infinite, and who shows it says so in words. Counts of rare events have a third one:
+
+    poisson       lambda m / sum n, with lambda the exact upper bound of the mean of as many events as
+                  clusters have lost something (Garwood 1936) and m the largest change of one, at least 1
+
 Limits: no bound sees a class of documents of which the text has none, and with fewer than FEWEST_CLUSTERS
 clusters neither bound is trustworthy. Arrays here have the clusters on their last axis; leading axes are
 separate experiments.
@@ -25,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,7 +46,8 @@ _CHUNK = 1024  # resamples handled at once, which bounds memory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """An estimate in nats a token with its one-sided upper bound. method: "cluster-t" or "bootstrap-t"."""
+    """An estimate in nats a token, or a share, with its one-sided upper bound, infinite where none can be
+    made. method: "cluster-t", "bootstrap-t" or "poisson"."""
 
     delta: float
     upper: float
@@ -173,6 +180,23 @@ def ratio_bound(D: np.ndarray, n: np.ndarray, alpha: float) -> Bound:
     t_bound, bootstrap = float(cluster_t_upper(D, n, alpha)), float(bootstrap_t_upper(D, n, alpha))
     method = "bootstrap-t" if bootstrap > t_bound else "cluster-t"
     return Bound(delta=float(delta), upper=max(t_bound, bootstrap), standard_error=float(se), method=method)
+
+
+def share_bound(D: np.ndarray, n: np.ndarray, alpha: float) -> Bound:
+    """As ratio_bound, of D that are differences of counts. Where so few clusters differ that more than alpha
+    of the resamples miss them all, it is the larger of cluster-t and poisson, which what clusters gained does
+    not lower."""
+    found = ratio_bound(D, n, alpha)
+    D, n = np.asarray(D, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    if (1 - np.count_nonzero(D) / len(D)) ** len(D) <= alpha:
+        return found
+    from scipy.special import gammaincinv
+
+    events = gammaincinv(int((D > 0).sum()) + 1, 1 - alpha)
+    poisson = float(events * max(np.abs(D).max(), 1.0) / n.sum())
+    t_bound = float(cluster_t_upper(D, n, alpha))
+    method = "poisson" if poisson > t_bound else "cluster-t"
+    return replace(found, upper=max(poisson, t_bound), method=method)
 
 
 def alpha_k(k: int, alpha: float) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from flatout.core.types import to_json
 from flatout.data.passages import Passage
 from flatout.errors import EvidenceError
-from flatout.verify.statistics import FEWEST_CLUSTERS, ratio_bound
+from flatout.verify.statistics import FEWEST_CLUSTERS, ratio_bound, share_bound
 
 WORDS = 28
 """Of a piece: a sentence or two."""
@@ -91,9 +91,8 @@ def compare(
     """Rows by passage, and which pieces each model places. Raises EvidenceError for vectors that are none."""
     for vectors in (original, optimised):
         if vectors.shape != (len(pieces), original.shape[1]) or not np.isfinite(vectors).all():
-            raise EvidenceError(
-                "every text needs a vector of numbers", str(vectors.shape), "check the model's weights"
-            )
+            found = "infinity or NaN" if vectors.shape == original.shape else str(vectors.shape)
+            raise EvidenceError("every text needs a vector of numbers", found, "check the model's weights")
         if np.abs(np.linalg.norm(vectors, axis=1) - 1).max() > 1e-3:
             raise EvidenceError("vectors that are compared have length 1", "others", "normalize=True")
     names = list(dict.fromkeys(owner for owner, _ in pieces))
@@ -125,7 +124,7 @@ def judge_vectors(
         )
     n = np.array([row.pieces for row in rows], dtype=np.float64)
     far = ratio_bound(np.array([row.distance for row in rows]), n, alpha)
-    lost = ratio_bound(np.array([float(row.lost - row.gained) for row in rows]), n, alpha)
+    lost = share_bound(np.array([float(row.lost - row.gained) for row in rows]), n, alpha)
     shown = f"1 - cosine at most {far.upper:.2%}, {lost.upper:.2%} of the pieces lost, margin {margin:.2%}"
     if far.upper < margin and lost.upper < margin:
         verdict, reason = "passed", shown
