@@ -52,7 +52,7 @@ def test_what_a_weight_has_wrong_is_told_when_all_are_there():
 
 
 def test_a_model_may_go_before_its_weights_are_packed():
-    values = lent(np.zeros((4096, 1024)))  # 16 MB
+    values = lent(np.zeros((1024, 960)))  # 3.75 MiB: two wait
     watched = weakref.ref(values)
     for _ in range(8):
         model = new_model(tiny_spec())
@@ -66,7 +66,7 @@ def test_a_model_may_go_before_its_weights_are_packed():
 
 def test_a_weight_of_more_than_the_queue_holds_is_packed_at_once():
     model = new_model(tiny_spec())
-    values = lent(np.zeros((4096, 4608)))  # 72 MiB
+    values = lent(np.zeros((1024, 2304)))  # 9 MiB
     watched = weakref.ref(values)
     model.set_float("head", values, "bf16")
     del values

@@ -54,7 +54,7 @@ class Handover {
   }
 
  private:
-  static constexpr size_t kMost = 64 << 20;
+  static constexpr size_t kMost = 8 << 20;  // what has been read from a file stays in memory until it is packed
 
   struct Task {
     std::function<void()> run;
