@@ -159,11 +159,11 @@ def main() -> int:
             compare(found, RunnerDriver(runner))
             del runner
         modes = [mode for mode in args.modes.split(",") if mode]
-        python = (
-            Path()
-            if not modes
-            else install(peers.OPENVINO, lambda what, done, of: print(what, file=sys.stderr))
-        )
+
+        def tell(what: str, done: int, of: int) -> None:
+            print(what, file=sys.stderr)
+
+        python = install(peers.OPENVINO, tell) if modes else Path()
         for mode in modes:
             target = convert(
                 mode, python, original, folder,

@@ -190,7 +190,8 @@ def candidates(source: Source) -> list[Candidate]:
     if native is not None:
         why = "the file's own blocks: no weight is rounded again"
         found.append(Candidate(recipe=native, why=why, relative=None if shorter is None else shorter.name))
-    for name, why, relative in (
+    found += _fitting(
+        source,
         ("w8a8-g64", "8-bit codes, a scale for 64 weights", None),
         ("w8a8-g32", "8-bit codes, a scale for 32 weights", "w8a8-g64"),
         ("w8a8", "8-bit codes, a scale a row", None),
@@ -204,12 +205,7 @@ def candidates(source: Source) -> list[Candidate]:
         ("w4a8-g64", "4-bit codes rounded to nearest, a scale for 64 weights", None),
         ("w4a8-g32/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g32"),
         ("w4a8-g64/gptq", "4-bit codes, errors spread by GPTQ", "w4a8-g64"),
-    ):
-        try:
-            recipe = recipe_from_name(name, source)
-        except ConfigError:
-            continue  # a group does not divide a width: this recipe does not fit the model
-        found.append(Candidate(recipe=recipe, why=why, relative=relative))
+    )
     found.append(Candidate(recipe=ORIGINAL, why="original precision"))
     return found
 
@@ -217,15 +213,22 @@ def candidates(source: Source) -> list[Candidate]:
 def calibrated_candidates(source: Source) -> list[Candidate]:
     """Uniform recipes made from what a search for mixed ones has calibrated, so known well before they are
     built."""
+    return _fitting(
+        source,
+        ("w6a16/smooth-gptq", "6-bit codes, a scale a row, errors spread by GPTQ", None),
+        ("w6a8-g64/smooth-gptq", "6-bit codes, a scale for 64 weights, errors spread by GPTQ", None),
+    )
+
+
+def _fitting(source: Source, *rows: tuple[str, str, str | None]) -> list[Candidate]:
+    """Candidates of (name, why, relative), without those whose groups do not divide a width of the model."""
     found = []
-    for name, why in (
-        ("w6a16/smooth-gptq", "6-bit codes, a scale a row, errors spread by GPTQ"),
-        ("w6a8-g64/smooth-gptq", "6-bit codes, a scale for 64 weights, errors spread by GPTQ"),
-    ):
+    for name, why, relative in rows:
         try:
-            found.append(Candidate(recipe=recipe_from_name(name, source), why=why))
+            recipe = recipe_from_name(name, source)
         except ConfigError:
-            continue  # a group does not divide a width
+            continue
+        found.append(Candidate(recipe=recipe, why=why, relative=relative))
     return found
 
 

@@ -232,15 +232,15 @@ class Screen:
         if self.joint is not None:
             for row in self.rows:
                 self._observe(row)
-            self._add_calibrated()
+            self._add_calibrated(self.joint)
 
-    def _add_calibrated(self) -> None:
+    def _add_calibrated(self, joint: Joint) -> None:
         """Join the uniform recipes that are made from the same calibration as found ones."""
         context = self.context
-        if context.request.portable is not None or self.joint is None:
+        if context.request.portable is not None:
             return  # no other engine loads 6 bits
         for candidate in calibrated_candidates(context.bench.source):
-            if self.joint.expected(candidate.recipe) is None:
+            if joint.expected(candidate.recipe) is None:
                 continue  # a format that is not in the space of this model
             memory = memory_bytes(context, candidate.recipe)
             self.rows.append(Row(candidate=candidate, memory_bytes=memory))
