@@ -2,8 +2,11 @@
 
     python benchmarks/record.py demo demo/result.json --command "make demo"
     python benchmarks/record.py bench build/bench.json
+    python benchmarks/record.py fpga build/fpga.json --here verilator --command "flatout fpga ..."
 
 The first argument is the theme, the second the JSON of `flatout optimize --json` or `flatout bench --out`.
+With --here, a result that says neither when nor where (`flatout fpga --json`) was measured here and today,
+with the packages named.
 Writes benchmarks/results/THEME_HARDWARE_DATE.json: command, commit, date, hardware and versions, then the
 result as it was; of a benchmark also its drawing, with .svg for .json. Of absolute paths only the last part
 is kept, since folders of one machine mean nothing elsewhere. docs/benchmarks.md describes the file.
@@ -121,8 +124,11 @@ def main() -> int:
     parser.add_argument("theme", help="what was measured, e.g. demo")
     parser.add_argument("result", type=Path, help="JSON of flatout optimize or flatout bench")
     parser.add_argument("--command", help="the command line that measured it")
+    parser.add_argument("--here", metavar="PACKAGES", help="measured here and today, with these")
     options = parser.parse_args()
     result = json.loads(options.result.read_text(encoding="utf-8"))
+    if options.here is not None:
+        result = {**measured_here(*options.here.split(",")), **result}
     try:
         path = write(options.theme, result, options.command)
     except ValueError as error:

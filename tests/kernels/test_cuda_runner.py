@@ -21,7 +21,7 @@ from flatout.core.formats import Recipe
 from flatout.core.model import Model
 from flatout.engine import cuda, cuda_decode, draft
 from flatout.engine.cuda import CudaRunner, check_formats
-from flatout.engine.cuda_memory import Claim, claim, memory_as_counted, pages_that_fit
+from flatout.engine.cuda_memory import Claim, claim, memory_is_free, pages_that_fit
 from flatout.engine.cuda_weights import check_shapes, load_weights
 from flatout.engine.draft import DraftProposer
 from flatout.engine.engine import Engine
@@ -253,10 +253,10 @@ def test_memory_that_is_gone_after_it_was_counted() -> None:
     said = "CUDA error: out of memory\nCUDA kernel errors might be reported later"
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried 2.00 GiB"), RuntimeError(said)):
         expected = pytest.raises(ResourceError, match=r"stay free .*; found: CUDA .*; try: end what else")
-        with expected as found, memory_as_counted():
+        with expected as found, memory_is_free():
             raise error
         assert "\n" not in str(found.value)
-    with pytest.raises(RuntimeError, match="another"), memory_as_counted():
+    with pytest.raises(RuntimeError, match="another"), memory_is_free():
         raise RuntimeError("another")
 
 

@@ -28,7 +28,7 @@ from flatout.core.model import Model
 from flatout.core.spec import ModelSpec
 from flatout.engine.cuda_attend import StepAttention, brought
 from flatout.engine.cuda_decode import Decoder
-from flatout.engine.cuda_memory import HEAD_ROWS, MAX_STEP_TOKENS, Claim, layers_that_fit, memory_as_counted
+from flatout.engine.cuda_memory import HEAD_ROWS, MAX_STEP_TOKENS, Claim, layers_that_fit, memory_is_free
 from flatout.engine.cuda_ranks import Rank
 from flatout.engine.cuda_stream import StreamedLayers
 from flatout.engine.cuda_weights import GpuWeights, LayerWeights, load_weights
@@ -254,8 +254,10 @@ def _pieces(hidden: Activations) -> list[tuple[Tensor, Tensor | None]]:
     return list(zip(values, scales, strict=True))
 
 
+@memory_is_free()
 def open_device() -> torch.device:
-    """The current GPU. Raises BackendError where there is none that runs the kernels, with the reason."""
+    """The current GPU. Raises BackendError where there is none that runs the kernels, with the reason, and
+    ResourceError where its memory is full."""
     if not torch.cuda.is_available():
         built = torch.version.cuda is not None or torch.version.hip is not None
         raise BackendError(
@@ -284,6 +286,7 @@ def check_formats(recipe: Recipe, card: Card) -> None:
         )
 
 
+@memory_is_free()
 def open_runner(
     model: Model,
     weight_bytes: float,
@@ -305,13 +308,9 @@ def open_runner(
     kv_cache = "fp8" if model.recipe.kv_cache == "fp8" else "bf16"
     compiling = compile_ahead(model.spec, model.recipe, card, page_size)
     try:
-        with memory_as_counted():
-            weights = load_weights(model, device, resident)
-            if (
-                isinstance(weights.layers, StreamedLayers)
-                and (division := weights.layers.divide()) is not None
-            ):
-                print(f"flatout: {division}", file=sys.stderr)
-            return CudaRunner(model.spec, weights, pages, page_size, kv_cache, max_batch)
+        weights = load_weights(model, device, resident)
+        if isinstance(weights.layers, StreamedLayers) and (division := weights.layers.divide()) is not None:
+            print(f"flatout: {division}", file=sys.stderr)
+        return CudaRunner(model.spec, weights, pages, page_size, kv_cache, max_batch)
     finally:
         compiling.join()  # a process may not end while it compiles

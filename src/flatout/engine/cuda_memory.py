@@ -109,15 +109,16 @@ def layers_that_fit(
 
 
 @contextmanager
-def memory_as_counted() -> Iterator[None]:
-    """Raise ResourceError where memory runs out although there was enough when it was counted."""
+def memory_is_free() -> Iterator[None]:
+    """Raise ResourceError where the GPU's memory runs out, because a process cannot even begin to use it or
+    because there was enough only when it was counted."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError, or what the driver said
         if "out of memory" not in str(error):
             raise
         raise ResourceError(
-            "the GPU's memory must stay free from when it is counted until the model is loaded",
+            "the GPU's memory must hold what CUDA itself takes and stay free until the model is loaded",
             str(error).splitlines()[0],
             "end what else uses the GPU, fewer max_tokens, a smaller format or model",
         ) from error

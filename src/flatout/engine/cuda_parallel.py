@@ -21,7 +21,7 @@ from flatout.core.formats import Format
 from flatout.core.model import Model, OnDemand, Shape, Weight
 from flatout.core.spec import ModelSpec
 from flatout.engine.cuda import CudaRunner, check_formats, open_device
-from flatout.engine.cuda_memory import pages_that_fit
+from flatout.engine.cuda_memory import memory_is_free, pages_that_fit
 from flatout.engine.cuda_ranks import Group, Rank
 from flatout.engine.cuda_weights import GpuWeights, load_weights
 from flatout.engine.runner import StepInput, sampled_rows
@@ -210,6 +210,7 @@ def _prove(runner: CudaRunner) -> None:
         runner.rank.prove()
 
 
+@memory_is_free()
 def open_parallel(
     model: Model, gpus: int, weight_bytes: float, tokens: int | None, page_size: int, max_batch: int
 ) -> ParallelRunner:
