@@ -22,7 +22,6 @@ from flatout.core.types import to_json
 from flatout.perf.profile import phase_parts
 from flatout.perf.roofline import step_floor
 from flatout.search.joint import (
-    METHOD,
     Joint,
     Space,
     conflicts,
@@ -62,10 +61,31 @@ def test_stand_ins_time_every_format(space: Space) -> None:
 @given(st.data())
 def test_a_recipe_says_what_was_chosen(data: st.DataObject) -> None:
     chosen = {place: data.draw(st.sampled_from(formats)) for place, formats in FLOAT.choices().items()}
-    recipe = recipe_of(chosen, SPEC, "joint-1")
+    recipe = recipe_of(chosen, SPEC, "joint-1", FLOAT.method)
     assert formats_of(recipe, SPEC) == chosen
     assert recipe_from_json(to_json(recipe)) == recipe
     recipe.check(SPEC)
+
+
+def test_a_model_is_turned_where_it_has_no_blocks_to_lose() -> None:
+    from fake_bench import HARDWARE
+
+    from flatout.core.types import Workload
+
+    assert (FLOAT.method, BLOCKS.method) == ("rotate-smooth-gptq", "smooth-gptq")
+    for space, known in ((FLOAT, {"rotate-gptq", "rotate"}), (BLOCKS, {"gptq", "rtn"})):
+        losses = losses_of(space)
+        joint = Joint(space, losses, losses, HARDWARE, Workload(prompt=1, output=16), 2)
+        for method in ("gptq", "rtn", "rotate-gptq", "rotate"):
+            recipe = Recipe(
+                name="r",
+                layers="w8a16",
+                embedding=space.heads[0],
+                head=space.heads[0],
+                kv_cache="int8",
+                method=method,
+            )
+            assert (joint.expected(recipe) is not None) == (method in known), method
 
 
 def test_what_cannot_be_smoothed_is_not_asked_for() -> None:
@@ -175,8 +195,9 @@ class JointBench(FakeBench):
         self.scale, self.recipes = scale, {ORIGINAL.name: ORIGINAL}
         self.by_place = losses_of(FLOAT)
 
-    def expected_losses(self, choices: Any, calibration: Any, step: Any) -> Any:
+    def expected_losses(self, method: str, choices: Any, calibration: Any, step: Any) -> Any:
         self._call("sensitivity")
+        assert method == "rotate-smooth-gptq"
         return self.by_place, {choice: 3 * loss for choice, loss in self.by_place.items()}
 
     def build(self, recipe: Recipe, calibration: Any, step: Any) -> None:
@@ -184,7 +205,7 @@ class JointBench(FakeBench):
         self.recipes[recipe.name] = recipe
 
     def _loss(self, recipe: Recipe) -> float:
-        three = 1 if recipe.method in (METHOD, "gptq") else 3
+        three = 1 if recipe.by_library or recipe.method == "gptq" else 3
         total = sum(self.by_place.get(choice, 0.5) for choice in formats_of(recipe, SPEC).items())
         return self.scale * three * total
 
@@ -314,7 +335,7 @@ def test_a_slow_minute_does_not_decide(tmp_path: Path) -> None:
 def test_a_uniform_recipe_of_the_same_calibration_joins_when_it_may_keep_the_budget(
     tmp_path: Path, max_loss: str, keeps: bool
 ) -> None:
-    row = rows(run(JointBench(scale=1.0), tmp_path / "out", max_loss=max_loss))["w6a16/smooth-gptq"]
+    row = rows(run(JointBench(scale=1.0), tmp_path / "out", max_loss=max_loss))["w6a16/rotate-smooth-gptq"]
     assert (row["status"] != "rejected") == keeps
     assert keeps or "expected to lose at least" in row["reason"]
 

@@ -1,12 +1,13 @@
 """Library: the weights of one checkpoint in any format, each rounded once, for recipes that mix formats.
 
 Method smooth-gptq: linears whose activations share one int8 scale a token are smoothed (compress/smooth.py),
-and all linears are rounded by GPTQ (compress/gptq.py). Factors and Hessians are those of the original's
-activations, so the codes of a linear depend on its own format and on nothing else in the recipe; where it
-feeds a smoothed linear its rows are divided, and that goes into their scales. That is what lets a search
-change one layer of a candidate and build the rest from what it has.
+and all linears are rounded by GPTQ (compress/gptq.py). rotate-smooth-gptq does so to the model turned
+(compress/rotate.py). Factors and Hessians are those of the original's activations, so the codes of a linear
+depend on its own format and on nothing else in the recipe; where it feeds a smoothed linear its rows are
+divided, and that goes into their scales. That is what lets a search change one layer of a candidate and build
+the rest from what it has.
 
-The formulas and their sources are in those two files. Trade-off: a linear is rounded once and not for what it
+The formulas and their sources are in those files. Trade-off: a linear is rounded once and not for what it
 receives behind those already rounded, so a whole model of one format loses less by plain gptq.
 
 Memory: half of 4 bytes x K^2 for every linear (core.costs.moment_bytes; 200 MB for SmolLM2-135M) and a byte a
@@ -24,6 +25,7 @@ from flatout.compress.gptq import DAMPING, Factor, factorise, round_linear, tria
 from flatout.compress.inputs import linear_inputs
 from flatout.compress.method import Progress, check_rounded
 from flatout.compress.rescale import Rescaled, owner_of, rescaled
+from flatout.compress.rotate import check_no_blocks, turned
 from flatout.compress.rtn import to_nearest, with_scales
 from flatout.compress.smooth import factors_for, smoothable
 from flatout.core.formats import Format, Recipe
@@ -36,19 +38,21 @@ _PASSES = 1  # of refining: a search rounds hundreds of weights, and the first p
 
 
 class Library:
-    """documents: token ids of the calibration text, each a sequence of its own. Raises ConfigError when there
-    is none."""
+    """documents: token ids of the calibration text, each a sequence of its own. rotated: of the model turned,
+    which `source` then is. Raises ConfigError when there is no text."""
 
     def __init__(
         self,
         source: Source,
         documents: Sequence[Sequence[int] | np.ndarray],
         progress: Progress | None = None,
+        rotated: bool = False,
     ) -> None:
         arrays = [np.asarray(document, dtype=np.int64) for document in documents if len(document)]
         if not arrays:
             raise ConfigError("a library needs calibration text", "none", "give token lists")
-        self.source = source
+        self._spec, self._rotated = source.spec, rotated
+        self.source = source = turned(source) if rotated else source
         self._moments: dict[str, np.ndarray] = {}  # upper triangles
         self._rounded: dict[tuple[str, str, bool], QuantizedTensor] = {}
         total = source.spec.num_layers * len(source.spec.linears()) + 1
@@ -104,8 +108,10 @@ class Library:
 
     def model(self, recipe: Recipe, progress: Progress | None = None) -> Model:
         """The model under `recipe`. Embedding and head are rounded to nearest; blocks stay as the file has
-        them."""
-        recipe.check(self.source.spec)
+        them. Raises ConfigError for blocks of a file whose model was turned."""
+        recipe.check(self._spec)
+        if self._rotated:
+            check_no_blocks(recipe)
         names = [name for name in self._smoothing if smoothable(self.source, recipe, name)]
         source = rescaled(self.source, {name: self._smoothing[name] for name in names})
         expected = list(expected_weights(self.source.spec, recipe))
@@ -118,7 +124,7 @@ class Library:
                 weights[name] = to_nearest(source, name, fmt)
                 continue
             weights[name] = _divided(self.rounded(name, name in names, fmt), source, name)
-        return Model(spec=self.source.spec, recipe=recipe, weights=weights)
+        return Model(spec=self._spec, recipe=recipe, weights=weights)
 
 
 def _divided(rounded: QuantizedTensor, source: Rescaled, name: str) -> QuantizedTensor:

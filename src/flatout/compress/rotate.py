@@ -129,20 +129,28 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return found
 
 
-def rotate(source: Source, data: Data, recipe: Recipe, seed: int = 0) -> tuple[Rotated, Report]:
-    """`source` turned by random matrices of `seed`. No text is needed.
-
-    Raises ConfigError for a recipe that takes the file's own blocks, which rotation gives up.
-    """
-    start, spec = time.perf_counter(), source.spec
-    names = {recipe.layers, recipe.embedding, recipe.head, *(fmt for _, fmt in recipe.overrides)}
-    native = sorted(name for name in names if parse_format(name).is_native)
-    if native:
-        raise ConfigError("a rotated model has no blocks of the file left", ", ".join(native), "w8a8-g64")
-    rotated = Rotated(
+def turned(source: Source, seed: int = 0) -> Rotated:
+    """`source` turned by random matrices of `seed`. No text is needed."""
+    spec = source.spec
+    return Rotated(
         spec=replace(spec, tie_embeddings=False),
         original=source,
         residual=orthogonal(spec.hidden_size, seed),
         values=orthogonal(spec.head_dim, seed + 1),
     )
+
+
+def check_no_blocks(recipe: Recipe) -> None:
+    """Raise ConfigError for a recipe that takes the file's own blocks, which rotation gives up."""
+    names = {recipe.layers, recipe.embedding, recipe.head, *(fmt for _, fmt in recipe.overrides)}
+    native = sorted(name for name in names if parse_format(name).is_native)
+    if native:
+        raise ConfigError("a rotated model has no blocks of the file left", ", ".join(native), "w8a8-g64")
+
+
+def rotate(source: Source, data: Data, recipe: Recipe, seed: int = 0) -> tuple[Rotated, Report]:
+    """`source` turned by random matrices of `seed`, for `recipe`. Raises as `check_no_blocks` does."""
+    start = time.perf_counter()
+    check_no_blocks(recipe)
+    rotated = turned(source, seed)
     return rotated, Report(method="rotate", seconds=time.perf_counter() - start, tokens=0, errors={})

@@ -30,7 +30,7 @@ METHODS = (
     "rtn", "gptq", "tune",
     "smooth", "smooth-gptq",
     "awq", "awq-gptq", "awq-tune",
-    "rotate", "rotate-gptq", "rotate-tune",
+    "rotate", "rotate-gptq", "rotate-tune", "rotate-smooth-gptq",
     "native",
 )  # fmt: skip
 """How codes are made: to nearest, by GPTQ, by tuning whole layers, each also behind a change of the model
@@ -194,6 +194,11 @@ class Recipe:
         cuts = any(name != "kv-heads" for name, _ in self.structure)
         scored = bool(self.sparsity) and parse_sparsity(self.sparsity).needs_calibration
         return self.method not in ("rtn", "rotate", "native") or cuts or scored
+
+    @property
+    def by_library(self) -> bool:
+        """Whether linears are rounded apart from each other, by what compress/library.py keeps of a model."""
+        return self.method.endswith("smooth-gptq")
 
     @property
     def reduces(self) -> bool:

@@ -99,7 +99,7 @@ class CpuBench:
         self._pages = max(workload.batch * longest, 2 * (BLOCK // _PAGE)) + 1
         self._built: dict[Recipe, _Built] = {}
         self._sound: WeakSet[Runner] = WeakSet()
-        self._library: Library | None = None
+        self._library: tuple[str, Library] | None = None  # and the method it is of
         self._exact: Runner | None = None  # the original in float32
         self._compared = False  # with the reference
         self._baseline: TransformersBaseline | None = None
@@ -227,8 +227,8 @@ class CpuBench:
         def progress(what: str, done: int, of: int) -> None:
             step(f"{recipe.name}: {what}", done, of)
 
-        if recipe.method == "smooth-gptq" and not recipe.reduces:
-            model = self._calibrated(calibration, progress).model(recipe, progress)
+        if recipe.by_library and not recipe.reduces:
+            model = self._calibrated(recipe.method, calibration, progress).model(recipe, progress)
         else:
             used = calibration[:_CALIBRATION] if recipe.needs_calibration else ()
             keep = cache_dir() / "compress" / self.sha256[:32]
@@ -237,14 +237,15 @@ class CpuBench:
         del model
         give_back_memory()
 
-    def _calibrated(self, calibration: Sequence[Cluster], step: Step) -> Library:
-        """What mixed recipes are made from, calibrated once."""
+    def _calibrated(self, method: str, calibration: Sequence[Cluster], step: Step) -> Library:
+        """What mixed recipes are made from, calibrated once for a method."""
         from flatout.compress.library import Library  # loads PyTorch
 
-        if self._library is None:
+        if self._library is None or self._library[0] != method:
             used = [cluster.tokens for cluster in calibration[:_LIBRARY]]
-            self._library = Library(self._checkpoint, used, step)
-        return self._library
+            rotated = method.startswith("rotate")
+            self._library = method, Library(self._checkpoint, used, step, rotated)
+        return self._library[1]
 
     def table(self, recipes: Sequence[Recipe], hardware: Hardware, workload: Workload, step: Step) -> Table:
         def quiet(
@@ -258,14 +259,14 @@ class CpuBench:
         )
 
     def expected_losses(
-        self, choices: Mapping[str, Sequence[str]], calibration: Sequence[Cluster], step: Step
+        self, method: str, choices: Mapping[str, Sequence[str]], calibration: Sequence[Cluster], step: Step
     ) -> tuple[Losses, Losses] | None:
         from flatout.search.expected import expected_losses  # loads PyTorch
 
         if moment_bytes(self.source.spec) > MOST_MOMENTS:
             return None
         self._exact = None  # sensitivities hold the same weights; it is made again in seconds
-        library = self._calibrated(calibration, step)
+        library = self._calibrated(method, calibration, step)
         give_back_memory()
         rest = [cluster.tokens for cluster in calibration[_LIBRARY:]]
         found = expected_losses(library, rest, choices, step)

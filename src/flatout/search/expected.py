@@ -28,10 +28,10 @@ def expected_losses(
     choices: Mapping[str, Sequence[str]],
     progress: Progress | None = None,
 ) -> tuple[Losses, Losses]:
-    """(smooth-gptq, rounded to nearest): expected nats a token of every choice. Of the 8-bit formats, those
-    whose activations matter in all layers together are corrected by their measured divergence, and others as
-    the 8-bit one with the same activations; what GPTQ leaves of weights as was measured in the format of
-    `SPREAD` with the nearest bits.
+    """(by the library, rounded to nearest): expected nats a token of every choice. Of the 8-bit formats,
+    those whose activations matter in all layers together are corrected by their measured divergence, and
+    others as the 8-bit one with the same activations; what GPTQ leaves of weights as was measured in the
+    format of `SPREAD` with the nearest bits.
 
     documents: calibration token ids, of which a few thousand tokens are used.
     """

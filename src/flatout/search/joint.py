@@ -31,7 +31,7 @@ from flatout.search.context import Losses
 from flatout.search.scale import Observation, by_width, loss_scale, width_of
 from flatout.search.solve import Choice, Conflict, Solution, frontier, solve
 
-METHOD = "smooth-gptq"
+_METHOD, _ROTATED = "smooth-gptq", "rotate-smooth-gptq"
 _SPREAD = {"divergence": 0.08, "loss": 0.15, "listed": 0.25}
 """Of a candidate's expected loss, besides the scale and the error of measuring: standard deviation of its
 divergence, of its loss, and of the loss of a recipe made by another method."""
@@ -60,6 +60,13 @@ class Space:
     linears: Mapping[str, tuple[str, ...]]
     heads: tuple[str, ...]
     caches: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        """How its recipes are made. The model is turned first where it has no blocks of its own to lose:
+        without outliers 6 bits in groups lose two thirds of what they did (docs/log.md)."""
+        names = {*self.heads, *(name for formats in self.linears.values() for name in formats)}
+        return _METHOD if any(parse_format(name).is_native for name in names) else _ROTATED
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         """Place -> formats."""
@@ -103,9 +110,9 @@ def stand_ins(space: Space) -> list[Recipe]:
     return found
 
 
-def recipe_of(formats: Mapping[str, str], spec: ModelSpec, name: str) -> Recipe:
-    """The recipe that gives each place its format, with as few overrides as say it: the commonest format,
-    then whole kinds that differ, then single layers."""
+def recipe_of(formats: Mapping[str, str], spec: ModelSpec, name: str, method: str) -> Recipe:
+    """The recipe by `method` that gives each place its format, with as few overrides as say it: the commonest
+    format, then whole kinds that differ, then single layers."""
     kinds = {kind: [formats[f"layers.{i}.{kind}"] for i in range(spec.num_layers)] for kind in spec.linears()}
     layers = Counter(f for each in kinds.values() for f in each).most_common(1)[0][0]
     overrides = []
@@ -120,7 +127,7 @@ def recipe_of(formats: Mapping[str, str], spec: ModelSpec, name: str) -> Recipe:
         head=formats["head"],
         embedding=formats["head"],
         kv_cache=formats["kv_cache"],
-        method=METHOD,
+        method=method,
         overrides=tuple(overrides),
     )
 
@@ -163,7 +170,7 @@ def place_bytes(spec: ModelSpec, workload: Workload, place: str, name: str) -> f
 
 class Joint:
     """The choice of one search. losses, nearest: expected nats a token of every choice of the space, under
-    smooth-gptq and rounded to nearest."""
+    its method and rounded to nearest."""
 
     def __init__(
         self,
@@ -182,11 +189,16 @@ class Joint:
         self.proposed = 0
 
     def expected(self, recipe: Recipe) -> tuple[float, ...] | None:
-        """Expected loss of a recipe by width, unscaled; None for one that this space does not know."""
+        """Expected loss of a recipe by width, unscaled; None for one that this space does not know: of other
+        formats, or not turned like its own."""
         formats = formats_of(recipe, self.space.spec)
         smoothed = any(parse_format(f).scales_tokens for p, f in formats.items() if p.startswith("layers."))
-        losses = self.losses if recipe.method in ("gptq", METHOD) else self._nearest
-        if (smoothed and recipe.method not in ("smooth", METHOD)) or not formats.items() <= losses.keys():
+        turned = self.space.method == _ROTATED
+        method = recipe.method.removeprefix("rotate").removeprefix("-") if turned else recipe.method
+        if turned != recipe.method.startswith("rotate"):
+            return None
+        losses = self.losses if method in ("gptq", _METHOD) else self._nearest
+        if (smoothed and method not in ("smooth", _METHOD)) or not formats.items() <= losses.keys():
             return None
         return by_width({choice: losses[choice] for choice in formats.items()})
 
@@ -196,7 +208,7 @@ class Joint:
         expected = self.expected(recipe)
         if expected is None:
             return
-        kind = "listed" if recipe.method != METHOD else "divergence" if error is None else "loss"
+        kind = "listed" if not recipe.by_library else "divergence" if error is None else "loss"
         doubt = math.hypot(error or 0.0, _SPREAD[kind] * sum(expected))
         self._seen.append(Observation(expected=expected, measured=measured, error=doubt))
 
@@ -266,4 +278,4 @@ class Joint:
                 break
             careful = min(careful, mean) * budget / at_most
         self.proposed += 1
-        return recipe_of(chosen, self.space.spec, f"joint-{self.proposed}")
+        return recipe_of(chosen, self.space.spec, f"joint-{self.proposed}", self.space.method)

@@ -59,19 +59,19 @@ def prepare(context: Context) -> Prepared | None:
 
 
 def _expected_losses(context: Context, space: Space) -> tuple[Losses, Losses] | None:
-    """Under smooth-gptq and rounded to nearest, computed once for a model and the code."""
+    """Under the space's method and rounded to nearest, computed once for a model and the code."""
     choices, calibration = space.choices(), context.texts.calibration
     parts = ("spread", "nearest")
     key = {
         "model": context.bench.sha256,
         "code": context.bench.code,
-        "method": sha256_of([Path(__file__).with_name(name) for name in _EXPECT]),
+        "method": [space.method, sha256_of([Path(__file__).with_name(name) for name in _EXPECT])],
         "choices": choices,
         "calibration": tokens_sha256(calibration),
     }
 
     def compute() -> dict[str, Any]:
-        found = context.bench.expected_losses(choices, calibration, context.stages.step)
+        found = context.bench.expected_losses(space.method, choices, calibration, context.stages.step)
         return {
             part: [[*choice, loss] for choice, loss in losses.items()]
             for part, losses in zip(parts, found or (), strict=False)

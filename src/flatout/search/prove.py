@@ -17,7 +17,6 @@ from typing import Any
 from flatout.core.formats import Recipe
 from flatout.core.types import Workload
 from flatout.search.context import Context
-from flatout.search.joint import METHOD
 from flatout.search.recipes import ORIGINAL
 from flatout.search.rows import Row
 from flatout.search.screen import NEAR, Screen, original_side
@@ -157,7 +156,7 @@ def _faster_of_two(screen: Screen, finalists: Sequence[Row]) -> tuple[Row, Race 
         row
         for row in finalists[1:]
         if screen.cost(row) <= _RIVAL * screen.cost(first)
-        and METHOD in (first.recipe.method, row.recipe.method)
+        and (first.recipe.by_library or row.recipe.by_library)
     ]
     if not near or context.request.workload.objective in ("memory", "energy"):
         return first, None

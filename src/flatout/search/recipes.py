@@ -210,13 +210,13 @@ def candidates(source: Source) -> list[Candidate]:
     return found
 
 
-def calibrated_candidates(source: Source) -> list[Candidate]:
-    """Uniform recipes made from what a search for mixed ones has calibrated, so known well before they are
-    built."""
+def calibrated_candidates(source: Source, method: str) -> list[Candidate]:
+    """Uniform recipes made by `method` from what a search for mixed ones has calibrated, so known well before
+    they are built."""
     return _fitting(
         source,
-        ("w6a16/smooth-gptq", "6-bit codes, a scale a row, errors spread by GPTQ", None),
-        ("w6a8-g64/smooth-gptq", "6-bit codes, a scale for 64 weights, errors spread by GPTQ", None),
+        (f"w6a16/{method}", "6-bit codes, a scale a row, errors spread by GPTQ", None),
+        (f"w6a8-g64/{method}", "6-bit codes, a scale for 64 weights, errors spread by GPTQ", None),
     )
 
 

@@ -34,11 +34,7 @@ from flatout.perf.predict import (
 from flatout.perf.profile import Profile
 from flatout.perf.tables import add_residuals
 from flatout.search.context import Context
-from flatout.search.joint import (
-    METHOD,
-    Joint,
-    formats_of,
-)
+from flatout.search.joint import Joint, formats_of
 from flatout.search.prepare import prepare
 from flatout.search.recipes import ORIGINAL, Candidate, calibrated_candidates
 from flatout.search.rows import Row, by_suitability, loss_of, memory_bytes, two_standard_errors
@@ -140,7 +136,7 @@ class Screen:
             self._prepare()
         if self.joint is None or self._table is None:
             return
-        if any(row.status == "waiting" and row.recipe.method == METHOD for row in self.rows):
+        if any(row.status == "waiting" and row.recipe.by_library for row in self.rows):
             return
         calibration = self._calibration()
         passed = [row for row in self.rows if row.status == "passed"]
@@ -201,7 +197,7 @@ class Screen:
     def _budget(self) -> float:
         """What a found recipe may lose, nats a token: the room that others of its method had, whose losses
         scatter alike, or else any."""
-        alike = [room for name, room in self._rooms.items() if self.row(name).recipe.method == METHOD]
+        alike = [room for name, room in self._rooms.items() if self.row(name).recipe.by_library]
         return min(alike) if alike else statistics.median(self._rooms.values())
 
     def _predicted(self, recipe: Recipe, calibration: Calibration | None) -> float:
@@ -239,7 +235,7 @@ class Screen:
         context = self.context
         if context.request.portable is not None:
             return  # no other engine loads 6 bits
-        for candidate in calibrated_candidates(context.bench.source):
+        for candidate in calibrated_candidates(context.bench.source, joint.space.method):
             if joint.expected(candidate.recipe) is None:
                 continue  # a format that is not in the space of this model
             memory = memory_bytes(context, candidate.recipe)
