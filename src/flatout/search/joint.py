@@ -193,10 +193,9 @@ class Joint:
         formats, or not turned like its own."""
         formats = formats_of(recipe, self.space.spec)
         smoothed = any(parse_format(f).scales_tokens for p, f in formats.items() if p.startswith("layers."))
-        turned = self.space.method == _ROTATED
-        method = recipe.method.removeprefix("rotate").removeprefix("-") if turned else recipe.method
-        if turned != recipe.method.startswith("rotate"):
+        if recipe.method.startswith("rotate") != (self.space.method == _ROTATED):
             return None
+        method = recipe.method.removeprefix("rotate").removeprefix("-")
         losses = self.losses if method in ("gptq", _METHOD) else self._nearest
         if (smoothed and method not in ("smooth", _METHOD)) or not formats.items() <= losses.keys():
             return None
