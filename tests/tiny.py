@@ -138,6 +138,18 @@ def tiny_source(
     return TinySource(spec, tensors, blocks)
 
 
+def loud_source(spec: ModelSpec) -> TinySource:
+    """`tiny_source` with one channel of the residual stream 30 times as heavy in all that reads it, and that
+    much lighter in the norms."""
+    tensors = {name: array.copy() for name, array in tiny_tensors(spec).items()}
+    for name, array in tensors.items():
+        if name.endswith(tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "gate", "up"))):
+            array[:, 7] *= 30
+        elif name.endswith("layernorm.weight"):
+            array[7] /= 30
+    return TinySource(spec, tensors)
+
+
 def tiny_model(spec: ModelSpec, recipe: Recipe, seed: int = 0) -> Model:
     """A Model of random weights; native formats of the recipe come from random blocks."""
     layers = recipe.layers if parse_format(recipe.layers).is_native else None

@@ -184,7 +184,7 @@ class FakeBench:
         self._call("table")
         return Table(entries=(), interactions={})
 
-    def expected_losses(self, method: str, choices: Any, calibration: Any, step: Any) -> Any:
+    def expected_losses(self, choices: Any, calibration: Any, step: Any, rotated: bool) -> Any:
         self._call("sensitivity")
         return None
 

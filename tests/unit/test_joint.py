@@ -195,9 +195,9 @@ class JointBench(FakeBench):
         self.scale, self.recipes = scale, {ORIGINAL.name: ORIGINAL}
         self.by_place = losses_of(FLOAT)
 
-    def expected_losses(self, method: str, choices: Any, calibration: Any, step: Any) -> Any:
+    def expected_losses(self, choices: Any, calibration: Any, step: Any, rotated: bool) -> Any:
         self._call("sensitivity")
-        assert method == "rotate-smooth-gptq"
+        assert rotated, "as FLOAT is"
         return self.by_place, {choice: 3 * loss for choice, loss in self.by_place.items()}
 
     def build(self, recipe: Recipe, calibration: Any, step: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.tiny import TinySource, tiny_source, tiny_spec
+from tests.tiny import loud_source, tiny_source, tiny_spec
 
 from flatout.compress.apply import compress
 from flatout.compress.gptq import damped, factorise, gptq
@@ -17,6 +17,7 @@ from flatout.compress.rescale import rescaled
 from flatout.core.costs import moment_bytes
 from flatout.core.formats import Recipe, parse_format
 from flatout.core.fuse import float_weight
+from flatout.core.model import Model
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.models.llama import Llama, rms_norm
@@ -41,6 +42,12 @@ def codes(library: Library, which: Recipe, name: str) -> np.ndarray:
     weight = library.model(which).weights[name]
     assert isinstance(weight, QuantizedTensor)
     return weight.codes
+
+
+def assert_same(first: Model, second: Model) -> None:
+    for name, weight in first.weights.items():
+        other = second.weights[name]
+        np.testing.assert_array_equal(getattr(weight, "codes", weight), getattr(other, "codes", other), name)
 
 
 def test_a_linear_by_hand(library: Library) -> None:
@@ -95,10 +102,7 @@ def test_a_mixed_model_computes_what_the_original_does(library: Library) -> None
 
 def test_the_method_alone_makes_the_same_model(library: Library) -> None:
     which = recipe("w8a8", ("layers.1.o", "w4a8-g32"))
-    made = compress(tiny_source(SPEC), which, DOCUMENTS).weights
-    for name, weight in library.model(which).weights.items():
-        other = made[name]
-        np.testing.assert_array_equal(getattr(weight, "codes", weight), getattr(other, "codes", other), name)
+    assert_same(library.model(which), compress(tiny_source(SPEC), which, DOCUMENTS))
 
 
 def test_blocks_of_the_file_stay() -> None:
@@ -119,28 +123,15 @@ def test_blocks_of_the_file_stay() -> None:
 def test_a_turned_model_loses_less_where_channels_are_loud() -> None:
     """One channel of the residual stream 30 times as heavy in what reads it: behind a rotation no group has
     it alone. The method alone makes the same model."""
-    tensors = {name: array.copy() for name, array in tiny_source(SPEC).tensors.items()}
-    for name, array in tensors.items():
-        if name.endswith(
-            ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
-        ):
-            array[:, 7] *= 30
-        elif name.endswith("layernorm.weight"):
-            array[7] /= 30
-    source = TinySource(SPEC, tensors)
+    source = loud_source(SPEC)
     tokens = np.random.default_rng(99).integers(0, SPEC.vocab_size, 96)
     exact = Llama(source).forward(tokens)
     errors = {}
     for method in ("smooth-gptq", "rotate-smooth-gptq"):
         which = replace(recipe("w4a8-g32"), method=method)
-        model = Library(source, DOCUMENTS, rotated=method.startswith("rotate")).model(which)
+        model = Library(source, DOCUMENTS, rotated=which.rotates).model(which)
         assert model.spec == SPEC
-        made = compress(source, which, DOCUMENTS).weights
-        for name, weight in model.weights.items():
-            other = made[name]
-            np.testing.assert_array_equal(
-                getattr(weight, "codes", weight), getattr(other, "codes", other), name
-            )
+        assert_same(model, compress(source, which, DOCUMENTS))
         errors[method] = float((Llama(model, as_served=True).forward(tokens) - exact).norm() / exact.norm())
     assert errors["rotate-smooth-gptq"] < 0.7 * errors["smooth-gptq"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.tiny import TinySource, tiny_source, tiny_spec
+from tests.tiny import loud_source, tiny_source, tiny_spec
 
 from flatout.compress.apply import apply, compress
 from flatout.compress.method import data_of
@@ -54,13 +54,7 @@ def test_outliers_of_the_residual_stream_are_spread() -> None:
     """One channel 30 times as loud in every weight that reads the stream: groups around it lose their levels
     to it, behind a rotation they do not."""
     spec = tiny_spec("llama", num_layers=1)
-    source = tiny_source(spec)
-    tensors = {name: array.copy() for name, array in source.tensors.items()}
-    for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
-        tensors[f"model.layers.0.{part}.weight"][:, 7] *= 30
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        tensors[f"model.layers.0.{norm}.weight"][7] /= 30
-    loud = TinySource(spec, tensors)
+    loud = loud_source(spec)
     tokens = np.random.default_rng(5).integers(0, spec.vocab_size, 60)
     exact = Llama(loud).forward(tokens)
 
@@ -79,8 +73,10 @@ def test_head_and_embedding_become_two_tables() -> None:
     assert not np.array_equal(getattr(head, "codes", head), getattr(embedding, "codes", embedding))
 
 
-def test_blocks_of_the_file_are_refused() -> None:
+@pytest.mark.parametrize("method", ["rotate", "rotate-smooth-gptq"])
+def test_blocks_of_the_file_are_refused(method: str) -> None:
+    """Before anything else is: the second method has no text here."""
     source = tiny_source(tiny_spec("llama"), layers="q4_1", head="q8_0")
-    recipe = Recipe(name="r", layers="w4a16-g32", head="q8_0", embedding="w8a16", method="rotate")
+    recipe = Recipe(name="r", layers="w4a16-g32", head="q8_0", embedding="w8a16", method=method)
     with pytest.raises(ConfigError, match="no blocks of the file left; found: q8_0"):
         compress(source, recipe)

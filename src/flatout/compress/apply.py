@@ -48,8 +48,8 @@ def apply(source: Source, data: Data, recipe: Recipe) -> tuple[Model, Report]:
     fp32 and bf16 weights stay float32 arrays. q4_0, q4_1 and q8_0 take the file's blocks whatever the
     method, and so does any weight that the file already holds in the format asked for. The rest is rounded
     by `recipe.method`; embedding and head always to nearest. smooth-gptq, also behind rotation, is made by
-    compress/library.py.
-    Before that, the recipe's structure is cut and its sparsity made (compress/reduce.py).
+    compress/library.py. Before that the recipe's structure is cut and its sparsity made
+    (compress/reduce.py).
 
     Raises ConfigError for a recipe or a text that does not fit before any work, and, naming the weight, for
     one that rounding has ruined; UnsupportedModelError where blocks are missing.
@@ -71,8 +71,8 @@ def apply(source: Source, data: Data, recipe: Recipe) -> tuple[Model, Report]:
     if recipe.by_library:
         from flatout.compress.library import Library  # loads PyTorch
 
-        start, rotated = time.perf_counter(), recipe.method.startswith("rotate")
-        model = Library(source, data.documents, data.progress, rotated).model(recipe, data.progress)
+        start = time.perf_counter()
+        model = Library(source, data.documents, data.progress, recipe.rotates).model(recipe, data.progress)
         seconds = time.perf_counter() - start
         return model, Report(method=recipe.method, seconds=seconds, tokens=data.tokens, errors={})
     change, _, rounding = recipe.method.rpartition("-")

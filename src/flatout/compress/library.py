@@ -25,7 +25,7 @@ from flatout.compress.gptq import DAMPING, Factor, factorise, round_linear, tria
 from flatout.compress.inputs import linear_inputs
 from flatout.compress.method import Progress, check_rounded
 from flatout.compress.rescale import Rescaled, owner_of, rescaled
-from flatout.compress.rotate import check_no_blocks, turned
+from flatout.compress.rotate import turned
 from flatout.compress.rtn import to_nearest, with_scales
 from flatout.compress.smooth import factors_for, smoothable
 from flatout.core.formats import Format, Recipe
@@ -51,7 +51,7 @@ class Library:
         arrays = [np.asarray(document, dtype=np.int64) for document in documents if len(document)]
         if not arrays:
             raise ConfigError("a library needs calibration text", "none", "give token lists")
-        self._spec, self._rotated = source.spec, rotated
+        self._spec, self.rotated = source.spec, rotated
         self.source = source = turned(source) if rotated else source
         self._moments: dict[str, np.ndarray] = {}  # upper triangles
         self._rounded: dict[tuple[str, str, bool], QuantizedTensor] = {}
@@ -108,13 +108,11 @@ class Library:
 
     def model(self, recipe: Recipe, progress: Progress | None = None) -> Model:
         """The model under `recipe`. Embedding and head are rounded to nearest; blocks stay as the file has
-        them. Raises ConfigError for blocks of a file whose model was turned."""
+        them."""
         recipe.check(self._spec)
-        if self._rotated:
-            check_no_blocks(recipe)
         names = [name for name in self._smoothing if smoothable(self.source, recipe, name)]
         source = rescaled(self.source, {name: self._smoothing[name] for name in names})
-        expected = list(expected_weights(self.source.spec, recipe))
+        expected = list(expected_weights(self._spec, recipe))
         weights: dict[str, Weight] = {}
         for done, (name, _, fmt) in enumerate(expected):
             if progress is not None:

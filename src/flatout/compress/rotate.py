@@ -27,11 +27,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flatout.compress.method import Data, Report
-from flatout.core.formats import Recipe, parse_format
+from flatout.core.formats import Recipe
 from flatout.core.fuse import Source
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.spec import ModelSpec
-from flatout.errors import ConfigError
 
 _READS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
@@ -140,17 +139,8 @@ def turned(source: Source, seed: int = 0) -> Rotated:
     )
 
 
-def check_no_blocks(recipe: Recipe) -> None:
-    """Raise ConfigError for a recipe that takes the file's own blocks, which rotation gives up."""
-    names = {recipe.layers, recipe.embedding, recipe.head, *(fmt for _, fmt in recipe.overrides)}
-    native = sorted(name for name in names if parse_format(name).is_native)
-    if native:
-        raise ConfigError("a rotated model has no blocks of the file left", ", ".join(native), "w8a8-g64")
-
-
 def rotate(source: Source, data: Data, recipe: Recipe, seed: int = 0) -> tuple[Rotated, Report]:
-    """`source` turned by random matrices of `seed`, for `recipe`. Raises as `check_no_blocks` does."""
+    """`source` turned by random matrices of `seed`, whatever is made of it."""
     start = time.perf_counter()
-    check_no_blocks(recipe)
     rotated = turned(source, seed)
     return rotated, Report(method="rotate", seconds=time.perf_counter() - start, tokens=0, errors={})

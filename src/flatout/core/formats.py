@@ -196,6 +196,11 @@ class Recipe:
         return self.method not in ("rtn", "rotate", "native") or cuts or scored
 
     @property
+    def rotates(self) -> bool:
+        """Whether the model is turned before it is rounded (compress/rotate.py)."""
+        return self.method.startswith("rotate")
+
+    @property
     def by_library(self) -> bool:
         """Whether linears are rounded apart from each other, by what compress/library.py keeps of a model."""
         return self.method.endswith("smooth-gptq")
@@ -219,9 +224,16 @@ class Recipe:
         return parse_format(chosen)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ConfigError for a structure or a layer that a model of `spec` does not have, and for groups
-        that do not divide a width, listing every place."""
+        """Raise ConfigError for a structure or a layer that a model of `spec` does not have, for groups that
+        do not divide a width, listing every place, and for blocks of the file, which rotation gives up."""
         spec = self.child(spec)
+        if self.rotates:
+            names = {self.layers, self.embedding, self.head, *(fmt for _, fmt in self.overrides)}
+            native = sorted(name for name in names if parse_format(name).is_native)
+            if native:
+                raise ConfigError(
+                    "a rotated model has no blocks of the file left", ", ".join(native), "w8a8-g64"
+                )
         for pattern, _ in self.overrides:
             layer = pattern.split(".")[1]
             if layer != "*" and int(layer) >= spec.num_layers:

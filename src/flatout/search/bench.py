@@ -99,7 +99,7 @@ class CpuBench:
         self._pages = max(workload.batch * longest, 2 * (BLOCK // _PAGE)) + 1
         self._built: dict[Recipe, _Built] = {}
         self._sound: WeakSet[Runner] = WeakSet()
-        self._library: tuple[str, Library] | None = None  # and the method it is of
+        self._library: Library | None = None
         self._exact: Runner | None = None  # the original in float32
         self._compared = False  # with the reference
         self._baseline: TransformersBaseline | None = None
@@ -228,7 +228,7 @@ class CpuBench:
             step(f"{recipe.name}: {what}", done, of)
 
         if recipe.by_library and not recipe.reduces:
-            model = self._calibrated(recipe.method, calibration, progress).model(recipe, progress)
+            model = self._calibrated(recipe.rotates, calibration, progress).model(recipe, progress)
         else:
             used = calibration[:_CALIBRATION] if recipe.needs_calibration else ()
             keep = cache_dir() / "compress" / self.sha256[:32]
@@ -237,15 +237,14 @@ class CpuBench:
         del model
         give_back_memory()
 
-    def _calibrated(self, method: str, calibration: Sequence[Cluster], step: Step) -> Library:
-        """What mixed recipes are made from, calibrated once for a method."""
+    def _calibrated(self, rotated: bool, calibration: Sequence[Cluster], step: Step) -> Library:
+        """What mixed recipes are made from, calibrated once as long as all of them are turned or none is."""
         from flatout.compress.library import Library  # loads PyTorch
 
-        if self._library is None or self._library[0] != method:
+        if self._library is None or self._library.rotated != rotated:
             used = [cluster.tokens for cluster in calibration[:_LIBRARY]]
-            rotated = method.startswith("rotate")
-            self._library = method, Library(self._checkpoint, used, step, rotated)
-        return self._library[1]
+            self._library = Library(self._checkpoint, used, step, rotated)
+        return self._library
 
     def table(self, recipes: Sequence[Recipe], hardware: Hardware, workload: Workload, step: Step) -> Table:
         def quiet(
@@ -259,14 +258,18 @@ class CpuBench:
         )
 
     def expected_losses(
-        self, method: str, choices: Mapping[str, Sequence[str]], calibration: Sequence[Cluster], step: Step
+        self,
+        choices: Mapping[str, Sequence[str]],
+        calibration: Sequence[Cluster],
+        step: Step,
+        rotated: bool = False,
     ) -> tuple[Losses, Losses] | None:
         from flatout.search.expected import expected_losses  # loads PyTorch
 
         if moment_bytes(self.source.spec) > MOST_MOMENTS:
             return None
         self._exact = None  # sensitivities hold the same weights; it is made again in seconds
-        library = self._calibrated(method, calibration, step)
+        library = self._calibrated(rotated, calibration, step)
         give_back_memory()
         rest = [cluster.tokens for cluster in calibration[_LIBRARY:]]
         found = expected_losses(library, rest, choices, step)

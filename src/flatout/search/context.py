@@ -84,10 +84,14 @@ class Bench(Protocol):
         ...
 
     def expected_losses(
-        self, method: str, choices: Mapping[str, Sequence[str]], calibration: Sequence[Cluster], step: Step
+        self,
+        choices: Mapping[str, Sequence[str]],
+        calibration: Sequence[Cluster],
+        step: Step,
+        rotated: bool = False,
     ) -> tuple[Losses, Losses] | None:
-        """Expected loss of every (place, format) under `method`, one of compress/library.py, and rounded to
-        nearest; None for a model too large for that here."""
+        """Expected loss of every (place, format) by compress/library.py and rounded to nearest, of the model
+        turned if `rotated`; None for a model too large for that here."""
         ...
 
     def build(self, recipe: Recipe, calibration: Sequence[Cluster], step: Step) -> None:

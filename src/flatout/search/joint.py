@@ -31,7 +31,7 @@ from flatout.search.context import Losses
 from flatout.search.scale import Observation, by_width, loss_scale, width_of
 from flatout.search.solve import Choice, Conflict, Solution, frontier, solve
 
-_METHOD, _ROTATED = "smooth-gptq", "rotate-smooth-gptq"
+_METHOD = "smooth-gptq"
 _SPREAD = {"divergence": 0.08, "loss": 0.15, "listed": 0.25}
 """Of a candidate's expected loss, besides the scale and the error of measuring: standard deviation of its
 divergence, of its loss, and of the loss of a recipe made by another method."""
@@ -62,11 +62,16 @@ class Space:
     caches: tuple[str, ...]
 
     @property
-    def method(self) -> str:
-        """How its recipes are made. The model is turned first where it has no blocks of its own to lose:
-        without outliers 6 bits in groups lose two thirds of what they did (docs/log.md)."""
+    def rotated(self) -> bool:
+        """Whether the model is turned before its recipes are made: where it has no blocks of its own to
+        lose. Without outliers 6 bits in groups lose half of what they did (docs/log.md)."""
         names = {*self.heads, *(name for formats in self.linears.values() for name in formats)}
-        return _METHOD if any(parse_format(name).is_native for name in names) else _ROTATED
+        return not any(parse_format(name).is_native for name in names)
+
+    @property
+    def method(self) -> str:
+        """How its recipes are made."""
+        return f"rotate-{_METHOD}" if self.rotated else _METHOD
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         """Place -> formats."""
@@ -193,7 +198,7 @@ class Joint:
         formats, or not turned like its own."""
         formats = formats_of(recipe, self.space.spec)
         smoothed = any(parse_format(f).scales_tokens for p, f in formats.items() if p.startswith("layers."))
-        if recipe.method.startswith("rotate") != (self.space.method == _ROTATED):
+        if recipe.rotates != self.space.rotated:
             return None
         method = recipe.method.removeprefix("rotate").removeprefix("-")
         losses = self.losses if method in ("gptq", _METHOD) else self._nearest
@@ -207,7 +212,7 @@ class Joint:
         expected = self.expected(recipe)
         if expected is None:
             return
-        kind = "listed" if not recipe.by_library else "divergence" if error is None else "loss"
+        kind = ("divergence" if error is None else "loss") if recipe.by_library else "listed"
         doubt = math.hypot(error or 0.0, _SPREAD[kind] * sum(expected))
         self._seen.append(Observation(expected=expected, measured=measured, error=doubt))
 

@@ -65,13 +65,14 @@ def _expected_losses(context: Context, space: Space) -> tuple[Losses, Losses] | 
     key = {
         "model": context.bench.sha256,
         "code": context.bench.code,
-        "method": [space.method, sha256_of([Path(__file__).with_name(name) for name in _EXPECT])],
+        "method": sha256_of([Path(__file__).with_name(name) for name in _EXPECT]),
+        "rotated": space.rotated,
         "choices": choices,
         "calibration": tokens_sha256(calibration),
     }
 
     def compute() -> dict[str, Any]:
-        found = context.bench.expected_losses(space.method, choices, calibration, context.stages.step)
+        found = context.bench.expected_losses(choices, calibration, context.stages.step, space.rotated)
         return {
             part: [[*choice, loss] for choice, loss in losses.items()]
             for part, losses in zip(parts, found or (), strict=False)

@@ -81,7 +81,7 @@ def recipe_from_name(name: str, source: Source) -> Recipe:
         recipe = _uniform(body, source)
     if method:
         recipe = replace(recipe, method=method)
-    if method.startswith("rotate"):  # no blocks of the file are left
+    if recipe.rotates:  # no blocks of the file are left
         table = eight_bit(source.spec.hidden_size)
         head, embedding = (
             table if parse_format(fmt).is_native else fmt for fmt in (recipe.head, recipe.embedding)
