@@ -209,10 +209,11 @@ def row_recipe(name: str, source: Checkpoint) -> Recipe:
 def encoder_bits(name: str, encoder: EncoderModel) -> float:
     """As bits_per_weight, of rows of the hidden size."""
     sparsity = name.partition(",sparsity=")[2]
+    usual = parse_format(encoder.formats.usual)
     if sparsity and (pattern := parse_sparsity(sparsity)).of:
-        return encoder.format.bits * pattern.kept / pattern.of + 1
+        return usual.bits * pattern.kept / pattern.of + 1
     width = encoder.spec.hidden_size
-    return encoder.format.weight_bytes(1, width) * 8 / width
+    return usual.weight_bytes(1, width) * 8 / width
 
 
 def encoder_rows(model: str, names: Sequence[str], threads: int) -> list[dict[str, Any]]:

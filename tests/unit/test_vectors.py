@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from flatout.engine.encoder import Encoder
 from flatout.errors import ConfigError, EvidenceError, ModelFileError
 from flatout.report.optimize import optimize
 from flatout.search import encoder as module
-from flatout.search.encoder_recipes import encoder_from_name
+from flatout.search.encoder_recipes import encoder_from_name, parse_encoder_recipe
 from flatout.verify.speed import ab_test
 from flatout.verify.vectors import compare, examine_vectors, pieces_of, placed
 
@@ -108,7 +109,9 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dic
     monkeypatch.setenv("FLATOUT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "load_passages", lambda split: load_passages(split)[:40])
     monkeypatch.setattr(module, "ab_test", lambda a, b, max_seconds: faster(b, b))
-    folder = tiny_encoder_folder(tmp_path / "model", tiny_encoder_spec(), max_seq_length=64)
+    folder = tiny_encoder_folder(
+        tmp_path / "model", tiny_encoder_spec(intermediate_size=128), max_seq_length=64
+    )
     out = tmp_path / "out"
     return out, optimize(folder, out, max_loss="5%", workload="16x2", threads=1)
 
@@ -127,13 +130,41 @@ def test_an_encoder_is_optimised(searched: tuple[Path, dict[str, Any]]) -> None:
     assert result["quality"]["distance_upper"] < 0.05
     assert result["speedup"]["texts"] > 5
     manifest = json.loads((out / "flatout.json").read_text())
-    assert manifest["encoder"]["format"] == result["optimized"]["name"]
+    recipe, source = result["optimized"]["recipe"], open_encoder(out.parent / "model")
+    assert manifest["encoder"]["format"] == parse_encoder_recipe(recipe, source.spec).format
     again = flatout.load(out, threads=1)
     assert isinstance(again, Encoder)
-    same = flatout.load(out.parent / "model", threads=1, format=result["optimized"]["name"])
-    assert isinstance(same, Encoder)
-    np.testing.assert_array_equal(again.encode(["the sea was grey"]), same.encode(["the sea was grey"]))
+    made = Encoder.of(encoder_from_name(source, recipe), source.tokenizer(), threads=1)
+    np.testing.assert_array_equal(again.encode(["the sea was grey"]), made.encode(["the sea was grey"]))
     assert (out / "model.safetensors").read_bytes() == (out.parent / "model/model.safetensors").read_bytes()
+
+
+def test_found_mixtures_are_candidates_with_what_was_expected(searched: tuple[Path, dict[str, Any]]) -> None:
+    _, result = searched
+    found = [row for row in result["candidates"] if row["expected"] is not None]
+    assert [row["name"] for row in found] == [f"joint-{i + 1}" for i in range(len(found))]
+    assert found
+    for row in found:
+        assert "layers." in row["recipe"]
+        assert row["expected"]["seconds"] > 0
+        # The pieces are the same; errors of eight linears do not all add up.
+        assert row["validation"]["distance"] == pytest.approx(row["expected"]["distance"], rel=0.5)
+
+
+def test_what_is_unlikely_to_be_certified_is_opened_last() -> None:
+    """Speed decides between those that are likely to pass, and loss between those of one speed."""
+
+    def row(name: str, seconds: float, distance: float, upper: float) -> module.Candidate:
+        known = SimpleNamespace(distance=distance, lost_share=0.0, lost_upper=upper, margin=0.01, alpha=0.05)
+        return module.Candidate(name=name, recipe=name, weight_bytes=0, seconds=seconds, validation=known)  # type: ignore[arg-type]
+
+    rows = [
+        row("luck", 1.0, 3e-3, 0.012),  # as likely to lose one piece in a hundred as not
+        row("slow", 1.5, 1e-4, 0.004),
+        row("alike", 1.21, 1e-3, 0.005),
+        row("quick", 1.2, 2e-3, 0.005),
+    ]
+    assert [one.name for one in module._by_promise(rows)] == ["alike", "quick", "slow", "luck"]
 
 
 def test_an_encoder_with_weights_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

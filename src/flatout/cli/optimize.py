@@ -206,7 +206,7 @@ def _encoder_summary(result: Mapping[str, Any]) -> str:
             "",
             aligned(rows),
             "",
-            f"format {result['optimized']['name']}; against PyTorch: {times(result['speedup']['texts'])} "
+            f"recipe {result['optimized']['recipe']}; against PyTorch: {times(result['speedup']['texts'])} "
             f"({times(low)} to {times(high)})",
             f"certificate {quality['verdict'].replace('_', ' ')}: {len(quality['passages'])} passages, "
             f"{quality['pieces']:,} pieces, opening {quality['k']}; accuracy "

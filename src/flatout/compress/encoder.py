@@ -12,11 +12,12 @@ from flatout.compress.rtn import round_to_nearest
 from flatout.core.encoder import (
     EncoderModel,
     EncoderSpec,
-    check_encoder_format,
+    check_encoder_formats,
     expected_encoder_weights,
+    parse_encoder_formats,
 )
 from flatout.core.encoder_folder import is_encoder, open_encoder, saved_format, saved_weights
-from flatout.core.formats import Recipe, parse_format
+from flatout.core.formats import Recipe
 from flatout.core.model import Weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.engine import load as decoders
@@ -39,22 +40,26 @@ class EncoderSource(Protocol):
 
 
 def compress_encoder(
-    source: EncoderSource, name: str, rounded: Mapping[str, QuantizedTensor] | None = None
+    source: EncoderSource,
+    name: str,
+    rounded: Mapping[str, QuantizedTensor] | None = None,
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> EncoderModel:
-    """The encoder with its linears in format `name`: fp32, bf16, or w{8,6,5,4}a{8,16} rounded to nearest.
+    """The encoder with its linears in the formats `name` (core.encoder.parse_encoder_formats): fp32, bf16, or
+    w{8,6,5,4}a{8,16} rounded to nearest.
 
-    rounded: linears by fused name that another method has rounded already. Raises ConfigError for another
-    format, or one whose groups do not divide a width, before any work.
+    rounded: linears by fused name that another method has rounded already; factors: of EncoderModel. Raises
+    ConfigError for another format, or one whose groups do not divide a width, before any work.
     """
-    fmt = parse_format(name)
-    check_encoder_format(source.spec, fmt)
+    formats = parse_encoder_formats(name)
+    check_encoder_formats(source.spec, formats)
     weights: dict[str, Weight] = dict(rounded or {})
-    for fused, _, how in expected_encoder_weights(source.spec, fmt):
+    for fused, _, how in expected_encoder_weights(source.spec, formats):
         if fused in weights:
             continue
         array = source.array(fused)
         weights[fused] = round_to_nearest(array, how, search_clip=how.bits < 8) if how.is_integer else array
-    return EncoderModel(spec=source.spec, format=fmt, weights=weights)
+    return EncoderModel(spec=source.spec, formats=formats, weights=weights, factors=factors or {})
 
 
 def load(
@@ -73,8 +78,8 @@ def load(
 
     Decoders are loaded by `flatout.engine.load.load`, whose arguments these are. An encoder takes runner,
     threads and `format`, the number format of its linears: by default what `flatout optimize` chose, or else
-    "bf16"; "fp32", "w8a8", "w8a16" and the other integer formats are rounded to nearest when it is loaded,
-    but for weights that the folder keeps rounded by another method.
+    "bf16"; "fp32", "w8a8", "w8a16" and the other integer formats, or "w8a8,layers.*.qkv=w8a8-g32", are
+    rounded to nearest when it is loaded, but for weights that the folder keeps rounded by another method.
     Raises ConfigError for an argument that the model has no use for.
     """
     if not is_encoder(model):
@@ -97,8 +102,8 @@ def load(
     checkpoint = open_encoder(model)
     tokenizer = checkpoint.tokenizer()
     saved = None if format else saved_format(checkpoint.path)  # which checks all hashes first
-    rounded = saved_weights(checkpoint.path) if saved else None
-    compressed = compress_encoder(checkpoint, format or saved or DEFAULT_FORMAT, rounded)
+    rounded, factors = saved_weights(checkpoint.path) if saved else (None, None)
+    compressed = compress_encoder(checkpoint, format or saved or DEFAULT_FORMAT, rounded, factors)
     chosen = decoders.choose_runner(runner)
     return Encoder.of(
         compressed,

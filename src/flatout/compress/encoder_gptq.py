@@ -26,43 +26,21 @@ from flatout.compress.inputs import check_activations
 from flatout.compress.layers import dequantized
 from flatout.compress.method import check_rounded, check_weight
 from flatout.compress.prune import FEWEST_TOKENS
-from flatout.core.encoder import EncoderModel, check_encoder_format
-from flatout.core.formats import Format, parse_format
+from flatout.core.encoder import (
+    EncoderFormats,
+    EncoderModel,
+    EncoderSpec,
+    check_encoder_formats,
+    parse_encoder_formats,
+)
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError
 from flatout.models.bert import Bert
 
 
-class _Rounding(Bert):
-    """The encoder, whose linears are rounded when all texts first pass them: `rounded` by fused name."""
-
-    def __init__(self, source: EncoderSource, fmt: Format) -> None:
-        super().__init__(compress_encoder(source, "fp32"))
-        self._fmt = fmt
-        self.rounded: dict[str, QuantizedTensor] = {}
-
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        weight = self._vector(name)
-        check_weight(name, weight.numpy())
-        hessian = x.T @ x / len(x)
-        check_activations(name, hessian)
-        rounded = round_linear(weight, hessian, self._fmt)
-        check_rounded(name, rounded, weight.numpy)
-        self.rounded[name] = rounded
-        return x @ dequantized(rounded, x.device).T + self._vector(f"{name}_bias")
-
-
-@torch.no_grad()
-def gptq_encoder(source: EncoderSource, name: str, texts: Iterable[Sequence[int]]) -> EncoderModel:
-    """The encoder with its linears in the integer format `name`. texts: token ids of one text each.
-
-    Raises ConfigError for a format that does not fit, too little text and ids that are not the model's; and,
-    naming the linear, for what is not finite or rounded to constants.
-    """
-    fmt, spec = parse_format(name), source.spec
-    check_encoder_format(spec, fmt)
-    if not fmt.is_integer:
-        raise ConfigError("gptq chooses integer codes", name, "w4a16-g32")
+def checked_texts(texts: Iterable[Sequence[int]], spec: EncoderSpec) -> list[Tensor]:
+    """Token ids (T,) of each text that has any. Raises ConfigError for too few tokens in all to calibrate
+    with, and for ids that are not the model's."""
     given = [torch.tensor(np.asarray(ids, dtype=np.int64)) for ids in texts if len(ids)]
     total = sum(len(ids) for ids in given)
     if total < FEWEST_TOKENS:
@@ -70,6 +48,40 @@ def gptq_encoder(source: EncoderSource, name: str, texts: Iterable[Sequence[int]
     low, high = min(int(ids.min()) for ids in given), max(int(ids.max()) for ids in given)
     if low < 0 or high >= spec.vocab_size:
         raise ConfigError(f"token ids are 0..{spec.vocab_size - 1}", f"{low}..{high}", "its own tokenizer")
-    rounding = _Rounding(source, fmt)
+    return given
+
+
+class _Rounding(Bert):
+    """The encoder, whose linears are rounded when all texts first pass them: `rounded` by fused name."""
+
+    def __init__(self, source: EncoderSource, formats: EncoderFormats) -> None:
+        super().__init__(compress_encoder(source, "fp32"))
+        self._formats = formats
+        self.rounded: dict[str, QuantizedTensor] = {}
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        weight = self._vector(name)
+        check_weight(name, weight.numpy())
+        hessian = x.T @ x / len(x)
+        check_activations(name, hessian)
+        rounded = round_linear(weight, hessian, self._formats.at(name))
+        check_rounded(name, rounded, weight.numpy)
+        self.rounded[name] = rounded
+        return x @ dequantized(rounded, x.device).T + self._vector(f"{name}_bias")
+
+
+@torch.no_grad()
+def gptq_encoder(source: EncoderSource, name: str, texts: Iterable[Sequence[int]]) -> EncoderModel:
+    """The encoder with its linears in the integer formats `name`. texts: token ids of one text each.
+
+    Raises ConfigError for a format that does not fit, too little text and ids that are not the model's; and,
+    naming the linear, for what is not finite or rounded to constants.
+    """
+    formats, spec = parse_encoder_formats(name), source.spec
+    check_encoder_formats(spec, formats)
+    if not formats.of(0, "qkv").is_integer:
+        raise ConfigError("gptq chooses integer codes", name, "w4a16-g32")
+    given = checked_texts(texts, spec)
+    rounding = _Rounding(source, formats)
     rounding.hidden(torch.cat(given), [len(ids) for ids in given])
     return compress_encoder(source, name, rounding.rounded)

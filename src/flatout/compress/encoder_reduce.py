@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from flatout.compress.encoder import compress_encoder
+from flatout.compress.encoder_gptq import checked_texts
 from flatout.compress.inputs import check_activations
-from flatout.compress.prune import FEWEST_TOKENS, Statistics, prune_weight
+from flatout.compress.prune import Statistics, prune_weight
 from flatout.compress.structure import most
 from flatout.compress.vocabulary import kept_of, trimmed_contents
 from flatout.core.encoder import EncoderSpec, encoder_weight_names, fused_tensors
@@ -115,9 +116,9 @@ class _Watched(Bert):
             cosine = torch.nn.functional.cosine_similarity(self._entered, x, dim=1)
             self.influence[layer] += float((1 - cosine).sum())
 
-    def watch(self, ids: Sequence[int]) -> None:
+    def watch(self, ids: Tensor) -> None:
         self._entered = None
-        self._left(self.spec.num_layers - 1, self.hidden(torch.tensor(list(ids))))
+        self._left(self.spec.num_layers - 1, self.hidden(ids))
         self.tokens += len(ids)
 
 
@@ -125,19 +126,8 @@ class _Watched(Bert):
 def _watched(source: ReducedEncoder, texts: Iterable[Sequence[int]]) -> _Watched:
     """Raises ConfigError for too little text and ids that are not the model's."""
     found = _Watched(source)
-    for ids in texts:
-        if len(ids) and not 0 <= min(ids) <= max(ids) < source.spec.vocab_size:
-            raise ConfigError(
-                f"token ids are 0..{source.spec.vocab_size - 1}",
-                f"{min(ids)}..{max(ids)}",
-                "its own tokenizer",
-            )
-        if len(ids):
-            found.watch(ids)
-    if found.tokens < FEWEST_TOKENS:
-        raise ConfigError(
-            f"calibration needs at least {FEWEST_TOKENS} tokens", str(found.tokens), "more texts"
-        )
+    for ids in checked_texts(texts, source.spec):
+        found.watch(ids)
     return found
 
 

@@ -7,17 +7,19 @@ position and type embeddings (Devlin et al., 2018). Legend as in core/spec.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from flatout.core.config import ConfigReader
 from flatout.core.files import shown
-from flatout.core.formats import Format, parse_format
+from flatout.core.formats import Format, check_layer, check_pattern, overridden, parse_format
 from flatout.core.model import Weight
 from flatout.core.quantized import QuantizedTensor
 from flatout.errors import ConfigError, ModelFileError, UnsupportedModelError
+
+_LINEARS = ("qkv", "o", "up", "down")
 
 MODEL_TYPES = ("bert",)
 """Values of config.json's model_type that are encoders here."""
@@ -65,7 +67,7 @@ class EncoderSpec:
     def linears(self) -> dict[str, tuple[int, int]]:
         """(N, K) of each fused linear of one layer, in execution order. Rows of qkv are q, k, v."""
         D, F = self.hidden_size, self.intermediate_size
-        return {"qkv": (3 * D, D), "o": (D, D), "up": (F, D), "down": (D, F)}
+        return dict(zip(_LINEARS, ((3 * D, D), (D, D), (F, D), (D, F)), strict=True))
 
     def num_parameters(self) -> int:
         """Parameters that are used: the pooler of the original BERT is not among them."""
@@ -151,34 +153,89 @@ def encoder_weight_names(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
     return names
 
 
-def expected_encoder_weights(spec: EncoderSpec, fmt: Format) -> Iterator[tuple[str, tuple[int, ...], Format]]:
-    """(name, shape, format) of every weight of an EncoderModel in format `fmt`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderFormats:
+    """A number format for every linear: `usual`, unless `overrides` has another for it, as in
+    core.formats.Recipe. Where one is of integers all are."""
+
+    usual: str
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [self.usual, *(name for _, name in self.overrides)]
+        if self.overrides and not all(parse_format(name).is_integer for name in names):
+            raise ConfigError("an encoder mixes integer formats", ", ".join(names), "w8a8-g32 and w8a8")
+        for pattern, _ in self.overrides:
+            check_pattern(pattern, _LINEARS)
+
+    def of(self, layer: int, linear: str) -> Format:
+        """Format of linear `linear` (qkv, o, up, down) of layer `layer`."""
+        return parse_format(overridden(self.usual, self.overrides, layer, linear))
+
+    def at(self, name: str) -> Format:
+        """Format of the linear of fused name `name`, "layers.4.qkv"."""
+        _, layer, linear = name.split(".")
+        return self.of(int(layer), linear)
+
+    @property
+    def name(self) -> str:
+        """What `parse_encoder_formats` reads."""
+        return ",".join((self.usual, *(f"{pattern}={name}" for pattern, name in self.overrides)))
+
+
+def parse_encoder_formats(name: str) -> EncoderFormats:
+    """Of "w8a8", or "w8a8,layers.*.down=w8a16,layers.4.qkv=w8a8-g32". Raises ConfigError for another name."""
+    usual, *changes = (part.strip() for part in name.split(","))
+    overrides = []
+    for change in changes:
+        pattern, equals, value = change.partition("=")
+        if not equals:
+            raise ConfigError("an override is PLACE=FORMAT", repr(change), "layers.*.down=w8a16")
+        overrides.append((pattern, value))
+    return EncoderFormats(usual=parse_format(usual).name, overrides=tuple(overrides))
+
+
+def expected_encoder_weights(
+    spec: EncoderSpec, formats: EncoderFormats
+) -> Iterator[tuple[str, tuple[int, ...], Format]]:
+    """(name, shape, format) of every weight of an EncoderModel in `formats`.
 
     embedding (V, D) words; positions (P, D), to which the first type's embedding is added; embedding_norm,
     embedding_norm_bias (D); layers.I.{qkv, o, up, down} (N, K) and their _bias (N);
-    layers.I.{attention_norm, output_norm} (D) and their _bias (D). Linears are in `fmt`, words in fp32 or
-    bf16, all else in fp32.
+    layers.I.{attention_norm, output_norm} (D) and their _bias (D). Linears are in `formats`, words in fp32
+    or bf16, all else in fp32.
     """
     D, fp32 = spec.hidden_size, parse_format("fp32")
-    yield "embedding", (spec.vocab_size, D), fp32 if fmt.name == "fp32" else parse_format("bf16")
+    yield "embedding", (spec.vocab_size, D), fp32 if formats.usual == "fp32" else parse_format("bf16")
     yield "positions", (spec.max_positions, D), fp32
     yield "embedding_norm", (D,), fp32
     yield "embedding_norm_bias", (D,), fp32
     for i in range(spec.num_layers):
         for name, shape in _layer_shapes(spec).items():
-            yield f"layers.{i}.{name}", shape, fmt if len(shape) == 2 else fp32
+            yield f"layers.{i}.{name}", shape, formats.of(i, name) if len(shape) == 2 else fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EncoderModel:
-    """An encoder's weights by fused name (`expected_encoder_weights`), linears in format `format`."""
+    """An encoder's weights by fused name (`expected_encoder_weights`), linears in `formats`. factors: float32
+    (K,) by fused name of a linear, by which what it receives is multiplied before it is rounded."""
 
     spec: EncoderSpec
-    format: Format
+    formats: EncoderFormats
     weights: Mapping[str, Weight]
+    factors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, shape, fmt in expected_encoder_weights(self.spec, self.format):
+        for name, factors in self.factors.items():
+            weight = self.weights.get(name)
+            width = weight.shape[1:] if isinstance(weight, QuantizedTensor) else None
+            if factors.shape != width or not ((factors > 0) & np.isfinite(factors)).all():
+                raise ModelFileError(
+                    f"factors of {name} are one positive number for each column",
+                    f"{factors.shape} for {width}",
+                    "re-create the model",
+                )
+        for name, shape, fmt in expected_encoder_weights(self.spec, self.formats):
             weight = self.weights.get(name)
             found = weight.format if isinstance(weight, QuantizedTensor) else None
             if weight is None or weight.shape != shape or found != (fmt if fmt.is_integer else None):
@@ -190,16 +247,23 @@ class EncoderModel:
     @property
     def kv_cache(self) -> str:
         """How keys and values are kept within a layer: "int8" beside int8 activations, otherwise "bf16"."""
-        return "int8" if self.format.activation == "int8" else "bf16"
+        return "int8" if parse_format(self.formats.usual).activation == "int8" else "bf16"
 
 
-def check_encoder_format(spec: EncoderSpec, fmt: Format) -> None:
-    """Raise ConfigError unless every linear of `spec` can be in `fmt`."""
-    if fmt.is_native:
-        raise ConfigError("encoders take fp32, bf16 or w{8,6,5,4}a{8,16} formats", fmt.name, "w8a8")
-    wrong = [f"{name}: width {k}" for name, (_, k) in spec.linears().items() if fmt.group and k % fmt.group]
+def check_encoder_formats(spec: EncoderSpec, formats: EncoderFormats) -> None:
+    """Raise ConfigError unless every linear of `spec` can be in its format, and is there."""
+    for pattern, _ in formats.overrides:
+        check_layer(pattern, spec.num_layers)
+    wrong = set()
+    for i in range(spec.num_layers):
+        for name, (_, k) in spec.linears().items():
+            fmt = formats.of(i, name)
+            if fmt.is_native:
+                raise ConfigError("encoders take fp32, bf16 or w{8,6,5,4}a{8,16} formats", fmt.name, "w8a8")
+            if fmt.group and k % fmt.group:
+                wrong.add(f"{name}: {fmt.name} on width {k}")
     if wrong:
-        raise ConfigError(f"groups must divide the width ({fmt.name})", ", ".join(wrong), "w8a8")
+        raise ConfigError("groups must divide the width", ", ".join(sorted(wrong)), "w8a8")
 
 
 def fused_tensors(name: str) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ from flatout.core.sources import resolve
 from flatout.core.types import to_json
 from flatout.errors import ConfigError, ModelFileError, UnsupportedModelError
 
-_ROUNDED = "flatout.npz"
+_ROUNDED, _FACTORS = "flatout.npz", ".factors"
 _UNUSED = ("pooler.", "cls.", "embeddings.position_ids")  # heads of the pre-training, and a constant
 
 
@@ -207,11 +207,13 @@ def save_encoder(
     format_name: str,
     manifest: Mapping[str, Any],
     rounded: Mapping[str, QuantizedTensor] | None = None,
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write the folder of `source` to `out` as it is, which everything loads as before, with flatout.json:
     the number format to run it in, the SHA-256 of every file, and `manifest`. All or nothing.
 
-    rounded: linears by fused name, kept in a file beside it where rounding to nearest does not give them.
+    rounded: linears by fused name, kept in a file beside it where rounding to nearest does not give them, and
+    with them the factors of an EncoderModel.
     """
     import shutil
 
@@ -231,7 +233,8 @@ def save_encoder(
             shutil.copyfile(source.path / name, folder / name)
         if rounded:
             buffer = io.BytesIO()
-            np.savez(buffer, **flat_arrays(rounded))  # type: ignore[arg-type]
+            beside = {f"{name}{_FACTORS}": values for name, values in (factors or {}).items()}
+            np.savez(buffer, **flat_arrays(rounded), **beside)  # type: ignore[arg-type]
             write_bytes(folder / _ROUNDED, buffer.getvalue())
             names.append(Path(_ROUNDED))
         hashes = {str(name): sha256_of([folder / name]) for name in names}
@@ -264,16 +267,17 @@ def saved_format(path: Path) -> str | None:
     return name
 
 
-def saved_weights(path: Path) -> dict[str, QuantizedTensor]:
-    """Linears by fused name that `save_encoder` kept beside the folder's own weights; none where rounding to
-    nearest gives them. `saved_format` has checked the folder. Raises ModelFileError for a file that does not
-    hold such."""
+def saved_weights(path: Path) -> tuple[dict[str, QuantizedTensor], dict[str, np.ndarray]]:
+    """(linears, factors) by fused name that `save_encoder` kept beside the folder's own weights; none where
+    rounding to nearest gives them. `saved_format` has checked the folder. Raises ModelFileError for a file
+    that does not hold such."""
     file = path / _ROUNDED
     if _ROUNDED not in read_json_object(path / MANIFEST)["files"]:
-        return {}
+        return {}, {}
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            found = from_flat_arrays({name: arrays[name] for name in arrays.files})
+        with np.load(file, allow_pickle=False) as opened:
+            arrays = {name: opened[name] for name in opened.files}
+        found = from_flat_arrays(arrays)
     except (ValueError, TypeError, BadZipFile, ConfigError) as error:
         raise corrupt(
             file, "rounded weights are codes, scales and zeros", str(error), "optimize again"
@@ -284,4 +288,9 @@ def saved_weights(path: Path) -> dict[str, QuantizedTensor]:
             raise corrupt(
                 file, f"codes lie between {low} and {high}, and scales are finite", name, "optimize it again"
             )
-    return found
+    factors = {
+        name.removesuffix(_FACTORS): np.asarray(values, dtype=np.float32)
+        for name, values in arrays.items()
+        if name.endswith(_FACTORS)
+    }
+    return found, factors

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flatout.core.sparsity import parse_sparsity
@@ -145,6 +146,44 @@ def parse_format(name: str) -> Format:
     )
 
 
+def overridden(usual: str, overrides: Sequence[tuple[str, str]], layer: int, linear: str) -> str:
+    """Name of the format of fused linear `linear` of layer `layer`: that of the last of `overrides`, pairs of
+    a pattern and a name, that is of it, `usual` where none is."""
+    chosen = usual
+    for pattern, name in overrides:
+        _, which, *rest = pattern.split(".")
+        if which in ("*", str(layer)) and (not rest or rest[0] == linear):
+            chosen = name
+    return chosen
+
+
+def compact(kinds: Mapping[str, Sequence[str]]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """(usual format, overrides) that give linear `kind` of layer i the format kinds[kind][i], with as few
+    overrides as say it: the commonest format, then whole kinds that differ, then single layers."""
+    usual = Counter(name for each in kinds.values() for name in each).most_common(1)[0][0]
+    overrides = []
+    for kind, each in kinds.items():
+        common = Counter(each).most_common(1)[0][0]
+        if common != usual:
+            overrides.append((f"layers.*.{kind}", common))
+        overrides += [(f"layers.{i}.{kind}", name) for i, name in enumerate(each) if name != common]
+    return usual, tuple(overrides)
+
+
+def check_pattern(pattern: str, linears: Sequence[str]) -> None:
+    """Raise ConfigError for an override that does not name a layer or one of its `linears`."""
+    if not re.fullmatch(rf"layers\.(\*|\d+)(\.({'|'.join(linears)}))?", pattern):
+        rule = f"an override names layers.I, layers.I.{{{','.join(linears)}}} or layers.*.{{...}}"
+        raise ConfigError(rule, repr(pattern), "layers.0.down")
+
+
+def check_layer(pattern: str, layers: int) -> None:
+    """Raise ConfigError for an override, checked already, of a layer that a model of `layers` has not."""
+    layer = pattern.split(".")[1]
+    if layer != "*" and int(layer) >= layers:
+        raise ConfigError(f"layers are 0..{layers - 1}", pattern, f"layers.{layers - 1}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A format for every fused linear, the embedding, the head and the KV cache.
@@ -176,12 +215,7 @@ class Recipe:
         for name in (self.layers, self.embedding, self.head, *(f for _, f in self.overrides)):
             parse_format(name)
         for pattern, _ in self.overrides:
-            if not re.fullmatch(r"layers\.(\*|\d+)(\.(qkv|o|gate_up|down))?", pattern):
-                raise ConfigError(
-                    "an override names layers.I, layers.I.{qkv,o,gate_up,down} or layers.*.{...}",
-                    repr(pattern),
-                    "layers.0.down",
-                )
+            check_pattern(pattern, ("qkv", "o", "gate_up", "down"))
         if self.kv_cache not in KV_FORMATS:
             known = ", ".join(KV_FORMATS)
             raise ConfigError(f"the KV cache is one of {known}", repr(self.kv_cache), "int8")
@@ -216,12 +250,7 @@ class Recipe:
 
     def format_of(self, layer: int, linear: str) -> Format:
         """Format of fused linear `linear` (qkv, o, gate_up, down) of layer `layer`."""
-        chosen = self.layers
-        for pattern, name in self.overrides:
-            _, which, *rest = pattern.split(".")
-            if which in ("*", str(layer)) and (not rest or rest[0] == linear):
-                chosen = name
-        return parse_format(chosen)
+        return parse_format(overridden(self.layers, self.overrides, layer, linear))
 
     def check(self, spec: ModelSpec) -> None:
         """Raise ConfigError for a structure or a layer that a model of `spec` does not have, for groups that
@@ -235,11 +264,7 @@ class Recipe:
                     "a rotated model has no blocks of the file left", ", ".join(native), "w8a8-g64"
                 )
         for pattern, _ in self.overrides:
-            layer = pattern.split(".")[1]
-            if layer != "*" and int(layer) >= spec.num_layers:
-                raise ConfigError(
-                    f"layers are 0..{spec.num_layers - 1}", pattern, f"layers.{spec.num_layers - 1}"
-                )
+            check_layer(pattern, spec.num_layers)
         if self.sparsity:
             for linear, (_, k) in spec.linears().items():
                 parse_sparsity(self.sparsity).check(linear, k)

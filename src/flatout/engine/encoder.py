@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flatout.core.encoder import EncoderModel, EncoderSpec, expected_encoder_weights
+from flatout.core.formats import parse_format
 from flatout.engine.cpu import choose, extension, set_weight
 from flatout.errors import ConfigError, ResourceError, UnsupportedModelError
 
@@ -55,8 +56,10 @@ class CpuEncoder:
         }
         try:
             self._model: Any = cpu.Encoder(config, threads, isa)
-            for name, _, fmt in expected_encoder_weights(model.spec, model.format):
+            for name, _, fmt in expected_encoder_weights(model.spec, model.formats):
                 set_weight(self._model, name, model.weights[name], fmt)
+            for name, factors in model.factors.items():
+                set_weight(self._model, f"{name}_factors", factors, parse_format("fp32"))
             self._model.finalize()
         except ValueError as error:
             raise UnsupportedModelError(

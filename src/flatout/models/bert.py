@@ -43,9 +43,11 @@ class Bert:
         return self._floats[name]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
+        if (factors := self._model.factors.get(name)) is not None:
+            x = x * as_tensor(factors)
         if not self._as_served:
             return x @ self._vector(name).T + self._vector(f"{name}_bias")
-        product = linear_reference(x, self._model.weights[name], self._model.format)
+        product = linear_reference(x, self._model.weights[name], self._model.formats.at(name))
         return product + self._vector(f"{name}_bias")
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ class Bert:
         that lie one behind the other."""
         sizes = [len(tokens)] if lengths is None else list(lengths)
         words = self._vector("embedding")[tokens]
-        if self._as_served and self._model.format.name != "fp32":
+        if self._as_served and self._model.formats.usual != "fp32":
             words = words.bfloat16().float()
         places = torch.cat([torch.arange(size) for size in sizes])
         x = self._norm("embedding_norm", words + self._vector("positions")[places])

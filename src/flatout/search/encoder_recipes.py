@@ -1,35 +1,38 @@
 """The grammar in which a recipe of an encoder is named, and the encoder that it makes.
 
-    FORMAT[/gptq][,sparsity=METHOD-P%|METHOD-N:M][,depth=N][,ffn=N]
+    FORMAT[/METHOD][,layers.I|*[.LINEAR]=FORMAT][,sparsity=METHOD-P%|METHOD-N:M][,depth=N][,ffn=N]
 
-FORMAT is that of the linears, rounded to nearest or by GPTQ. The changes take weights away before any is
-rounded, layers and channels first (compress/encoder_reduce.py); what needs text for it has the shipped
-calibration passages.
+FORMAT is that of the linears but for those of layers that are named, METHOD rtn (to
+nearest), gptq or smooth. The changes take weights away before any is rounded, layers and channels first
+(compress/encoder_reduce.py); what needs text for it has the shipped calibration passages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from flatout.compress.encoder import EncoderSource, compress_encoder
 from flatout.compress.encoder_gptq import gptq_encoder
 from flatout.compress.encoder_reduce import cut_encoder, prune_encoder, whole
-from flatout.core.encoder import EncoderModel, EncoderSpec, check_encoder_format
+from flatout.compress.encoder_smooth import smooth_encoder, smoothing_factors
+from flatout.core.encoder import EncoderModel, EncoderSpec, check_encoder_formats, parse_encoder_formats
 from flatout.core.encoder_folder import EncoderCheckpoint
-from flatout.core.formats import parse_format
 from flatout.core.sparsity import parse_sparsity
 from flatout.data.passages import load_passages
 from flatout.errors import ConfigError, nearest
+from flatout.verify.vectors import pieces_of
 
-_METHODS = ("rtn", "gptq")
+_METHODS = ("rtn", "gptq", "smooth")
 _CHANGES = ("sparsity", "depth", "ffn")
 _CALIBRATION = 64  # passages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderRecipe:
-    """format: of the linears. method: "rtn" or "gptq". sparsity: "" for none (core/sparsity.py). depth, ffn:
-    layers and feed-forward channels that stay, None for all."""
+    """format: of the linears, as core.encoder.parse_encoder_formats reads it. method: one of _METHODS.
+    sparsity: "" for none (core/sparsity.py). depth, ffn: layers and feed-forward channels that stay, None for
+    all."""
 
     format: str
     method: str = "rtn"
@@ -48,18 +51,22 @@ def parse_encoder_recipe(name: str, spec: EncoderSpec) -> EncoderRecipe:
     body, *changes = [part.strip() for part in name.split(",")]
     fmt, slash, method = body.partition("/")
     if slash and method not in _METHODS:
-        rule = f"after the slash of an encoder stands {' or '.join(_METHODS)}"
+        rule = f"after the slash of an encoder stands {', '.join(_METHODS)}"
         raise ConfigError(rule, repr(method), f"{fmt}/{nearest(method, _METHODS, 'gptq')}")
-    recipe = EncoderRecipe(format=fmt, method=method or "rtn")
-    seen: set[str] = set()
+    named = [change.partition("=")[0] for change in changes]
+    if len(set(named)) < len(named):
+        raise ConfigError("a recipe names each change once", ", ".join(named), "one of them")
+    layers = [change for change in changes if change.startswith("layers.")]
+    recipe = EncoderRecipe(
+        format=parse_encoder_formats(",".join((fmt, *layers))).name, method=method or "rtn"
+    )
     for change in changes:
+        if change in layers:
+            continue
         place, equals, value = change.partition("=")
         if place not in _CHANGES or not equals:
-            rule = f"a change of an encoder is {'=, '.join(_CHANGES)}="
+            rule = f"a change of an encoder is {'=, '.join(_CHANGES)}= or layers.I.LINEAR="
             raise ConfigError(rule, repr(change), f"{nearest(place, _CHANGES, 'ffn')}={value or 1}")
-        if place in seen:
-            raise ConfigError("a recipe names each change once", place, "one of them")
-        seen.add(place)
         if place == "sparsity":
             recipe = replace(recipe, sparsity=value)
         elif not value.isdecimal():
@@ -83,15 +90,19 @@ def _check(recipe: EncoderRecipe, spec: EncoderSpec) -> None:
         num_layers=recipe.depth or spec.num_layers,
         intermediate_size=recipe.ffn or spec.intermediate_size,
     )
-    check_encoder_format(child, parse_format(recipe.format))
+    check_encoder_formats(child, parse_encoder_formats(recipe.format))
     if recipe.sparsity:
         for linear, (_, k) in child.linears().items():
             parse_sparsity(recipe.sparsity).check(linear, k)
 
 
 def calibration_texts(source: EncoderCheckpoint) -> list[list[int]]:
-    """Token ids of the shipped passages that calibrate an encoder."""
-    return source.tokenizer().encode_batch([p.text for p in load_passages("calibration")[:_CALIBRATION]])
+    """Token ids of the shipped passages that calibrate an encoder, every other one cut into pieces of a
+    sentence or two: the special tokens at the ends of a text, whose states are unlike all others, are as
+    frequent then as in what encoders are given."""
+    passages = load_passages("calibration")[:_CALIBRATION]
+    texts = [passage.text for passage in passages[::2]] + [text for _, text in pieces_of(passages[1::2])]
+    return source.tokenizer().encode_batch(texts)
 
 
 def reduced_encoder(source: EncoderCheckpoint, recipe: EncoderRecipe) -> EncoderSource:
@@ -106,10 +117,14 @@ def reduced_encoder(source: EncoderCheckpoint, recipe: EncoderRecipe) -> Encoder
     return prune_encoder(found, parse_sparsity(recipe.sparsity), texts) if recipe.sparsity else found
 
 
-def encoder_of(source: EncoderSource, recipe: EncoderRecipe, texts: list[list[int]]) -> EncoderModel:
-    """`source`, from which everything is taken away already, in the recipe's numbers; texts: for GPTQ."""
+def encoder_of(
+    source: EncoderSource, recipe: EncoderRecipe, texts: Callable[[], list[list[int]]]
+) -> EncoderModel:
+    """`source`, from which everything is taken away already, in the recipe's numbers; texts() calibrate."""
     if recipe.method == "gptq":
-        return gptq_encoder(source, recipe.format, texts)
+        return gptq_encoder(source, recipe.format, texts())
+    if recipe.method == "smooth":
+        return smooth_encoder(source, recipe.format, smoothing_factors(source, texts()))
     return compress_encoder(source, recipe.format)
 
 
@@ -117,5 +132,4 @@ def encoder_from_name(source: EncoderCheckpoint, name: str) -> EncoderModel:
     """The encoder by the recipe called `name`. Raises ConfigError for what the grammar does not have, and
     what the methods raise."""
     recipe = parse_encoder_recipe(name, source.spec)
-    texts = calibration_texts(source) if recipe.method == "gptq" else []
-    return encoder_of(reduced_encoder(source, recipe), recipe, texts)
+    return encoder_of(reduced_encoder(source, recipe), recipe, lambda: calibration_texts(source))

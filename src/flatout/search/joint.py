@@ -17,12 +17,11 @@ model; listed recipes are made by other methods, which miss their expectations b
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flatout.core.costs import kv_bytes_per_token
-from flatout.core.formats import Recipe, parse_format, with_short_scales
+from flatout.core.formats import Recipe, compact, parse_format, with_short_scales
 from flatout.core.fuse import Source, native_format
 from flatout.core.spec import ModelSpec
 from flatout.core.types import Hardware, Workload
@@ -116,16 +115,9 @@ def stand_ins(space: Space) -> list[Recipe]:
 
 
 def recipe_of(formats: Mapping[str, str], spec: ModelSpec, name: str, method: str) -> Recipe:
-    """The recipe by `method` that gives each place its format, with as few overrides as say it: the commonest
-    format, then whole kinds that differ, then single layers."""
+    """The recipe by `method` that gives each place its format."""
     kinds = {kind: [formats[f"layers.{i}.{kind}"] for i in range(spec.num_layers)] for kind in spec.linears()}
-    layers = Counter(f for each in kinds.values() for f in each).most_common(1)[0][0]
-    overrides = []
-    for kind, each in kinds.items():
-        usual = Counter(each).most_common(1)[0][0]
-        if usual != layers:
-            overrides.append((f"layers.*.{kind}", usual))
-        overrides += [(f"layers.{i}.{kind}", f) for i, f in enumerate(each) if f != usual]
+    layers, overrides = compact(kinds)
     return Recipe(
         name=name,
         layers=layers,
@@ -133,7 +125,7 @@ def recipe_of(formats: Mapping[str, str], spec: ModelSpec, name: str, method: st
         embedding=formats["head"],
         kv_cache=formats["kv_cache"],
         method=method,
-        overrides=tuple(overrides),
+        overrides=overrides,
     )
 
 

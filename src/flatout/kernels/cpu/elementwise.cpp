@@ -164,6 +164,10 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
   }
 }
 
+void scale_columns(const float* x, const float* factors, int d, float* out) {
+  for (int i = 0; i < d; i += kLanes) store_some(out + i, load_some(x + i, d - i) * load_some(factors + i, d - i), d - i);
+}
+
 // Dimension e turns with e + E / 2 (the Hugging Face pairing).
 void rope(float* x, const float* table, int head_dim) {
   const int half = head_dim / 2;

@@ -59,7 +59,11 @@ void Encoder::set_vector(const std::string& name, const float* values, int count
                                                                    {"up_bias", &Layer::up_bias},
                                                                    {"down_bias", &Layer::down_bias},
                                                                    {"output_norm", &Layer::output_norm},
-                                                                   {"output_norm_bias", &Layer::output_norm_bias}});
+                                                                   {"output_norm_bias", &Layer::output_norm_bias},
+                                                                   {"qkv_factors", &Layer::qkv_factors},
+                                                                   {"o_factors", &Layer::o_factors},
+                                                                   {"up_factors", &Layer::up_factors},
+                                                                   {"down_factors", &Layer::down_factors}});
   if (name == "embedding_norm") to = &embedding_norm_;
   if (name == "embedding_norm_bias") to = &embedding_norm_bias_;
   expect(to != nullptr, "unknown vector " + name);
@@ -109,6 +113,13 @@ void Encoder::finalize() {
     check_vector(l.down_bias, D, at + "down_bias");
     check_vector(l.output_norm, D, at + "output_norm");
     check_vector(l.output_norm_bias, D, at + "output_norm_bias");
+    const auto check_factors = [&](const std::vector<float>& factors, int columns, const std::string& name) {
+      if (!factors.empty()) check_vector(factors, columns, name);
+    };
+    check_factors(l.qkv_factors, D, at + "qkv_factors");
+    check_factors(l.o_factors, D, at + "o_factors");
+    check_factors(l.up_factors, D, at + "up_factors");
+    check_factors(l.down_factors, F, at + "down_factors");
   }
   check_vector(embedding_norm_, D, "embedding_norm");
   check_vector(embedding_norm_bias_, D, "embedding_norm_bias");
@@ -119,6 +130,7 @@ void Encoder::finalize() {
   for (ThreadScratch& s : scratch_) {
     s.activations = Buffer(activation_bytes(own_tokens_, linears.widest, linears.most_groups));
     s.panel = Buffer((size_t)2 * kLanes * linears.widest);
+    s.row.resize(std::max(D, F));
   }
   finalized_ = true;
 }
@@ -202,7 +214,8 @@ void Encoder::embed(const Sequences& b, const Chunk& c, int thread) {
   }
 }
 
-Activations Encoder::prepare(const Linear& w, float* x, int stride, int count, const Norm* norm, int thread) {
+Activations Encoder::prepare(const Linear& w, const std::vector<float>& factors, float* x, int stride, int count,
+                             const Norm* norm, int thread) {
   const bool alone = by_token(count);
   const Activations a = place_activations(w, alone ? scratch_[thread].activations.data : shared_.data,
                                           alone ? own_tokens_ : round_up(count, kTileRows));
@@ -210,6 +223,11 @@ Activations Encoder::prepare(const Linear& w, float* x, int stride, int count, c
   for (int r = own.first; r < own.last; ++r) {
     float* row = x + (size_t)r * stride;
     if (norm) ops_->layer_norm(row, norm->weight.data(), norm->bias.data(), config_.layer_norm_eps, w.k, row);
+    if (!factors.empty()) {
+      float* scaled = scratch_[thread].row.data();  // the next sum adds to what is in x
+      ops_->scale_columns(row, factors.data(), w.k, scaled);
+      row = scaled;
+    }
     write_activations(*ops_, w, row, a, alone ? r - own.first : r);
   }
   if (alone || thread == 0) pad_activations(w, a, 0, alone ? own.count() : count);
@@ -283,19 +301,19 @@ void Encoder::layers(const Sequences& b, const Chunk& c, int thread) {
     const Layer& l = layers_[i];
     const Norm before = i == 0 ? Norm{embedding_norm_, embedding_norm_bias_}
                                : Norm{layers_[i - 1].output_norm, layers_[i - 1].output_norm_bias};
-    Activations a = prepare(l.qkv, x, hidden_stride_, T, &before, thread);
+    Activations a = prepare(l.qkv, l.qkv_factors, x, hidden_stride_, T, &before, thread);
     linear(l.qkv, a, T, Epilogue::kStore, l.qkv_bias, qkv, qkv_stride_, thread);
     if (by_token(T)) pool_.barrier(thread);  // nobody reads the last layer's keys any more
     write_keys(c, thread);
     pool_.barrier(thread);
     attention(b, l, c, thread);
     if (!by_token(T)) pool_.barrier(thread);
-    a = prepare(l.o, attended, hidden_stride_, T, nullptr, thread);
+    a = prepare(l.o, l.o_factors, attended, hidden_stride_, T, nullptr, thread);
     linear(l.o, a, T, Epilogue::kAdd, l.o_bias, x, hidden_stride_, thread);
     const Norm between{l.attention_norm, l.attention_norm_bias};
-    a = prepare(l.up, x, hidden_stride_, T, &between, thread);
+    a = prepare(l.up, l.up_factors, x, hidden_stride_, T, &between, thread);
     linear(l.up, a, T, Epilogue::kGelu, l.up_bias, up, up_stride_, thread);
-    a = prepare(l.down, up, up_stride_, T, nullptr, thread);
+    a = prepare(l.down, l.down_factors, up, up_stride_, T, nullptr, thread);
     linear(l.down, a, T, Epilogue::kAdd, l.down_bias, x, hidden_stride_, thread);
   }
 }

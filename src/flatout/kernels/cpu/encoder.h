@@ -46,6 +46,7 @@ class Encoder {
   struct Layer {
     std::vector<float> qkv_bias, o_bias, attention_norm, attention_norm_bias, up_bias, down_bias, output_norm,
         output_norm_bias;
+    std::vector<float> qkv_factors, o_factors, up_factors, down_factors;  // none, or one for each column
     Linear qkv, o, up, down;
   };
   struct Norm {
@@ -63,8 +64,10 @@ class Encoder {
   Rows own_rows(int count, int thread) const;
   void embed(const Sequences&, const Chunk&, int thread);
   void layers(const Sequences&, const Chunk&, int thread);
-  // This thread's rows of x in the form `w` needs, normalised in place before if `norm`; all rows when it returns.
-  Activations prepare(const Linear& w, float* x, int stride, int count, const Norm* norm, int thread);
+  // This thread's rows of x, times `factors` if there are any, in the form `w` needs, normalised in place before if
+  // `norm`; all rows when it returns.
+  Activations prepare(const Linear& w, const std::vector<float>& factors, float* x, int stride, int count, const Norm* norm,
+                      int thread);
   void linear(const Linear& w, const Activations&, int count, Epilogue, const std::vector<float>& bias, float* out,
               int stride, int thread);
   void write_keys(const Chunk&, int thread);
@@ -87,6 +90,7 @@ class Encoder {
   Buffer cache_, x_, qkv_, attended_, up_, shared_;
   struct ThreadScratch {
     Buffer activations, panel;
+    std::vector<float> row;
   };
   std::vector<ThreadScratch> scratch_;
   std::vector<Chunk> chunks_;

@@ -79,9 +79,9 @@ std::vector<std::string> usable_isas() {
   static const Ops table = {name,               isa::rms_norm,      isa::quantize,   isa::round_bf16,    prepare, \
                             begin,              end,                linear,          isa::screen_panels,          \
                             isa::at_least,      isa::collect_panel, isa::epilogue,   isa::gated,                  \
-                            isa::bias_gelu,     isa::layer_norm,    isa::rope,       isa::write_kv,               \
-                            attention,          isa::merge_chunks,  isa::argmax,     isa::log_sum_exp,             \
-                            isa::round_block,   isa::nearest_grid}
+                            isa::bias_gelu,     isa::layer_norm,    isa::scale_columns, isa::rope,                \
+                            isa::write_kv,      attention,          isa::merge_chunks,  isa::argmax,              \
+                            isa::log_sum_exp,   isa::round_block,   isa::nearest_grid}
 
 const Ops* ops_for(const std::string& isa) {
   bool usable = false;

@@ -27,6 +27,7 @@ void epilogue(const float* tile, int count, int lanes, const float* bias, bool a
 void gated(const float* gate, const float* up, int count, int lanes, bool gelu, float* out, int stride);
 void bias_gelu(const float* tile, int count, int lanes, const float* bias, float* out, int stride);
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, int d, float* out);
+void scale_columns(const float* x, const float* factors, int d, float* out);
 void rope(float* x, const float* table, int head_dim);
 int argmax(const float* row, int n);
 float log_sum_exp(const float* row, int n);

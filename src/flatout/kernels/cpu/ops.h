@@ -170,6 +170,7 @@ struct Ops {
   void (*bias_gelu)(const float* tile, int count, int lanes, const float* bias, float* out, int stride);
   // out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias; out may be x
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int d, float* out);
+  void (*scale_columns)(const float* x, const float* factors, int d, float* out);
   // Rotate x (E values) by the angles of one position: cosines then sines, E / 2 each
   void (*rope)(float* x, const float* table, int head_dim);
   void (*write_kv)(const float* k, const float* v, int head_dim, int head_dim_padded, int slot, CacheKind kind,
