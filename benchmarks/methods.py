@@ -82,7 +82,8 @@ ROWS = (
       for method in ("magnitude", "wanda", "sparsegpt")),
 )  # fmt: skip
 ENCODER_ROWS = (
-    "bf16", "w8a8", "w8a16", "w8a8-g32", "w8a8/gptq",
+    "bf16", "w8a8", "w8a16", "w8a8-g128", "w8a8-g64", "w8a8-g32", "w8a8/gptq", "w8a8/smooth",
+    "w8a8/smooth,layers.*.down=w8a8-g128",
     *(f"{fmt}{method}" for fmt in ("w4a16-g32", "w4a16-g64-asym", "w4a16-g32-asym")
       for method in ("", "/gptq")),
     *(f"bf16,sparsity={method}-{share}" for share in ("50%", "2:4")
@@ -207,13 +208,16 @@ def row_recipe(name: str, source: Checkpoint) -> Recipe:
 
 
 def encoder_bits(name: str, encoder: EncoderModel) -> float:
-    """As bits_per_weight, of rows of the hidden size."""
+    """As bits_per_weight, of all linears."""
     sparsity = name.partition(",sparsity=")[2]
-    usual = parse_format(encoder.formats.usual)
     if sparsity and (pattern := parse_sparsity(sparsity)).of:
-        return usual.bits * pattern.kept / pattern.of + 1
-    width = encoder.spec.hidden_size
-    return usual.weight_bytes(1, width) * 8 / width
+        return parse_format(encoder.formats.usual).bits * pattern.kept / pattern.of + 1
+    size = weights = 0
+    for i in range(encoder.spec.num_layers):
+        for kind, (n, k) in encoder.spec.linears().items():
+            size += encoder.formats.of(i, kind).weight_bytes(n, k)
+            weights += n * k
+    return size * 8 / weights
 
 
 def encoder_rows(model: str, names: Sequence[str], threads: int) -> list[dict[str, Any]]:

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from flatout.compress.apply import compress
-from flatout.compress.encoder import compress_encoder
 from flatout.core.checkpoint import Checkpoint
 from flatout.core.encoder_folder import open_encoder
 from flatout.core.formats import Recipe
@@ -32,6 +31,7 @@ from flatout.engine.cpu import CpuRunner, check_formats
 from flatout.engine.encoder import Encoder
 from flatout.engine.runner import StepInput
 from flatout.errors import ConfigError
+from flatout.search.encoder_recipes import encoder_from_name, parse_encoder_recipe
 from methods_page import write_record
 from record import ROOT, commit_of, measured_here
 
@@ -66,13 +66,14 @@ def add_encoder_speeds(path: Path, model: str, threads: int, command: str, new: 
     checkpoint = open_encoder(model)
 
     def speed(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:
-        fmt = name.partition(",")[0].partition("/")[0]
+        recipe = parse_encoder_recipe(name, checkpoint.spec)
 
         def measure() -> dict[str, Any]:
-            encoder = Encoder.of(compress_encoder(checkpoint, fmt), checkpoint.tokenizer(), threads=threads)
+            model = encoder_from_name(checkpoint, name.partition(",sparsity=")[0])
+            encoder = Encoder.of(model, checkpoint.tokenizer(), threads=threads)
             return {"texts_per_s": _text_rate(encoder)}
 
-        return fmt, measure
+        return f"{recipe.format} {recipe.method == 'smooth'}", measure
 
     return _fill(path, speed, threads, command, new)
 

@@ -15,7 +15,7 @@ from flatout.verify.drivers import Driver, workload_prompts
 from flatout.verify.quality import Encoder
 from flatout.verify.speed import SpeedResult, ab_test, turns
 
-DECODE_STEPS = 24
+DECODE_STEPS = 16
 """Decode steps of a sample: tens of milliseconds at least, which clock and meter resolve."""
 
 DECODE_SHARE = 0.7
