@@ -281,8 +281,8 @@ def test_a_decoder_starts_every_time_at_the_end_of_one_prefill() -> None:
 @pytest.mark.parametrize(
     ("workload", "window"),
     [
-        (Workload(prompt=1024, output=96), (1060, 24)),
-        (Workload(prompt=10, output=25), (10, 24)),
+        (Workload(prompt=1024, output=96), (1064, 16)),
+        (Workload(prompt=10, output=17), (10, 16)),
         (Workload(prompt=10, output=5), (10, 5)),
     ],
 )
@@ -317,12 +317,12 @@ def test_a_race_gives_the_seconds_of_the_whole_workload(monkeypatch: pytest.Monk
     found = race_workload(
         a, b, ByteTokenizer(), workload, prefill_s=1, decode_s=1, progress=lambda *step: seen.append(step[0])
     )
-    assert a.prompts == b.prompts == {100, 136}
+    assert a.prompts == b.prompts == {100, 140}
     assert set(seen) == {"prefill", "decode"}
     prefill, decode = found["prefill"], found["decode"]
     whole = sum(1e-3 + 1e-6 * (100 + i) for i in range(96))
     assert prefill.timed_share == 1
-    assert decode.timed_share == pytest.approx(1 / 4)
+    assert decode.timed_share == pytest.approx(1 / 6)
     assert (prefill.seconds_b.median, decode.seconds_b.median) == pytest.approx((0.5, whole))
     assert (decode.seconds_a.p20, decode.samples_a[0]) == pytest.approx((3 * whole, 3 * whole))
     assert (prefill.ratio, decode.ratio) == pytest.approx((3.0, 3.0))
