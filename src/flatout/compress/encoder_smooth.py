@@ -82,12 +82,9 @@ def smooth_encoder(source: EncoderSource, name: str, factors: dict[str, np.ndarr
         raise ConfigError(
             "smoothing is for int8 activations that share one scale a token", name, "w8a8/smooth"
         )
-    rounded = {
-        linear: round_to_nearest(
-            source.array(linear) / factors[linear],
-            formats.at(linear),
-            search_clip=formats.at(linear).bits < 8,
-        )
-        for linear in smoothed
-    }
+    rounded = {}
+    for linear in smoothed:
+        weight, fmt = source.array(linear) / factors[linear], formats.at(linear)
+        check_weight(linear, weight)
+        rounded[linear] = round_to_nearest(weight, fmt, search_clip=fmt.bits < 8)
     return compress_encoder(source, name, rounded, {linear: factors[linear] for linear in smoothed})

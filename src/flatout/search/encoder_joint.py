@@ -12,6 +12,7 @@ Errors of different linears are nearly independent, so squared distances of vect
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -73,9 +74,10 @@ class Mixtures:
         return EncoderModel(spec=self.spec, formats=formats, weights=weights, factors=factors)
 
     def distance(self, formats: EncoderFormats) -> float:
-        """Mean 1 - cosine of some pieces' vectors."""
+        """Mean 1 - cosine of some pieces' vectors, the most there is where they are no numbers."""
         vectors = self._make(self.model(formats)).encode(self._texts)
-        return float((1 - (self._original * vectors).sum(axis=1)).mean())
+        found = float((1 - (self._original * vectors).sum(axis=1)).mean())
+        return found if math.isfinite(found) else 2.0
 
     def timed(self, formats: EncoderFormats) -> Callable[[], float]:
         """What takes a batch of the workload and returns its seconds."""
@@ -203,9 +205,10 @@ def propose(tables: Tables, spec: EncoderSpec, margin: float) -> list[Proposal]:
     """Mixtures worth a look: the quickest inside `margin`, and what loses least in a little more than its
     time. None where the margin admits nothing, or a uniform format is as good."""
     quickest = solve(tables.places, _BUDGET * margin - tables.distance)
+    if quickest is None:
+        return []
     found: list[Proposal] = []
-    for more in _SLOWER if quickest is not None else ():
-        assert quickest is not None
+    for more in _SLOWER:
         solution = _least_loss(tables, more * quickest.seconds)
         if solution is None:
             continue
