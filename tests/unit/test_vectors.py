@@ -125,7 +125,7 @@ def test_an_encoder_is_optimised(searched: tuple[Path, dict[str, Any]]) -> None:
     out, result = searched
     assert result["passed"]
     assert not result["fallback"]
-    assert result["optimized"]["name"].startswith("w8a")
+    assert result["optimized"]["recipe"].startswith("w8a")
     assert result["quality"]["k"] == 1 + sum(row["status"] == "failed" for row in result["candidates"])
     assert result["quality"]["distance_upper"] < 0.05
     assert result["speedup"]["texts"] > 5
