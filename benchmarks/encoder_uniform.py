@@ -24,7 +24,7 @@ from flatout.data.passages import load_passages
 from flatout.engine.encoder import Encoder
 from flatout.hardware.detect import available_cores
 from flatout.models.bert import Bert
-from flatout.search.encoder import FORMATS, encoder_workload
+from flatout.search.encoder import FORMATS, encoder_workload, workload_batch
 from flatout.search.encoder_joint import batch_timer
 from flatout.search.encoder_recipes import encoder_from_name
 from flatout.search.request import parse_max_loss
@@ -52,9 +52,7 @@ def main() -> int:
     checkpoint, passages = open_encoder(args.original), load_passages("holdout")
     texts = [text for _, text in pieces_of(passages)]
     tokenizer = checkpoint.tokenizer()
-    rows = tokenizer.encode_batch([p.text for p in load_passages("validation")])
-    full = [row[: work.prompt] for row in rows if len(row) >= work.prompt]
-    batch = np.array([full[i % len(full)] for i in range(work.batch)], dtype=np.int32)
+    batch = workload_batch(tokenizer, load_passages("validation"), work)
     how = {"pooling": checkpoint.pooling, "normalize": True}
     exact = Encoder(Bert(compress_encoder(checkpoint, "fp32")), tokenizer, **how).encode(texts)
 

@@ -18,6 +18,7 @@ from flatout.compress.encoder_smooth import smooth_encoder, smoothing_factors
 from flatout.core.encoder import EncoderFormats, EncoderModel, parse_encoder_formats
 from flatout.core.encoder_folder import EncoderCheckpoint, open_encoder, save_encoder
 from flatout.core.quantized import QuantizedTensor
+from flatout.core.safetensors import write_safetensors
 from flatout.engine.encoder import CpuEncoder, Encoder
 from flatout.errors import ConfigError, ModelFileError
 from flatout.models.bert import Bert
@@ -34,8 +35,6 @@ def loud(tmp_path: Path) -> EncoderCheckpoint:
     """An encoder, one channel of whose norms is thirty times as loud as the others."""
     folder = tiny_encoder_folder(tmp_path / "m", SPEC)
     source = open_encoder(folder)
-    from flatout.core.safetensors import write_safetensors
-
     tensors = {name: source.tensors.float32(name) for name in source.tensors.names}
     for name, values in tensors.items():
         if name.endswith("LayerNorm.weight"):

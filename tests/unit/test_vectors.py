@@ -19,6 +19,7 @@ from flatout.engine.encoder import Encoder
 from flatout.errors import ConfigError, EvidenceError, ModelFileError
 from flatout.report.optimize import optimize
 from flatout.search import encoder as module
+from flatout.search.encoder_joint import Mixtures
 from flatout.search.encoder_recipes import encoder_from_name, parse_encoder_recipe
 from flatout.verify.speed import ab_test
 from flatout.verify.vectors import compare, examine_vectors, pieces_of, placed
@@ -109,6 +110,8 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dic
     monkeypatch.setenv("FLATOUT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "load_passages", lambda split: load_passages(split)[:40])
     monkeypatch.setattr(module, "ab_test", lambda a, b, max_seconds: faster(b, b))
+    # What careful formats cost must not depend on this machine's noise: a hundredth for each of the kinds.
+    monkeypatch.setattr(Mixtures, "timed", lambda _, formats: lambda: 1 + 0.01 * len(formats.overrides))
     folder = tiny_encoder_folder(
         tmp_path / "model", tiny_encoder_spec(intermediate_size=128), max_seq_length=64
     )

@@ -27,14 +27,15 @@ from flatout._version import __version__
 from flatout.compress.encoder import EncoderSource, compress_encoder, load
 from flatout.compress.encoder_reduce import ReducedEncoder, write_encoder
 from flatout.compress.encoder_smooth import smooth_encoder, smoothing_factors
+from flatout.compress.method import Progress
 from flatout.core.encoder import EncoderModel
-from flatout.core.encoder_folder import EncoderCheckpoint, open_encoder, save_encoder
+from flatout.core.encoder_folder import EncoderCheckpoint, TextTokenizer, open_encoder, save_encoder
 from flatout.core.files import sha256_of, shown
 from flatout.core.formats import parse_format
 from flatout.core.quantized import QuantizedTensor
 from flatout.core.scratch import scratch_folder
 from flatout.core.types import Workload, to_json
-from flatout.data.passages import load_passages, passages_sha256
+from flatout.data.passages import Passage, load_passages, passages_sha256
 from flatout.engine.encoder import Encoder
 from flatout.errors import ConfigError, EvidenceError
 from flatout.hardware.detect import available_cores, detect
@@ -45,7 +46,7 @@ from flatout.search.encoder_joint import (
     batch_timer,
     measure,
     propose,
-    take_turns,
+    timed_in_turns,
 )
 from flatout.search.encoder_recipes import (
     calibration_texts,
@@ -63,7 +64,6 @@ from flatout.verify.statistics import alpha_k
 from flatout.verify.vectors import VectorVerdict, examine_vectors, judged_sha256, pieces_of
 
 Json = dict[str, Any]
-Progress = Callable[[str, int, int], None]
 
 ORIGINAL = "bf16"
 FORMATS = ("w8a8", "w8a8/smooth", "w8a8-g128", "w8a8-g64", "w8a8-g32", "w8a16", "w4a16-g32")
@@ -105,17 +105,8 @@ class _Search:
         self._original: dict[str, np.ndarray] = {}
         self.names: dict[str, str] = {}
         """Of recipes that were found, for people."""
-        tokenizer = checkpoint.tokenizer()
-        ids = tokenizer.encode_batch([p.text for p in self.passages["validation"]])
-        length = workload.prompt
-        rows = [row[:length] for row in ids if len(row) >= length]
-        if not rows:
-            raise ConfigError(
-                f"a text of this model has at most {checkpoint.max_tokens} tokens",
-                str(length),
-                "--workload 128",
-            )
-        self.batch = np.array([rows[i % len(rows)] for i in range(workload.batch)], dtype=np.int32)
+        self._tokenizer = checkpoint.tokenizer()
+        self.batch = workload_batch(self._tokenizer, self.passages["validation"], workload)
 
     def encoder(self, name: str) -> Encoder:
         if name not in self._encoders:
@@ -131,8 +122,7 @@ class _Search:
 
     def running(self, model: EncoderModel) -> Encoder:
         pooling = self.checkpoint.pooling
-        tokenizer = self.checkpoint.tokenizer()
-        return Encoder.of(model, tokenizer, threads=self.threads, pooling=pooling, normalize=True)
+        return Encoder.of(model, self._tokenizer, threads=self.threads, pooling=pooling, normalize=True)
 
     @cached_property
     def factors(self) -> dict[str, np.ndarray]:
@@ -162,7 +152,7 @@ class _Search:
             found = self.checkpoint
             exact = Encoder(
                 Bert(compress_encoder(found, "fp32")),
-                found.tokenizer(),
+                self._tokenizer,
                 pooling=found.pooling,
                 normalize=True,
             )
@@ -271,6 +261,18 @@ def encoder_workload(text: str | None, objective: str) -> Workload:
     return Workload(prompt=int(match["tokens"]), output=1, batch=batch, objective=objective)
 
 
+def workload_batch(tokenizer: TextTokenizer, passages: Sequence[Passage], workload: Workload) -> np.ndarray:
+    """int32 (B, T): token ids of the workload's batch, the beginnings of passages that are long enough.
+    Raises ConfigError when none is."""
+    length = workload.prompt
+    rows = [row[:length] for row in tokenizer.encode_batch([p.text for p in passages]) if len(row) >= length]
+    if not rows:
+        raise ConfigError(
+            f"a text of this model has at most {tokenizer.max_tokens} tokens", str(length), "--workload 128"
+        )
+    return np.array([rows[i % len(rows)] for i in range(workload.batch)], dtype=np.int32)
+
+
 def _fitting(checkpoint: EncoderCheckpoint) -> list[str]:
     found = []
     for name in FORMATS:
@@ -315,7 +317,7 @@ def _screen(search: _Search, names: list[str], proposals: list[Proposal], margin
             row = replace(row, status="rejected", reason=verdict.reason)
         rows.append(replace(row, validation=verdict))
     timed = [row.recipe for row in rows if row.validation is not None]
-    samples = take_turns({recipe: search.seconds(recipe) for recipe in timed}, _ROUNDS, search.step)
+    samples = timed_in_turns({recipe: search.seconds(recipe) for recipe in timed}, _ROUNDS, search.step)
     return [
         replace(row, seconds=float(np.quantile(samples[row.recipe], 0.2))) if row.recipe in samples else row
         for row in rows

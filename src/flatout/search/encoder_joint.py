@@ -22,6 +22,7 @@ from typing import TypeVar
 import numpy as np
 
 from flatout.compress.encoder_smooth import SMOOTHED
+from flatout.compress.method import Progress
 from flatout.core.encoder import EncoderFormats, EncoderModel, EncoderSpec
 from flatout.core.formats import compact
 from flatout.engine.encoder import Encoder
@@ -96,8 +97,8 @@ def batch_timer(encoder: Encoder, batch: np.ndarray) -> Callable[[], float]:
     return run
 
 
-def take_turns(
-    runs: Mapping[Key, Callable[[], float]], rounds: int, step: Callable[[str, int, int], None]
+def timed_in_turns(
+    runs: Mapping[Key, Callable[[], float]], rounds: int, step: Progress
 ) -> dict[Key, list[float]]:
     """Seconds of `rounds` calls of each, one after another, so that a busy moment meets all."""
     samples: dict[Key, list[float]] = {key: [] for key in runs}
@@ -133,7 +134,7 @@ class Tables:
         return self.distance + sum(c.loss for c in chosen), sum(c.seconds for c in chosen)
 
 
-def measure(bench: Mixtures, space: Sequence[str], step: Callable[[str, int, int], None]) -> Tables:
+def measure(bench: Mixtures, space: Sequence[str], step: Progress) -> Tables:
     """The losses and times of `space`, a part of SPACE with at least two formats."""
     spec, (quick, *_, careful) = bench.spec, space
     kinds = list(spec.linears())
@@ -180,7 +181,7 @@ def measure(bench: Mixtures, space: Sequence[str], step: Callable[[str, int, int
 
 
 def _seconds(
-    bench: Mixtures, space: Sequence[str], kinds: Sequence[str], step: Callable[[str, int, int], None]
+    bench: Mixtures, space: Sequence[str], kinds: Sequence[str], step: Progress
 ) -> dict[tuple[str, str], float]:
     """(kind, format) -> seconds of a batch: a share of the quickest encoder's for every kind, and what the
     format adds to it."""
@@ -190,7 +191,7 @@ def _seconds(
         for kind in kinds
         for name in space[1:]
     }
-    samples = take_turns(runs, _ROUNDS, step)
+    samples = timed_in_turns(runs, _ROUNDS, step)
     # What disturbs a sample makes it longer, so the undisturbed ones are looked at.
     took = {key: statistics.quantiles(own, n=5)[0] for key, own in samples.items()}
     share = took["", quick] / len(kinds)
